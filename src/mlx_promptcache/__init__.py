@@ -1,0 +1,75 @@
+"""mlx_promptcache: an MLX model runner that keeps the whole inference state on disk.
+
+    from mlx_promptcache import Runner, Sampling
+
+    runner = Runner.load("path-or-repo")
+    state = runner.prefill("A long prefix ...")
+    runner.cache.save("prefix", state)
+
+Names are imported when they are first used, so that what needs no MLX does not wait for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from mlx_promptcache.errors import (
+    CacheLocked,
+    CacheMiss,
+    DamagedFile,
+    ModelError,
+    PromptCacheError,
+    PromptError,
+    StoreError,
+    UnsupportedLayer,
+)
+from mlx_promptcache.version import __version__
+
+if TYPE_CHECKING:
+    from mlx_promptcache.cache import Match, PromptCache
+    from mlx_promptcache.fingerprint import Fingerprint, KVSettings
+    from mlx_promptcache.run import Step
+    from mlx_promptcache.runner import Runner
+    from mlx_promptcache.sampling import Sampling
+    from mlx_promptcache.saver import Saved
+    from mlx_promptcache.state import State
+
+_HOMES = {
+    "Fingerprint": "fingerprint",
+    "KVSettings": "fingerprint",
+    "Match": "cache",
+    "PromptCache": "cache",
+    "Runner": "runner",
+    "Sampling": "sampling",
+    "Saved": "saver",
+    "State": "state",
+    "Step": "run",
+}
+
+__all__ = [
+    "CacheLocked",
+    "CacheMiss",
+    "DamagedFile",
+    "Fingerprint",
+    "KVSettings",
+    "Match",
+    "ModelError",
+    "PromptCache",
+    "PromptCacheError",
+    "PromptError",
+    "Runner",
+    "Sampling",
+    "Saved",
+    "State",
+    "Step",
+    "StoreError",
+    "UnsupportedLayer",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,301 @@
+"""PromptCache: states by name and by longest prefix, on disk.
+
+On the way of a generation (`match`, `resume`, `fetch`) nothing raises for what is on disk: a file
+that is damaged is moved aside with a notice (the log `mlx_promptcache`), and the search begins again
+without it. An explicit `load` or `save` raises.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlx_promptcache import catalog
+from mlx_promptcache.errors import (
+    CacheMiss,
+    DamagedFile,
+    PromptCacheError,
+    StoreError,
+    UnsupportedLayer,
+)
+from mlx_promptcache.finder import Finder
+from mlx_promptcache.fingerprint import Fingerprint, KVSettings
+from mlx_promptcache.layers import Blueprint, capture, leaves, make_layers
+from mlx_promptcache.loader import Loader, fresh_key
+from mlx_promptcache.passes import UNKNOWN
+from mlx_promptcache.quarantine import BadFile, Quarantine
+from mlx_promptcache.saver import Saved, Saver
+from mlx_promptcache.state import Ref, State, Trail
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
+
+if TYPE_CHECKING:
+    import builtins
+    import os
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from mlx_promptcache.finder import Found
+    from mlx_promptcache.passes import Plan
+
+log = logging.getLogger("mlx_promptcache")
+
+
+@dataclass(frozen=True)
+class Match:
+    """How much of a prompt is stored: its first `position` tokens.
+
+    `exact` if a whole state stands at the end of the prompt. `source` is the name or the id of the
+    deepest snapshot on the way, None if there is none. `reason` says why not more.
+    """
+
+    position: int
+    exact: bool
+    source: str | None
+    reason: str | None
+
+
+class PromptCache:
+    """The states of one fingerprint in one store. Making the object touches no file.
+
+    `fingerprint` may be any string, for a model made in memory. A `read_only` cache writes nothing
+    at all: no states, no statistics, and damaged files stay where they are.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        fingerprint: Fingerprint | str,
+        *,
+        kv: KVSettings | None = None,
+        read_only: bool = False,
+    ) -> None:
+        if isinstance(fingerprint, str):
+            fingerprint = Fingerprint.of_text(fingerprint)
+        self.kv = kv or KVSettings()
+        self.fingerprint = fingerprint.with_kv(self.kv)
+        self.read_only = read_only
+        self._store = Store(directory)
+        self._bad = Quarantine(self._store, read_only=read_only)
+        self._finder = Finder(self._store, self.fingerprint, self.kv, self._bad)
+        self._fetched: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
+
+    def __repr__(self) -> str:
+        return f"PromptCache({str(self.directory)!r}, {self.fingerprint.digest[:8]})"
+
+    @property
+    def directory(self) -> Path:
+        """Where the store is."""
+        return self._store.directory
+
+    def with_kv(self, kv: KVSettings) -> PromptCache:
+        """The same store for the same model with other KV settings."""
+        if kv == self.kv:
+            return self
+        return PromptCache(self.directory, self.fingerprint, kv=kv, read_only=self.read_only)
+
+    # By longest prefix
+
+    def match(self, tokens: Sequence[int], *, plan: Plan | None = None) -> Match:
+        """Say how much of these tokens is stored; reads headers, no K/V.
+
+        With `plan` only what that run's own passes would have computed counts (`--exact`).
+        """
+        try:
+            with self._store.shared():
+                found = self._finder.find(tokens, plan)
+                return self._match(tokens, found, None)
+        except PromptCacheError as exc:
+            return Match(0, False, None, str(exc))
+
+    def _match(self, tokens: Sequence[int], found: Found, refused: str | None) -> Match:
+        if found.position == 0:
+            return Match(0, False, None, refused or self._finder.why_none(tokens))
+        stem = self._finder.source(tokens, found)
+        return Match(found.position, found.exact, stem and self._label(stem), refused)
+
+    def _label(self, stem: str) -> str:
+        names = [name for name, named in self._store.names().items() if named == stem]
+        return names[0] if names else stem.rpartition("-")[2]
+
+    def resume(
+        self,
+        tokens: Sequence[int],
+        *,
+        plan: Plan | None = None,
+        blueprint: Blueprint | None = None,
+        limit: int | None = None,
+    ) -> tuple[State | None, Match]:
+        """Return the state of the longest stored prefix of these tokens, and what was matched.
+
+        The state is None where nothing is stored. At the whole prompt it has logits; at a shorter
+        prefix it may have none. Its key and its sampling are those of another run. With `limit` it
+        holds at most so many tokens.
+
+        What is damaged, locked or cannot be read is a miss with a notice.
+        """
+        try:
+            with self._store.shared():
+                return self._resume(tokens, plan, Loader(self._finder, blueprint), limit)
+        except PromptCacheError as exc:
+            log.warning("the prompt cache is not used: %s", exc)
+            return None, Match(0, False, None, str(exc))
+
+    def _resume(
+        self, tokens: Sequence[int], plan: Plan | None, loader: Loader, limit: int | None
+    ) -> tuple[State | None, Match]:
+        refused: str | None = None
+        while True:  # each time round there is a file less
+            found = self._finder.find(tokens, plan, limit)
+            if found.position == 0:
+                return None, self._match(tokens, found, refused)
+            try:
+                state = loader.load(found, tokens)
+            except BadFile as exc:
+                refused = exc.reason
+                continue
+            match = self._match(tokens, found, refused)
+            self._record_use(self._finder.source(tokens, found), found.snapshot, state)
+            return state, match
+
+    def _record_use(self, source: str | None, snapshot: str | None, state: State) -> None:
+        if self.read_only:
+            return
+        if snapshot is not None:
+            self._store.touch(SNAPSHOTS, snapshot)
+        for ref in state.trail.refs:
+            self._store.touch(BLOCKS, ref.stem)
+        self._store.record_use(
+            {
+                "when": round(time.time(), 3),
+                "what": source and source.rpartition("-")[2],
+                "rows": state.n_past,
+                "seconds": round(state.trail.seconds_per_token * state.n_past, 3),
+            }
+        )
+
+    # By name
+
+    def load(self, name: str, *, blueprint: Blueprint | None = None) -> State:
+        """Return the state of a name, or of a snapshot's id.
+
+        Raises:
+            CacheMiss: there is none, it was made by another model or with other settings, or it
+                is damaged; `.reason` says which.
+        """
+        with self._store.shared():
+            stem, header = catalog.find(self._store, name)
+            if header.content["fingerprint"] != self.fingerprint.digest:
+                other = self.fingerprint.explain(catalog.fingerprint_parts(header))
+                raise CacheMiss(f"the state {name!r} was made with {other}; save it again")
+            try:
+                state = Loader(self._finder, blueprint).snapshot(stem)
+            except BadFile as exc:
+                raise DamagedFile(f"the state {name!r} is damaged: {exc}; save it again") from exc
+            self._record_use(stem, stem, state)
+            return state
+
+    def save(
+        self,
+        name: str | None,
+        state: State,
+        *,
+        replace: bool = False,
+        sync: bool = True,
+        exact: bool = False,
+    ) -> Saved:
+        """Store a state, under a name if one is given.
+
+        Only what is not stored yet is written: blocks of rows, then the snapshot, then the name.
+        With `sync` all of it is on the drive when this returns. A name that stands for other tokens
+        is an error unless `replace` is set; its state stays, without a name. With `exact`, rows that
+        are stored as other passes computed them are stored again, as this state's own passes did.
+
+        Raises:
+            StoreError: the name cannot be one or is taken, or the file system refuses.
+            CacheLocked: somebody deletes from the store, and does not come to an end.
+        """
+        if self.read_only:
+            raise StoreError("this prompt cache is read-only")
+        self._store.create()
+        with self._store.shared():
+            return Saver(self._finder, state, sync=sync, exact=exact).save(name, replace=replace)
+
+    # For programs that keep mlx-lm's own loop
+
+    def fetch(self, model: Any, tokens: Sequence[int]) -> tuple[list[Any], builtins.list[int]]:
+        """Return mlx-lm cache objects that hold the longest stored prefix, and the tokens (at least
+        one) that are still to be processed.
+        """
+        tokens = [int(token) for token in tokens]
+        blueprint = Blueprint.of(model, self.kv)
+        state, _ = self.resume(tokens, blueprint=blueprint, limit=len(tokens) - 1)
+        if state is None:
+            return make_layers(model, self.kv), tokens
+        layers = state.layers(model)
+        for _, layer in leaves(layers):
+            self._fetched[layer] = state
+        return layers, tokens[state.n_past :]
+
+    def store(self, model: Any, tokens: Sequence[int], prompt_cache: Sequence[Any]) -> Saved:  # noqa: ARG002
+        """Store what mlx-lm cache objects hold, for `fetch` to find; no logits, and no name.
+
+        `tokens` are those that the objects hold: all that were fed, which after mlx-lm's loop are
+        the prompt and every generated token that went through the model.
+
+        Raises:
+            UnsupportedLayer: the objects hold another number of tokens.
+            StoreError: the file system refuses.
+        """
+        tokens = tuple(int(token) for token in tokens)
+        held = {layer.offset for _, layer in leaves(prompt_cache) if hasattr(layer, "offset")}
+        if held - {len(tokens)}:
+            raise UnsupportedLayer(
+                f"{len(tokens)} tokens were given, and the layers hold {max(held)}: give those that "
+                "they hold"
+            )
+        state = State(
+            tokens=tokens,
+            contents=capture(prompt_cache, len(tokens)),
+            logits=None,
+            embedding=None,
+            rng=fresh_key(),
+            kv=self.kv,
+            lineage=UNKNOWN,
+            trail=Trail(self._refs_of(prompt_cache, tokens)),
+        )
+        return self.save(None, state, sync=False)
+
+    def _refs_of(self, prompt_cache: Sequence[Any], tokens: tuple[int, ...]) -> tuple[Ref, ...]:
+        """The blocks that these objects came from, if `fetch` made them and they went on from there."""
+        first = next((layer for _, layer in leaves(prompt_cache)), None)
+        state = self._fetched.get(first) if first is not None else None
+        if state is None or tokens[: state.n_past] != state.tokens:
+            return ()
+        return state.trail.refs
+
+    # Management
+
+    def list(self) -> builtins.list[catalog.Entry]:
+        """Every state in the store, newest first; those of other models are stale."""
+        with self._store.shared():
+            return catalog.entries(self._store, self.fingerprint)
+
+    def clear(self, names: Iterable[str]) -> catalog.Plan:
+        """Delete these names and what only they use; return what was deleted.
+
+        Raises:
+            CacheMiss: there is no such name; nothing was deleted.
+            CacheLocked: others read or write, and do not come to an end.
+        """
+        with self._store.exclusive():
+            plan = catalog.plan_clear(self._store, catalog.named(self._store, names))
+            catalog.execute(self._store, plan)
+            return plan
+
+    def verify(self, names: Sequence[str] = ()) -> catalog.Report:
+        """Read every byte of these states (of all, if none is named) and check it."""
+        with self._store.shared():
+            return catalog.verify(self._store, names)

@@ -1,0 +1,111 @@
+"""`clear`: delete stored states, and what only they use."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from typing import Any
+
+import click
+
+from mlx_promptcache import catalog
+from mlx_promptcache.cli import output
+from mlx_promptcache.cli.options import ModelChoice, model_options, output_options, take
+from mlx_promptcache.errors import PromptCacheError
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+def _duration(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:  # noqa: ARG001
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", value.strip())
+    if match is None:
+        raise click.BadParameter("give a number and a unit: 30d, 12h, 45m")
+    return float(match[1]) * UNITS[match[2]]
+
+
+@click.command(help=__doc__)
+@click.argument("names", nargs=-1)
+@model_options
+@click.option("--all", "everything", is_flag=True, help="Everything in the store.")
+@click.option("--stale", is_flag=True, help="States that other weights made.")
+@click.option("--damaged", is_flag=True, help="States that cannot be restored.")
+@click.option("--older-than", callback=_duration, metavar="30d", help="Not used for so long.")
+@click.option("--unnamed", is_flag=True, help="States without a name.")
+@click.option("--dry-run", is_flag=True, help="Show the plan, delete nothing.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@output_options
+def command(**options: Any) -> int:
+    """Parse, plan, ask, delete."""
+    choice = take(ModelChoice, options)
+    store = choice.store()
+    if not _anything(options):
+        raise click.UsageError("say what to delete: names, or --all, --stale, --damaged, ...")
+    fingerprint = choice.fingerprint(store) if options["stale"] else None
+    if options["stale"] and fingerprint is None:
+        raise click.UsageError("--stale needs the model: give --model")
+    with store.shared():
+        plan = _plan(store, options, fingerprint)
+    if not options["as_json"]:
+        _print(plan, options["dry_run"])
+    done = bool(plan) and not options["dry_run"] and _agreed(options)
+    freed = 0
+    if done:
+        with store.exclusive():
+            plan = _plan(store, options, fingerprint)  # others may have written since
+            freed = catalog.execute(store, plan)
+    if options["as_json"]:
+        removed = [*plan.names, *plan.snapshots] if done or options["dry_run"] else []
+        freed = plan.freed_bytes if options["dry_run"] else freed
+        output.print_json(
+            {
+                "removed": [*plan.names, *(s.rpartition("-")[2] for s in plan.snapshots)]
+                if removed
+                else [],
+                "freed_bytes": freed,
+                "dry_run": options["dry_run"],
+            }
+        )
+    elif done:
+        click.echo(f"freed {output.size(freed)}")
+    return 0
+
+
+def _anything(options: dict[str, Any]) -> bool:
+    flags = ("names", "everything", "stale", "damaged", "unnamed")
+    return any(options[flag] for flag in flags) or options["older_than"] is not None
+
+
+def _plan(store: Any, options: dict[str, Any], fingerprint: Any) -> catalog.Plan:
+    doomed = catalog.named(store, options["names"])
+    for entry in catalog.entries(store, fingerprint):
+        idle = time.time() - entry.last_used
+        if (
+            (options["stale"] and entry.status == catalog.STALE)
+            or (options["damaged"] and entry.status == catalog.DAMAGED)
+            or (options["unnamed"] and entry.name is None)
+            or (options["older_than"] is not None and idle > options["older_than"])
+        ):
+            doomed.append(entry)
+    return catalog.plan_clear(store, doomed, everything=options["everything"])
+
+
+def _agreed(options: dict[str, Any]) -> bool:
+    if options["yes"]:
+        return True
+    if options["as_json"] or not sys.stdin.isatty():
+        raise PromptCacheError("nothing was deleted: say --yes to delete without being asked")
+    return click.confirm("Delete?", default=False, err=True)
+
+
+def _print(plan: catalog.Plan, dry_run: bool) -> None:
+    if not plan:
+        click.echo("there is nothing to delete")
+        return
+    click.echo(
+        f"{'would delete' if dry_run else 'to delete'}: {len(plan.names)} names"
+        f"{' (' + ', '.join(plan.names) + ')' if plan.names else ''}, {len(plan.snapshots)} snapshots, "
+        f"{len(plan.blocks)} blocks, {output.size(plan.freed_bytes)}"
+    )

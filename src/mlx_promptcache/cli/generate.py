@@ -1,0 +1,141 @@
+"""`generate`: continue a prompt, and reuse what was computed before."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_promptcache import catalog
+from mlx_promptcache.cli import output
+from mlx_promptcache.cli.options import (
+    ModelChoice,
+    PromptChoice,
+    model_options,
+    output_options,
+    prompt_options,
+    sampling_options,
+    take,
+)
+from mlx_promptcache.errors import CacheMiss
+from mlx_promptcache.store import check_name
+
+if TYPE_CHECKING:
+    from mlx_promptcache.cli.session import Session
+    from mlx_promptcache.prompt import Prompt
+    from mlx_promptcache.run import Run
+    from mlx_promptcache.runner import Runner
+    from mlx_promptcache.store import Store
+
+
+@click.command(help=__doc__)
+@prompt_options
+@model_options
+@click.option(
+    "--prompt-cache", is_flag=False, flag_value="", metavar="[NAME]",
+    help="Reuse the longest stored prefix and keep this prompt (the default); with a name, go on "
+    "after the stored prompt of that name.",
+)  # fmt: skip
+@click.option("--prompt-cache-ro", is_flag=True, help="Reuse, but write nothing.")
+@click.option("--prompt-cache-all", is_flag=True, help="Keep the generated tokens' state, too.")
+@click.option("--save-as", metavar="NAME", help="Name the state at the end of the run.")
+@click.option("--no-prompt-cache", is_flag=True, help="Neither read nor write.")
+@click.option("--exact", is_flag=True, help="The very bits of a run without the cache.")
+@sampling_options
+@output_options
+def command(**options: Any) -> int:
+    """Parse, check, run."""
+    choice, prompts = take(ModelChoice, options), take(PromptChoice, options)
+    name: str | None = options["prompt_cache"] or None
+    off, read_only = options["no_prompt_cache"], options["prompt_cache_ro"]
+    _check(options, name)
+    if name is not None:
+        _stored(choice.store(), name)  # before the model, which takes long
+
+    from mlx_promptcache.cli.session import DEFAULT_MAX_TOKENS, Interrupted, Session
+
+    runner = choice.runner(read_only=read_only, use_cache=not off)
+    session = Session(
+        runner, as_json=options["as_json"], quiet=options["quiet"], seed=options["seed"]
+    )
+    prompt = _prompt(runner, prompts, choice, name)
+    sampling = sampling_of(options, session.seed)
+    limit = DEFAULT_MAX_TOKENS if options["max_tokens"] is None else options["max_tokens"]
+    run: Run | None = None
+    with session.interrupt:
+        try:
+            with session.progress() as progress:
+                run = runner.start(
+                    prompt, exact=options["exact"], sampling=sampling, progress=progress
+                )
+            if limit:
+                session.generate(run, limit, options["stop"])
+            session.finish_reason = session.finish_reason or "length"
+        except Interrupted:
+            session.finish_reason = "interrupted"
+        _keep(session, run, options)
+    if options["as_json"]:
+        output.print_json(session.answer(run))
+    return 130 if session.finish_reason == "interrupted" else 0
+
+
+def _check(options: dict[str, Any], name: str | None) -> None:
+    writes = options["save_as"] is not None or options["prompt_cache_all"]
+    if options["no_prompt_cache"] and (writes or name is not None or options["prompt_cache_ro"]):
+        raise click.UsageError("--no-prompt-cache goes with no other option of the prompt cache")
+    if options["prompt_cache_ro"] and writes:
+        raise click.UsageError("--prompt-cache-ro writes nothing: leave out what saves")
+    if options["save_as"] is not None:
+        check_name(options["save_as"])
+
+
+def _stored(store: Store, name: str) -> catalog.Header:
+    return catalog.find(store, name)[1]
+
+
+def _prompt(runner: Runner, prompts: PromptChoice, choice: ModelChoice, name: str | None) -> Prompt:
+    from mlx_promptcache.cli.prompts import continuation_of, prompt_of
+    from mlx_promptcache.state import Origin
+
+    if name is None:
+        return prompt_of(prompts, runner.prompter)
+    store = choice.store()
+    header = _stored(store, name)
+    origin = Origin.from_json(header.content["origin"])
+    tokens: list[int] = []
+    if origin.text is None and origin.messages is None:
+        try:
+            tokens = catalog.tokens_of(store, header)
+        except CacheMiss as exc:
+            raise CacheMiss(f"the state {name!r} is damaged: {exc}; save it again") from exc
+    return continuation_of(prompts, runner.prompter, origin, tokens)
+
+
+def sampling_of(options: dict[str, Any], seed: int | None) -> Any:
+    """The sampling that a command's options ask for."""
+    from mlx_promptcache.sampling import Sampling
+
+    names = ("temp", "top_p", "top_k", "min_p", "repetition_penalty", "repetition_context_size")
+    given = {name: options[name] for name in names if options[name] is not None}
+    try:
+        return Sampling(**given, seed=seed)
+    except ValueError as exc:
+        raise click.UsageError(str(exc)) from exc
+
+
+def _keep(session: Session, run: Run | None, options: dict[str, Any]) -> None:
+    """Keep the prompt, and what was generated after it if that is wanted."""
+    from mlx_promptcache.prompt import answered
+
+    exact = options["exact"]
+    if session.runner.cache is None:
+        return
+    if run is None:  # interrupted in the prompt: keep what is computed of it
+        partial = session.runner.run_in_progress
+        if partial is not None and partial.prefilled_tokens_so_far:
+            session.keep(None, partial.state(), exact=exact)
+        return
+    session.keep(None, run.prompt_state(), exact=exact)
+    if options["prompt_cache_all"] or options["save_as"] is not None:
+        run.origin = answered(run.origin, session.text)
+        session.keep(options["save_as"], run.state(), exact=exact)

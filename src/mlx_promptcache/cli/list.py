@@ -1,0 +1,86 @@
+"""`list`: list the stored states of a model, newest first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from mlx_promptcache import catalog, places
+from mlx_promptcache.cli import output
+from mlx_promptcache.cli.options import ModelChoice, model_options, output_options, take
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
+
+
+@click.command(help=__doc__)
+@model_options
+@click.option("--all", "everywhere", is_flag=True, help="Every store that you have written to.")
+@output_options
+def command(**options: Any) -> int:
+    """Parse, look, print."""
+    choice = take(ModelChoice, options)
+    if options["everywhere"]:
+        found = [(store, None) for store in map(Store, places.known_stores())]
+    else:
+        store = choice.store()
+        found = [(store, choice.fingerprint(store))]  # type: ignore[list-item]
+    entries: list[dict[str, Any]] = []
+    total = blocks = 0
+    for store, fingerprint in found:
+        with store.shared():
+            for entry in catalog.entries(store, fingerprint):
+                row = entry_json(entry)
+                entries.append(
+                    row | {"store": str(store.directory)} if options["everywhere"] else row
+                )
+            stems = store.stems(BLOCKS)
+            blocks += len(stems)
+            total += sum(store.size(BLOCKS, stem) for stem in stems)
+            total += sum(store.size(SNAPSHOTS, stem) for stem in store.stems(SNAPSHOTS))
+    if options["as_json"]:
+        output.print_json({"entries": entries, "total_bytes": total, "blocks": blocks})
+    else:
+        _print(entries, total, blocks)
+    return 0
+
+
+def entry_json(entry: catalog.Entry) -> dict[str, Any]:
+    """One stored state as JSON."""
+    return {
+        "name": entry.name,
+        "snapshot": entry.snapshot,
+        "tokens": entry.tokens,
+        "bytes": entry.bytes,
+        "shared_bytes": entry.shared_bytes,
+        "raw_bytes": entry.raw_bytes,
+        "created": entry.created,
+        "last_used": entry.last_used,
+        "hits": entry.hits,
+        "status": entry.status,
+        "reason": entry.reason,
+    }
+
+
+def _print(entries: list[dict[str, Any]], total: int, blocks: int) -> None:
+    if not entries:
+        click.echo("nothing is stored")
+        return
+    heads = ["name", "snapshot", "tokens", "own", "shared", "age", "used", "hits", "status"]
+    rows = [
+        [
+            e["name"] or "-",
+            e["snapshot"] or "-",
+            str(e["tokens"]),
+            output.size(e["bytes"]),
+            output.size(e["shared_bytes"]),
+            output.age(e["created"]),
+            output.age(e["last_used"]),
+            str(e["hits"]),
+            e["status"],
+        ]
+        for e in entries
+    ]
+    output.table(heads, rows)
+    click.echo(f"{len(entries)} states, {blocks} blocks, {output.size(total)} in all")
+    for reason in dict.fromkeys(f"{e['status']}: {e['reason']}" for e in entries if e["reason"]):
+        click.echo(reason)

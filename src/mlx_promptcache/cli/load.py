@@ -1,0 +1,101 @@
+"""`load`: restore a state, and go on generating where it stopped."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_promptcache import catalog
+from mlx_promptcache.cli import output
+from mlx_promptcache.cli.options import (
+    ModelChoice,
+    model_options,
+    output_options,
+    sampling_options,
+    take,
+)
+from mlx_promptcache.store import check_name
+
+if TYPE_CHECKING:
+    from mlx_promptcache.runner import Runner
+    from mlx_promptcache.state import State
+
+LIKELIEST = 5
+
+
+@click.command(help=__doc__)
+@click.argument("name")
+@model_options
+@click.option("--prompt-cache-all", is_flag=True, help="Keep the generated tokens' state.")
+@click.option("--save-as", metavar="NAME", help="Name the state at the end of the run.")
+@sampling_options
+@output_options
+def command(**options: Any) -> int:
+    """Parse, check, run."""
+    choice = take(ModelChoice, options)
+    if options["save_as"] is not None:
+        check_name(options["save_as"])
+    catalog.find(choice.store(), options["name"])  # before the model, which takes long
+
+    from mlx_promptcache.cli.session import Session
+    from mlx_promptcache.prompt import answered
+
+    runner = choice.runner()
+    assert runner.cache is not None  # noqa: S101 - it was asked for
+    session = Session(
+        runner, as_json=options["as_json"], quiet=options["quiet"], seed=options["seed"]
+    )
+    began = time.perf_counter()
+    state = runner.cache.load(options["name"], blueprint=runner.blueprint)
+    run = runner.resume(state, _sampling(options, state))
+    run.load_seconds = time.perf_counter() - began
+    likeliest = _likeliest(runner, state)
+    with session.interrupt:
+        if options["max_tokens"]:
+            session.generate(run, options["max_tokens"], options["stop"])
+            if options["prompt_cache_all"] or options["save_as"] is not None:
+                run.origin = answered(run.origin, session.text)
+                session.keep(options["save_as"], run.state())
+    if options["as_json"]:
+        answer = session.answer(run) | {"source": options["name"], "next_tokens": likeliest}
+        answer["seed"] = options["seed"]
+        output.print_json(answer)
+    elif not options["max_tokens"]:
+        _describe(options["name"], state, likeliest)
+    return 130 if session.finish_reason == "interrupted" else 0
+
+
+def _sampling(options: dict[str, Any], state: State) -> Any:
+    """The state's own sampling, with what the command line changes of it."""
+    from dataclasses import replace
+
+    names = ("temp", "top_p", "top_k", "min_p", "repetition_penalty", "repetition_context_size")
+    given = {name: options[name] for name in names if options[name] is not None}
+    try:
+        return replace(state.sampling, **given, seed=options["seed"])
+    except ValueError as exc:
+        raise click.UsageError(str(exc)) from exc
+
+
+def _likeliest(runner: Runner, state: State) -> list[dict[str, Any]]:
+    import mlx.core as mx
+
+    if state.logits is None:
+        return []
+    logits = state.logits.astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits)
+    ids = [int(i) for i in mx.argsort(-logprobs)[:LIKELIEST].tolist()]  # type: ignore[union-attr, arg-type]
+    return [
+        {"token": i, "text": runner.tokenizer.decode([i]), "logprob": float(logprobs[i].item())}
+        for i in ids
+    ]
+
+
+def _describe(name: str, state: State, likeliest: list[dict[str, Any]]) -> None:
+    click.echo(f"{name}: {state.n_past} tokens, {output.size(state.nbytes)} in memory")
+    click.echo(f"sampling: {state.sampling}")
+    click.echo("the likeliest next tokens:")
+    for row in likeliest:
+        click.echo(f"  {row['logprob']:8.3f}  {row['text']!r}")

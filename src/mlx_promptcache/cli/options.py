@@ -1,0 +1,217 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from mlx_promptcache import models, places
+from mlx_promptcache.cli import output
+from mlx_promptcache.errors import ModelError, PromptError
+from mlx_promptcache.fingerprint import Fingerprint, KVSettings, remembered
+from mlx_promptcache.store import WEIGHTS, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mlx_promptcache.runner import Runner
+
+    Command = Callable[..., Any]
+
+T = TypeVar("T")
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _notices(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:  # noqa: ARG001
+    output.set_up_notices(quiet=quiet)
+    return quiet
+
+
+output_options = _options(
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead."),
+    click.option("--quiet", is_flag=True, callback=_notices, is_eager=True, help="No notices."),
+)
+
+model_options = _options(
+    click.option(
+        "-m", "--model", envvar="MLX_PROMPTCACHE_MODEL", metavar="PATH_OR_REPO",
+        help="A directory with an MLX model, or a Hugging Face repo; the demo model by default.",
+    ),
+    click.option("--adapter-path", metavar="DIR", help="A LoRA or DoRA adapter of mlx-lm's."),
+    click.option(
+        "--cache-dir", envvar="MLX_PROMPTCACHE_DIR", metavar="DIR",
+        help="The store; prompt_cache in the model's directory by default.",
+    ),
+    click.option("--kv-bits", type=int, help="Quantise the KV cache to so many bits."),
+    click.option("--kv-group-size", type=int, default=64, show_default=True),
+    click.option("--quantized-kv-start", type=int, default=5000, show_default=True),
+    click.option("--max-kv-size", type=int, help="Keep only so many tokens of K/V."),
+    click.option("--salt", default="", help="A private namespace inside the store."),
+)  # fmt: skip
+
+prompt_options = _options(
+    click.option("-p", "--prompt", help="The prompt; - reads standard input."),
+    click.option("--prompt-file", metavar="FILE", help="The prompt, from a file."),
+    click.option("--system-prompt", help="The system message of a chat."),
+    click.option("--messages", metavar="FILE.json", help="A chat: a JSON list of messages."),
+    click.option("--ignore-chat-template", is_flag=True, help="Take the prompt as plain text."),
+    click.option("--prefix", help="Text before the prompt, worth keeping by itself."),
+    click.option("--prefix-file", metavar="FILE", help="The same, from a file."),
+)
+
+sampling_options = _options(
+    click.option("-n", "--max-tokens", type=int, help="How many tokens to generate at the most."),
+    click.option("--temp", type=float, help="Temperature; 0 takes the likeliest token."),
+    click.option("--top-p", type=float, help="Nucleus sampling."),
+    click.option("--top-k", type=int),
+    click.option("--min-p", type=float),
+    click.option("--seed", type=int, help="Where the draws begin; afresh by default."),
+    click.option("--repetition-penalty", type=float),
+    click.option("--repetition-context-size", type=int),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable."),
+)
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The model options of a command."""
+
+    model: str | None
+    adapter_path: str | None
+    cache_dir: str | None
+    kv_bits: int | None
+    kv_group_size: int
+    quantized_kv_start: int
+    max_kv_size: int | None
+    salt: str
+
+    @property
+    def kv(self) -> KVSettings:
+        """How K/V are kept."""
+        return KVSettings(
+            self.kv_bits, self.kv_group_size, self.quantized_kv_start, self.max_kv_size
+        )
+
+    def path(self) -> Path:
+        """The model's directory.
+
+        Raises:
+            ModelError: there is no such model, or none is chosen.
+        """
+        if self.model is not None:
+            return models.find(self.model)
+        demo = places.demo_model()
+        if demo is None:
+            raise ModelError("no model is chosen: give one with --model PATH_OR_REPO")
+        return demo
+
+    def store(self) -> Store:
+        """The store, checked to be one. Needs no model if `--cache-dir` is given."""
+        directory = Path(self.cache_dir).expanduser() if self.cache_dir else None
+        store = Store(directory or places.store_directory(self.path()))
+        store.check()
+        return store
+
+    def fingerprint(self, store: Store) -> Fingerprint | None:
+        """The fingerprint of the model, to tell stale states; None where no model is chosen."""
+        if self.model is None and self.cache_dir is not None:
+            return None
+        adapter = Path(self.adapter_path) if self.adapter_path else None
+        memo = store.directory / WEIGHTS
+        return remembered(self.path(), memo, adapter=adapter, kv=self.kv, salt=self.salt)
+
+    def runner(self, *, read_only: bool = False, use_cache: bool = True) -> Runner:
+        """Load the model."""
+        path = self.path()
+        if use_cache:
+            self.store()  # before the model, which takes long
+        from mlx_promptcache.runner import Runner
+
+        return Runner.load(
+            str(path),
+            self.adapter_path,
+            self.kv_bits,
+            self.cache_dir,
+            kv_group_size=self.kv_group_size,
+            quantized_kv_start=self.quantized_kv_start,
+            max_kv_size=self.max_kv_size,
+            salt=self.salt,
+            read_only=read_only,
+            use_cache=use_cache,
+        )
+
+
+@dataclass(frozen=True)
+class PromptChoice:
+    """The prompt options of a command, files and standard input not yet read."""
+
+    prompt: str | None
+    prompt_file: str | None
+    system_prompt: str | None
+    messages: str | None
+    ignore_chat_template: bool
+    prefix: str | None
+    prefix_file: str | None
+
+    def __post_init__(self) -> None:
+        for one, other in (("prompt", "prompt_file"), ("prefix", "prefix_file")):
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                flags = [f"--{name.replace('_', '-')}" for name in (one, other)]
+                raise click.UsageError(f"give {flags[0]} or {flags[1]}, not both")
+
+    def text(self) -> str:
+        """The prompt itself."""
+        if self.prompt == "-":
+            return sys.stdin.read()
+        return self.prompt if self.prompt is not None else _file(self.prompt_file)
+
+    def prefix_text(self) -> str:
+        """What stands before the prompt."""
+        return self.prefix if self.prefix is not None else _file(self.prefix_file)
+
+    def chat(self) -> list[dict[str, Any]] | None:
+        """The messages, with those that other options add."""
+        if self.messages is None:
+            return None
+        try:
+            chat = json.loads(_file(self.messages))
+        except (ValueError, RecursionError) as exc:
+            raise PromptError(f"{self.messages} is not JSON: {exc}") from exc
+        if not isinstance(chat, list) or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) for m in chat
+        ):
+            raise PromptError(f"{self.messages} must be a list of messages, each with a role")
+        if self.system_prompt is not None:
+            chat.insert(0, {"role": "system", "content": self.system_prompt})
+        if text := self.prefix_text() + self.text():
+            chat.append({"role": "user", "content": text})
+        return chat
+
+
+def _file(name: str | None) -> str:
+    if name is None:
+        return ""
+    try:
+        return Path(name).expanduser().read_text("utf-8")
+    except OSError as exc:
+        raise PromptError(f"{name} cannot be read: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise PromptError(f"{name} is not UTF-8 text") from exc
+
+
+def take(kind: type[T], options: dict[str, Any]) -> T:
+    """Take the options that belong to one of the choices above out of all of a command's."""
+    return kind(**{f.name: options.pop(f.name) for f in fields(kind)})  # type: ignore[arg-type]

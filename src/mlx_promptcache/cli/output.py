@@ -1,0 +1,81 @@
+"""What users see: answers on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+STARTED = time.time()  # a fallback: the process is a few hundredths of a second older
+
+
+def debug() -> bool:
+    """Whether tracebacks are wanted."""
+    return os.environ.get("MLX_PROMPTCACHE_DEBUG", "") not in {"", "0"}
+
+
+def error(sentence: str) -> None:
+    """Say what is wrong, in one line."""
+    click.echo(f"mlx-promptcache: {' '.join(sentence.split())}", err=True)
+
+
+def set_up_notices(*, quiet: bool) -> None:
+    """Show the package's notices on standard error, unless they are not wanted."""
+    log = logging.getLogger("mlx_promptcache")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("mlx-promptcache: %(message)s"))
+    log.handlers = [handler]
+    log.propagate = False
+    log.setLevel(logging.CRITICAL if quiet else logging.WARNING)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print one JSON object."""
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print columns, the first to the left and the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
+    for row in (heads, *rows):
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        click.echo("  ".join(cells).rstrip())
+
+
+def size(count: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def age(then: float) -> str:
+    """How long ago, for people."""
+    if not then:
+        return "-"
+    seconds = max(0.0, time.time() - then)
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def process_seconds() -> float:
+    """Seconds since this process started."""
+    try:
+        with open("/proc/self/stat", "rb") as file:  # noqa: PTH123 - the one file of its kind
+            ticks = int(file.read().rpartition(b")")[2].split()[19])  # field 22: starttime
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError):
+        return time.time() - STARTED

@@ -1,0 +1,69 @@
+"""`save`: compute a prompt and keep its state under a name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from mlx_promptcache.cli import output
+from mlx_promptcache.cli.options import (
+    ModelChoice,
+    PromptChoice,
+    model_options,
+    output_options,
+    prompt_options,
+    take,
+)
+from mlx_promptcache.store import check_name
+
+
+@click.command(help=__doc__)
+@click.argument("name")
+@prompt_options
+@model_options
+@click.option("--exact", is_flag=True, help="Reuse only the very bits of a run without the cache.")
+@click.option("--force", is_flag=True, help="Let the name stand for this state from now on.")
+@output_options
+def command(**options: Any) -> int:
+    """Parse, check, run."""
+    choice, prompts = take(ModelChoice, options), take(PromptChoice, options)
+    name: str = check_name(options["name"])
+
+    from mlx_promptcache.cli.prompts import origin_of
+    from mlx_promptcache.cli.session import Interrupted, Session, saved_json
+
+    runner = choice.runner()
+    session = Session(runner, as_json=options["as_json"], quiet=options["quiet"], seed=0)
+    assert runner.cache is not None  # noqa: S101 - it was asked for
+    prompt = runner.prompter.beginning(origin_of(prompts, runner.prompter)[0])
+    with session.interrupt:
+        try:
+            with session.progress() as progress:
+                run = runner.start(prompt, exact=options["exact"], progress=progress)
+        except Interrupted:
+            partial = runner.run_in_progress
+            if partial is not None and partial.prefilled_tokens_so_far:
+                session.keep(None, partial.state())
+            output.error("interrupted: what was computed is kept, without a name")
+            return 130
+        state = run.state()
+        saved = runner.cache.save(name, state, replace=options["force"], exact=options["exact"])
+    session.remember()
+    answer = {
+        **saved_json(saved),
+        "tokens": state.n_past,
+        "cached_tokens": run.cached_tokens,
+        "prefilled_tokens": run.prefilled_tokens,
+        "prefill_seconds": run.prefill_seconds,
+        "raw_bytes": state.nbytes,
+    }
+    if options["as_json"]:
+        output.print_json(answer)
+    else:
+        click.echo(
+            f"{name}: {state.n_past} tokens ({run.prefilled_tokens} computed in "
+            f"{run.prefill_seconds:.1f} s), {output.size(saved.bytes_written)} written of "
+            f"{output.size(state.nbytes)} in memory"
+        )
+    return 0

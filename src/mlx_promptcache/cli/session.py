@@ -1,0 +1,155 @@
+"""A run as commands make it: with progress, Ctrl-C, text as it comes, and the JSON of its end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+import mlx.core as mx
+
+from mlx_promptcache import places
+from mlx_promptcache.cli import output
+from mlx_promptcache.cli.interrupt import Interrupt, Interrupted
+from mlx_promptcache.errors import PromptCacheError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mlx_promptcache.run import Progress, Run, Step
+    from mlx_promptcache.runner import Runner
+    from mlx_promptcache.saver import Saved
+    from mlx_promptcache.state import State
+
+log = logging.getLogger("mlx_promptcache")
+
+DEFAULT_MAX_TOKENS = 100  # as mlx_lm.generate
+
+
+class Session:
+    """One run of one command."""
+
+    def __init__(self, runner: Runner, *, as_json: bool, quiet: bool, seed: int | None) -> None:
+        self.runner = runner
+        self.as_json = as_json
+        self.seed = secrets.randbits(32) if seed is None else seed
+        self.interrupt = Interrupt()
+        self.text = ""
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+        self.first_token_seconds: float | None = None
+        self.generation_seconds = 0.0
+        self.saved: Saved | None = None
+        self._bar = sys.stderr.isatty() and not quiet and not as_json
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """A function that shows how far the prompt is, and ends the prefill on Ctrl-C."""
+        if not self._bar:
+            yield lambda done, total: self.interrupt.check()  # noqa: ARG005
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("prompt"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("prompt", total=None)
+
+            def show(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
+                self.interrupt.check()
+
+            yield show
+
+    def generate(self, run: Run, max_tokens: int, stop: tuple[str, ...]) -> None:
+        """Generate, and print the text as it comes."""
+        began = time.perf_counter()
+        for step in run.steps(max_tokens, stop):
+            self._take(step)
+            self.generation_seconds = time.perf_counter() - began
+            if self.interrupt.wanted and not step.finish_reason:
+                self.finish_reason = "interrupted"
+                break
+        if not self.as_json:
+            click.echo()
+
+    def _take(self, step: Step) -> None:
+        if self.first_token_seconds is None:
+            self.first_token_seconds = output.process_seconds()
+        self.tokens.append(step.token)
+        self.text += step.text
+        self.finish_reason = step.finish_reason or self.finish_reason
+        if not self.as_json and step.text:
+            click.echo(step.text, nl=False)
+            sys.stdout.flush()
+
+    def keep(self, name: str | None, state: State, *, exact: bool = False) -> None:
+        """Save a state. With no name it is a convenience, and failing is a notice.
+
+        Raises:
+            PromptCacheError: a state that was to be named cannot be saved.
+        """
+        cache = self.runner.cache
+        if cache is None or cache.read_only:
+            return
+        try:
+            saved = cache.save(name, state, replace=True, sync=name is not None, exact=exact)
+        except PromptCacheError as exc:
+            if name is not None:
+                raise
+            log.warning("the prompt was not kept: %s", exc)
+            return
+        self.remember()
+        self.saved = saved if self.saved is None else self.saved + saved
+
+    def remember(self) -> None:
+        """Let `list --all` know of this store."""
+        if self.runner.cache is not None:
+            places.remember_store(self.runner.cache.directory)
+
+    def answer(self, run: Run | None) -> dict[str, Any]:
+        """The JSON of the run's end."""
+        match = run.match if run else None
+        cached = run.cached_tokens if run else 0
+        fed = run.prefilled_tokens if run else 0
+        whole = cached > 0 and fed == 0
+        rate = (len(self.tokens) - 1) / self.generation_seconds if self.generation_seconds else 0.0
+        return {
+            "text": self.text,
+            "tokens": self.tokens,
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": cached + fed,
+            "cached_tokens": cached,
+            "prefilled_tokens": fed,
+            "hit": "exact" if whole else "prefix" if cached else "none",
+            "source": match.source if match else None,
+            "miss_reason": match.reason if match and not cached else None,
+            "load_seconds": run.load_seconds if run else 0.0,
+            "prefill_seconds": run.prefill_seconds if run else 0.0,
+            "ttft_seconds": self.first_token_seconds,
+            "total_seconds": output.process_seconds(),
+            "generation_tokens": len(self.tokens),
+            "generation_tps": rate,
+            "saved": None if self.saved is None else saved_json(self.saved),
+            "peak_memory_bytes": mx.get_peak_memory(),
+            "seed": self.seed,
+        }
+
+
+def saved_json(saved: Saved) -> dict[str, Any]:
+    """What a save wrote, as JSON."""
+    return {
+        "name": saved.name,
+        "snapshot": saved.snapshot,
+        "blocks_written": saved.blocks_written,
+        "blocks_shared": saved.blocks_shared,
+        "bytes_written": saved.bytes_written,
+    }
+
+
+__all__ = ["DEFAULT_MAX_TOKENS", "Interrupted", "Session", "saved_json"]

@@ -1,0 +1,111 @@
+"""`show`: show everything about one stored state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_promptcache import catalog
+from mlx_promptcache.cli import output
+from mlx_promptcache.cli.list import entry_json
+from mlx_promptcache.cli.options import ModelChoice, model_options, output_options, take
+from mlx_promptcache.errors import PromptCacheError
+
+if TYPE_CHECKING:
+    from mlx_promptcache.container import Header
+    from mlx_promptcache.store import Store
+
+
+@click.command(help=__doc__)
+@click.argument("name")
+@model_options
+@click.option("--tokens", "with_tokens", is_flag=True, help="Print the token ids alone.")
+@click.option("--text", "with_text", is_flag=True, help="Print the prompt's text alone.")
+@output_options
+def command(**options: Any) -> int:
+    """Parse, look, print."""
+    choice = take(ModelChoice, options)
+    store = choice.store()
+    with store.shared():
+        _, header = catalog.find(store, options["name"])
+        entry = next(
+            e
+            for e in catalog.entries(store, choice.fingerprint(store))
+            if options["name"] in {e.name, e.snapshot}
+        )
+        tokens = catalog.tokens_of(store, header) if options["with_tokens"] else []
+        arrays = _arrays(store, header)
+    origin = header.content["origin"]
+    answer = entry_json(entry) | {
+        "fingerprint": dict(catalog.fingerprint_parts(header)),
+        "versions": header.notes.get("versions"),
+        "boundaries": header.notes.get("boundaries"),
+        "sampling": header.content["sampling"],
+        "text": origin.get("text"),
+        "messages": origin.get("messages"),
+        "system": origin.get("system"),
+        "template": origin.get("template"),
+        "blocks": len(header.content["refs"]),
+        "arrays": arrays,
+    }
+    if options["as_json"]:
+        output.print_json(answer | ({"token_ids": tokens} if options["with_tokens"] else {}))
+    elif options["with_tokens"]:
+        click.echo(" ".join(map(str, tokens)))
+    elif options["with_text"]:
+        click.echo(_text(origin))
+    else:
+        _print(answer)
+    return 0
+
+
+def _arrays(store: Store, snapshot: Header) -> list[dict[str, Any]]:
+    """What arrays the state has: those of its first block for one token, and the snapshot's own."""
+    found: list[dict[str, Any]] = []
+    for stem, _, _, _ in snapshot.content["refs"][:1]:
+        try:
+            block = catalog.block_header(store, stem)
+        except PromptCacheError:
+            continue
+        for label, entry in block.entries.items():
+            layers = block.content["stacks"][label]
+            shape = [*entry.shape[1:3], "tokens", *entry.shape[4:]]
+            found.append(
+                {"name": label, "layers": len(layers), "dtype": entry.dtype, "shape": shape}
+            )
+    for name, entry in snapshot.entries.items():
+        found.append({"name": name, "layers": 1, "dtype": entry.dtype, "shape": list(entry.shape)})
+    return found
+
+
+def _text(origin: dict[str, Any]) -> str:
+    if origin.get("messages") is not None:
+        return "\n".join(f"{m.get('role')}: {m.get('content')}" for m in origin["messages"])
+    if origin.get("text") is None:
+        return "(this state was made from tokens: no text is known)"
+    return str(origin["text"])
+
+
+def _print(answer: dict[str, Any]) -> None:
+    click.echo(f"{answer['name'] or '-'}  {answer['snapshot']}  {answer['status']}")
+    if answer["reason"]:
+        click.echo(f"  reason      {answer['reason']}")
+    click.echo(f"  tokens      {answer['tokens']} in {answer['blocks']} blocks")
+    click.echo(
+        f"  on disk     {output.size(answer['bytes'])} own, {output.size(answer['shared_bytes'])} "
+        f"shared; {output.size(answer['raw_bytes'])} in memory"
+    )
+    used = f"last used {output.age(answer['last_used'])} ago, {answer['hits']} hits"
+    click.echo(f"  made        {output.age(answer['created'])} ago, {used}")
+    click.echo(f"  boundaries  {', '.join(map(str, answer['boundaries'] or [])) or '-'}")
+    for title in ("fingerprint", "versions", "sampling"):
+        click.echo(f"  {title}")
+        for name, value in (answer[title] or {}).items():
+            click.echo(f"    {name}: {value}")
+    click.echo("  arrays")
+    for row in answer["arrays"]:
+        click.echo(f"    {row['layers']:4d} x {row['name']}: {row['dtype']} {row['shape']}")
+    text = _text(answer)
+    shown = text if len(text) <= 200 else f"{text[:100]} ... {text[-100:]}"
+    click.echo(f"  text        {shown!r}")

@@ -1,0 +1,53 @@
+"""`verify`: read every stored byte and check it. Exits with 3 if there is damage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from mlx_promptcache import catalog
+from mlx_promptcache.cli import output
+from mlx_promptcache.cli.options import ModelChoice, model_options, output_options, take
+from mlx_promptcache.store import NAMES
+
+DAMAGE_FOUND = 3
+
+
+@click.command(help=__doc__)
+@click.argument("names", nargs=-1)
+@model_options
+@click.option("--quarantine", is_flag=True, help="Move the damaged files aside.")
+@output_options
+def command(**options: Any) -> int:
+    """Parse, read, report."""
+    store = take(ModelChoice, options).store()
+    with store.shared():
+        report = catalog.verify(store, options["names"])
+    moved = 0
+    if options["quarantine"]:
+        with store.exclusive():
+            moved = sum(
+                store.quarantine(damage.kind, damage.stem)
+                for damage in report.damaged
+                if damage.kind != NAMES
+            )
+    if options["as_json"]:
+        output.print_json(
+            {
+                "files": report.files,
+                "bytes": report.bytes,
+                "seconds": report.seconds,
+                "damaged": [
+                    {"kind": d.kind, "file": d.stem, "reason": d.reason} for d in report.damaged
+                ],
+                "quarantined": moved,
+            }
+        )
+    else:
+        for damage in report.damaged:
+            click.echo(f"{damage.kind}/{damage.stem}: {damage.reason}")
+        found = f"{len(report.damaged)} damaged" if report.damaged else "all sound"
+        aside = f", {moved} moved aside" if moved else ""
+        click.echo(f"{report.files} files, {output.size(report.bytes)}: {found}{aside}")
+    return DAMAGE_FOUND if report.damaged else 0

@@ -1,0 +1,281 @@
+"""Arrays and a header to one safetensors file and back. `docs/format.md` describes the bytes.
+
+The file is a safetensors file like any other: 8 bytes of header length, a JSON header, the tensors.
+Ours differ in what they hold. Every tensor is 1-D U8. The first, `header_sha256`, is the SHA-256 of
+all the bytes before it, so that no byte of the header can change unseen; the others are arrays,
+compressed plane by plane. `__metadata__["header"]` is our own header, JSON in a string:
+
+    kind     what this is a file of
+    content  what it says; with the arrays it makes the digest
+    notes    when and how it was made; not part of the digest
+    arrays   for each array: dtype, shape, planes (codec and bytes of each), sha256 of the stored bytes
+
+Nothing in a file is believed before its checksum agrees, nothing is allocated before its size was
+compared with the file's, and no class or function is ever looked up by a name from a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mlx_promptcache import codec
+from mlx_promptcache.errors import DamagedFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    Json = dict[str, Any]
+    Read = Callable[
+        [int, int], bytes
+    ]  # (offset, length in bytes) to that many bytes, or fewer at the end
+
+FORMAT = "mlx_promptcache"
+VERSION = "1"
+
+SEAL = "header_sha256"
+SEAL_BYTES = 32
+LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+LARGEST_ARRAY_BYTES = 1 << 46
+FIRST_READ_BYTES = 1 << 16  # most headers come whole with the first read
+
+ITEMSIZE = {
+    "bool": 1, "uint8": 1, "int8": 1,
+    "uint16": 2, "int16": 2, "float16": 2, "bfloat16": 2,
+    "uint32": 4, "int32": 4, "float32": 4,
+    "uint64": 8, "int64": 8, "float64": 8, "complex64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array outside of MLX: `data` holds the items in C order, least significant byte first."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the array takes in memory."""
+        return raw_bytes(self.dtype, self.shape)
+
+
+def raw_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes that an array of this dtype and shape takes in memory."""
+    return ITEMSIZE[dtype] * math.prod(shape)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where an array stands in a file, and what it must be."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    planes: tuple[tuple[str, int], ...]
+    sha256: str
+    offset: int  # from the start of the file, in bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that the array takes in the file."""
+        return sum(size for _, size in self.planes)
+
+
+@dataclass(frozen=True)
+class Header:
+    """Everything in a file but the arrays' bytes, checked."""
+
+    kind: str
+    content: Json
+    notes: Json
+    entries: Mapping[str, Entry]
+    digest: str
+    size: int  # of the whole file, in bytes
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes that all arrays together take in memory."""
+        return sum(raw_bytes(entry.dtype, entry.shape) for entry in self.entries.values())
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A file ready to be written: its chunks in order, and the digest of its content."""
+
+    chunks: list[bytes | memoryview] = field(repr=False)
+    digest: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return sum(len(chunk) for chunk in self.chunks)
+
+
+def pack(kind: str, content: Json, notes: Json, arrays: Mapping[str, Array]) -> Packed:
+    """Return the file that holds these; `content` and `notes` must be JSON.
+
+    The digest depends on kind, content and arrays, not on the notes.
+    """
+    table: dict[str, Json] = {}
+    payloads: list[bytes | memoryview] = []
+    for name, array in arrays.items():
+        planes = codec.encode(array.data, ITEMSIZE[array.dtype])
+        sha256 = hashlib.sha256()
+        for plane in planes:
+            sha256.update(plane.data)
+        table[name] = {
+            "dtype": array.dtype,
+            "shape": list(array.shape),
+            "planes": [[plane.codec, len(plane.data)] for plane in planes],
+            "sha256": sha256.hexdigest(),
+        }
+        payloads.extend(plane.data for plane in planes)
+    header = _dumps({"kind": kind, "content": content, "notes": notes, "arrays": table})
+    head = _safetensors_head(header, {name: _stored_bytes(row) for name, row in table.items()})
+    seal = hashlib.sha256(head).digest()
+    return Packed([head, seal, *payloads], _digest(kind, content, table))
+
+
+def _safetensors_head(header: str, sizes: Mapping[str, int]) -> bytes:
+    tensors: Json = {"__metadata__": {"format": FORMAT, "version": VERSION, "header": header}}
+    begin = 0
+    for name, size in [(SEAL, SEAL_BYTES), *sizes.items()]:
+        tensors[name] = {"dtype": "U8", "shape": [size], "data_offsets": [begin, begin + size]}
+        begin += size
+    text = _dumps(tensors).encode()
+    text += b" " * (
+        -len(text) % 8
+    )  # as safetensors writes it: the tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+def _digest(kind: str, content: Json, table: Mapping[str, Json]) -> str:
+    text = _dumps({"kind": kind, "content": content, "arrays": table}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _dumps(value: Any, *, sort_keys: bool = False) -> str:
+    return json.dumps(value, separators=(",", ":"), sort_keys=sort_keys)
+
+
+def read_header(read: Read, size: int) -> Header:
+    """Return the header of a file of `size` bytes, read through `read`; reads no array.
+
+    Raises:
+        DamagedFile: this is not a file of ours, or not the one that was written.
+    """
+    head, seal = _read_head(read, size)
+    if hashlib.sha256(head).digest() != seal:
+        raise DamagedFile("its header does not agree with its checksum")
+    try:
+        return _parse(head, size)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as exc:
+        raise DamagedFile("its header is not one of ours") from exc
+
+
+def _read_head(read: Read, size: int) -> tuple[bytes, bytes]:
+    first = read(0, FIRST_READ_BYTES)
+    length = int.from_bytes(first[:8], "little")
+    if len(first) < 8 or length > min(size - 8 - SEAL_BYTES, LARGEST_HEADER_BYTES):
+        raise DamagedFile("it is cut short, or not a safetensors file")
+    end = 8 + length + SEAL_BYTES
+    if len(first) < end:
+        first += read(len(first), end - len(first))
+    if len(first) < end:
+        raise DamagedFile("it is cut short")
+    return first[: 8 + length], first[8 + length : end]
+
+
+def _parse(head: bytes, size: int) -> Header:
+    tensors = json.loads(head[8:])
+    metadata = tensors.pop("__metadata__")
+    if metadata["format"] != FORMAT:
+        raise DamagedFile("it is a safetensors file, but not one of ours")
+    if metadata["version"] != VERSION:
+        raise DamagedFile(
+            f"it has format version {metadata['version']!r}, and this program reads {VERSION}"
+        )
+    header = json.loads(metadata["header"])
+    table = header["arrays"]
+    if set(tensors) != {SEAL, *table}:
+        raise DamagedFile("its tensors are not those of its header")
+    offset = len(head) + SEAL_BYTES
+    entries: dict[str, Entry] = {}
+    for name, row in table.items():
+        entry = _entry(row, offset)
+        if tensors[name]["data_offsets"] != [offset - len(head), _end(entry) - len(head)]:
+            raise DamagedFile("its tensors overlap, or leave holes")
+        entries[name] = entry
+        offset = _end(entry)
+    if offset != size:
+        raise DamagedFile(f"it has {size} bytes instead of {offset}")
+    content, notes = dict(header["content"]), dict(header["notes"])
+    digest = _digest(header["kind"], content, table)
+    return Header(str(header["kind"]), content, notes, entries, digest, size)
+
+
+def _end(entry: Entry) -> int:
+    return entry.offset + entry.stored_bytes
+
+
+def _stored_bytes(row: Json) -> int:
+    return sum(size for _, size in row["planes"])
+
+
+def _entry(row: Json, offset: int) -> Entry:
+    dtype = row["dtype"]
+    shape = tuple(_natural(n) for n in row["shape"])
+    planes = tuple((str(name), _natural(size)) for name, size in row["planes"])
+    if len(planes) != ITEMSIZE[dtype] or raw_bytes(dtype, shape) > LARGEST_ARRAY_BYTES:
+        raise DamagedFile("an array's size is not possible")
+    return Entry(dtype, shape, planes, str(row["sha256"]), offset)
+
+
+def _natural(n: object) -> int:
+    if type(n) is not int or n < 0:
+        raise DamagedFile(f"{n!r} is not a size")
+    return n
+
+
+def read_stored(read: Read, entry: Entry) -> memoryview:
+    """Return the stored bytes of one array, checked against their checksum.
+
+    Raises:
+        DamagedFile: they are not the bytes that were written.
+    """
+    stored = read(entry.offset, entry.stored_bytes)
+    if len(stored) != entry.stored_bytes or hashlib.sha256(stored).hexdigest() != entry.sha256:
+        raise DamagedFile("an array does not agree with its checksum")
+    return memoryview(stored)
+
+
+def read_array(read: Read, entry: Entry) -> Array:
+    """Return one array, checked and decompressed.
+
+    The caller has compared `entry.dtype` and `entry.shape` with what it expects: as many bytes as
+    they say are allocated here.
+
+    Raises:
+        DamagedFile: its bytes are not those that were written.
+    """
+    stored = read_stored(read, entry)
+    planes, begin = [], 0
+    for name, size in entry.planes:
+        planes.append(codec.Plane(name, stored[begin : begin + size]))
+        begin += size
+    data = codec.decode(planes, raw_bytes(entry.dtype, entry.shape))
+    return Array(entry.dtype, entry.shape, data)
+
+
+def check(read: Read, entries: Iterable[Entry]) -> None:
+    """Read every stored byte of these arrays and compare the checksums; decompress nothing.
+
+    Raises:
+        DamagedFile: an array's bytes are not those that were written.
+    """
+    for entry in entries:
+        read_stored(read, entry)

@@ -1,0 +1,52 @@
+"""What can go wrong, as a tree.
+
+PromptCacheError
+├── CacheMiss            what was asked for is not to be had: no such name, stale, damaged
+│   └── DamagedFile      a file whose content is not what was written
+├── CacheLocked          another process holds the store's lock
+├── StoreError           the file system said no: disk full, no permission
+├── UnsupportedLayer     a layer that cannot be captured, or filled from this file
+├── ModelError           no such model, or not one that mlx-lm can load
+└── PromptError          a prompt that cannot be run: empty, or longer than the context
+
+Each message is one sentence that says what is wrong and, where there is something, what to do.
+Only an explicit request raises them: on the generating path each is a miss and a notice.
+"""
+
+from __future__ import annotations
+
+
+class PromptCacheError(Exception):
+    """The root of the tree: every error that this package raises on purpose."""
+
+
+class CacheMiss(PromptCacheError):  # noqa: N818 - a miss is an answer before it is an error
+    """The state that was asked for cannot be used; `reason` says why in one sentence."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class DamagedFile(CacheMiss):
+    """A file of the store fails its checks: truncated, altered, or not ours at all."""
+
+
+class CacheLocked(PromptCacheError):
+    """The store's lock was not to be had in time."""
+
+
+class StoreError(PromptCacheError):
+    """The file system refused: disk full, no permission, not a directory."""
+
+
+class UnsupportedLayer(PromptCacheError):
+    """A layer's content does not fit this model's layers, or cannot be taken down at all."""
+
+
+class ModelError(PromptCacheError):
+    """There is no such model, or it cannot be loaded."""
+
+
+class PromptError(PromptCacheError):
+    """The prompt cannot be run as it is."""

@@ -1,0 +1,88 @@
+"""Model directories: where a model is, and what its configuration says. Loads nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlx_promptcache.errors import ModelError
+
+FILES = [
+    "*.json",
+    "model*.safetensors",
+    "*.py",
+    "tokenizer.model",
+    "*.tiktoken",
+    "*.txt",
+    "*.jinja",
+]
+CONTEXT_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "n_ctx",
+    "model_max_length",
+)
+
+
+def find(path_or_repo: str) -> Path:
+    """The directory of a model: a local one, or a Hugging Face repo's, downloaded if need be.
+
+    Raises:
+        ModelError: there is no such directory, and no such repo that can be reached.
+    """
+    path = Path(path_or_repo).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{path_or_repo} is a file: give the directory that holds the model")
+    if path.is_absolute() or path_or_repo.startswith((".", "~")) or path_or_repo.count("/") != 1:
+        raise ModelError(f"there is no model directory {path_or_repo}")
+    return _from_hub(path_or_repo)
+
+
+def _from_hub(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=FILES, local_files_only=True))
+    except HFValidationError as exc:
+        raise ModelError(f"{repo!r} is neither a directory nor the name of a repo") from exc
+    except Exception:  # noqa: BLE001, S110 - not there yet, or not whole: whatever it is, download
+        pass
+    try:
+        return Path(snapshot_download(repo, allow_patterns=FILES))
+    except Exception as exc:
+        raise ModelError(
+            f"there is no directory {repo}, and the Hugging Face repo of that name cannot be had: "
+            f"{type(exc).__name__}"
+        ) from exc
+
+
+def config(model: Path) -> dict[str, Any]:
+    """The model's `config.json`.
+
+    Raises:
+        ModelError: it is not there, or is not a JSON object.
+    """
+    try:
+        value = json.loads((model / "config.json").read_bytes())
+    except OSError:
+        raise ModelError(f"{model} holds no model: it has no config.json") from None
+    except (ValueError, RecursionError):
+        raise ModelError(f"{model / 'config.json'} is not JSON") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{model / 'config.json'} is not a JSON object")
+    return value
+
+
+def context_length(settings: dict[str, Any]) -> int | None:
+    """How many tokens the model was made for; None where its configuration does not say."""
+    for part in (settings, settings.get("text_config") or {}):
+        for key in CONTEXT_KEYS:
+            length = part.get(key)
+            if isinstance(length, int) and length > 0:
+                return length
+    return None

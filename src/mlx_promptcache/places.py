@@ -1,0 +1,84 @@
+"""Where things are on this machine: the user's cache directory, the demo model, a model's store."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from pathlib import Path
+
+log = logging.getLogger("mlx_promptcache")
+
+STORE = "prompt_cache"
+DEMO_MODEL = "SmolLM2-135M-Instruct"
+
+
+def user_cache() -> Path:
+    """The directory of this program among the user's caches; it need not exist."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mlx_promptcache"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "mlx_promptcache"
+
+
+def demo_model() -> Path | None:
+    """The model that `scripts/demo` brings, if it is there."""
+    path = user_cache() / "demo" / DEMO_MODEL
+    return path if (path / "config.json").is_file() else None
+
+
+def model_store(model: Path) -> Path:
+    """The store beside a model's weights."""
+    return model / STORE
+
+
+def user_store(model: Path) -> Path:
+    """The store of a model whose own directory cannot be written."""
+    return (
+        user_cache() / "stores" / str(model.resolve()).strip(os.sep).replace(os.sep, "--") / STORE
+    )
+
+
+def is_writable(directory: Path) -> bool:
+    """Whether files can be made in this directory, or in the nearest one above that exists."""
+    while not directory.exists():
+        directory = directory.parent
+    return directory.is_dir() and os.access(directory, os.W_OK | os.X_OK)
+
+
+def store_directory(model: Path, cache_dir: str | None = None) -> Path:
+    """The store of a model: the one given, or the one beside it, or the user's own if that one
+    cannot be written, with a notice.
+    """
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    beside = model_store(model)
+    if beside.is_dir() or is_writable(model):
+        return beside
+    other = user_store(model)
+    log.warning("%s cannot be written: prompt caches are kept in %s", model, other)
+    return other
+
+
+def known_stores() -> list[Path]:
+    """Every store that this user has written to and that is still there."""
+    try:
+        lines = _stores_file().read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+    return [path for path in map(Path, dict.fromkeys(lines)) if path.is_dir()]
+
+
+def remember_store(directory: Path) -> None:
+    """Note that this user has written to a store. Failing is no matter."""
+    path = directory.resolve()
+    if path not in known_stores():
+        with contextlib.suppress(OSError):
+            _stores_file().parent.mkdir(0o700, parents=True, exist_ok=True)
+            with _stores_file().open("a", encoding="utf-8") as file:
+                file.write(f"{path}\n")
+
+
+def _stores_file() -> Path:
+    return user_cache() / "stores.txt"

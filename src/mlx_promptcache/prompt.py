@@ -1,0 +1,185 @@
+"""Text or messages to tokens, and tokens to text.
+
+Tokenisation is not compositional: `encode(a) + encode(b)` is not `encode(a + b)` at the seam, and a
+chat template rewrites its tail. So a prompt is always rendered and encoded whole, and what is stored
+is compared by tokens. Where a prefix ends among the tokens of the whole is found by trying
+continuations: it ends where they begin to differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlx_promptcache.errors import PromptError
+from mlx_promptcache.state import Origin
+from mlx_promptcache.tree import agreeing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+# Beginnings that merge in different ways with what stands before them.
+CONTINUATIONS = ("a", " a", "\n", "\n\na", " ", "1", ".", "-", "é")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens, the positions among them that are worth keeping, and how they were made."""
+
+    tokens: tuple[int, ...]
+    boundaries: tuple[int, ...] = ()
+    origin: Origin = Origin()
+
+
+class Prompter:
+    """Makes prompts with one tokenizer, mlx-lm's wrapper around a Hugging Face tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the tokenizer has a chat template."""
+        return bool(getattr(self._tokenizer, "has_chat_template", False))
+
+    def whole(self, origin: Origin, prefix: Origin | None = None) -> Prompt:
+        """The prompt to answer; `prefix`, its beginning, is declared worth keeping.
+
+        Raises:
+            PromptError: it is empty, or the template refuses it.
+        """
+        tokens = self._encode(origin)
+        if not tokens:
+            raise PromptError("the prompt is empty: give some text with --prompt")
+        boundaries = []
+        if prefix is not None:
+            position = agreeing(self._stable(prefix), tokens)
+            if 0 < position < len(tokens):
+                boundaries.append(position)
+        return Prompt(tuple(tokens), tuple(boundaries), origin)
+
+    def beginning(self, origin: Origin) -> Prompt:
+        """The prompt up to where continuations of it can differ: what is worth keeping of it.
+
+        Text stays open, inside its user message; after messages a new one may follow.
+
+        Raises:
+            PromptError: it is empty, or the template refuses it.
+        """
+        tokens = self._stable(origin)
+        if not tokens or not (origin.text or origin.messages):
+            raise PromptError("the prompt is empty: give some text with --prompt")
+        return Prompt(tuple(tokens), (), origin)
+
+    def _stable(self, origin: Origin) -> list[int]:
+        tokens: list[int] | None = None
+        for continuation in CONTINUATIONS:
+            try:
+                longer = self._encode(continued(origin, continuation))
+            except PromptError:
+                # A template that allows no second user message: what follows is the answer.
+                longer = self._encode(origin)[: len(self._encode(origin, answer=False))]
+            tokens = longer if tokens is None else tokens[: agreeing(tokens, longer)]
+        return tokens or []
+
+    def _encode(self, origin: Origin, *, answer: bool = True) -> list[int]:
+        if origin.messages is not None or origin.template:
+            return self.encode_text(self._render(_messages(origin), answer), special=False)
+        return self.encode_text(origin.text or "", special=True)
+
+    def encode_text(self, text: str, *, special: bool) -> list[int]:
+        """The tokens of a text; with `special` those that the tokenizer puts around text, too.
+
+        A beginning-of-sequence token that stands in the text already is not added again.
+        """
+        bos = getattr(self._tokenizer, "bos_token", None)
+        special = special and not (bos and text.startswith(bos))
+        return [int(t) for t in self._tokenizer.encode(text, add_special_tokens=special)]
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], answer: bool) -> str:
+        if not self.has_template:
+            raise PromptError("this model has no chat template: give the prompt as text")
+        to_be_continued = bool(messages) and messages[-1].get("role") == "assistant"
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    [dict(m) for m in messages],
+                    tokenize=False,
+                    add_generation_prompt=answer and not to_be_continued,
+                    continue_final_message=answer and to_be_continued,
+                )
+            )
+        except Exception as exc:
+            raise PromptError(f"the chat template refuses these messages: {exc}") from exc
+
+
+def _messages(origin: Origin) -> list[Mapping[str, Any]]:
+    if origin.messages is not None:
+        return list(origin.messages)
+    system = [] if origin.system is None else [{"role": "system", "content": origin.system}]
+    return [*system, {"role": "user", "content": origin.text or ""}]
+
+
+def continued(origin: Origin, text: str) -> Origin:
+    """The origin of a longer prompt: text goes on as text, messages by a new user message."""
+    if origin.messages is not None:
+        return Origin(messages=(*origin.messages, {"role": "user", "content": text}))
+    return Origin((origin.text or "") + text, None, origin.system, origin.template)
+
+
+def answered(origin: Origin, text: str) -> Origin:
+    """The origin of a prompt and its answer."""
+    if origin.messages is None and not origin.template:
+        return Origin((origin.text or "") + text)
+    messages = _messages(origin)
+    if messages and messages[-1].get("role") == "assistant":
+        last = {**messages[-1], "content": f"{messages[-1].get('content', '')}{text}"}
+        return Origin(messages=(*messages[:-1], last))
+    return Origin(messages=(*messages, {"role": "assistant", "content": text}))
+
+
+class TextStream:
+    """Tokens to text as they come, up to the first of some stop texts.
+
+    Text that may be the beginning of a stop text is held back until that is decided.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Iterable[str] = ()) -> None:
+        self._detokenizer = None if tokenizer is None else tokenizer.detokenizer
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """The text that can be shown after one more token."""
+        if self._detokenizer is None:
+            return ""
+        self._detokenizer.add_token(token)
+        return self._release(str(self._detokenizer.last_segment))
+
+    def finish(self) -> str:
+        """The text that was held back."""
+        if self._detokenizer is None:
+            return ""
+        self._detokenizer.finalize()
+        text = self._release(str(self._detokenizer.last_segment))
+        held, self._held = self._held, ""
+        return text if self.stopped else text + held
+
+    def _release(self, segment: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + segment
+        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of the text are the beginning of a stop text."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,242 @@
+"""Run: one token sequence going through the model, live.
+
+The loop differs from mlx-lm's `generate_step` in what it makes exact: passes end on a fixed grid of
+positions, every draw takes a key of its own, and at each token that is yielded the layers hold just
+the tokens yielded so far. It is as fast, because the next forward call is on its way before a token
+is waited for.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from mlx_promptcache.layers import capture, live_arrays, quantise
+from mlx_promptcache.passes import Pass, extended, next_end
+from mlx_promptcache.prompt import TextStream
+from mlx_promptcache.sampling import Sampling
+from mlx_promptcache.state import Mark, Origin, State, Trail
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from mlx_promptcache.cache import Match
+    from mlx_promptcache.runner import Runner
+
+    Progress = Callable[[int, int], None]  # (tokens of the prompt that are held, all of them)
+
+CLEAR_EVERY = 256  # tokens between two releases of MLX's buffers, as in mlx-lm
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token. `text` is what can be shown now: at times nothing, at times more.
+
+    `finish_reason` is set on the last one: `stop` (an end token or a stop text) or `length`.
+    """
+
+    token: int
+    text: str
+    finish_reason: str | None = None
+
+
+class Run:
+    """A sequence that grows: mlx-lm's cache objects, and all that a `State` takes down of them."""
+
+    def __init__(self, runner: Runner, state: State | None, start_lineage: str) -> None:
+        self._runner = runner
+        self._tokens: list[int] = list(state.tokens) if state else []
+        self._layers = state.layers(runner.model) if state else runner.make_layers()
+        self._logits = state.logits if state else None
+        self._embedding = state.embedding if state else None
+        self._lineage = state.lineage if state else start_lineage
+        self._trail = state.trail if state else Trail()
+        self._passes: list[Pass] = list(self._trail.passes)
+        self._marks: list[Mark] = list(state.marks) if state else []
+        self._held = len(self._tokens)  # tokens in the layers, those on their way included
+        self._unread: mx.array | None = None  # fed, but its value not yet asked for
+        self._unfed: mx.array | None = None  # yielded, but not fed
+        self.key: mx.array = state.rng if state else mx.random.key(0)
+        self.sampling: Sampling = state.sampling if state else Sampling()
+        self.origin: Origin = state.origin if state else Origin()
+        self.match: Match | None = None
+        self.cached_tokens = self._held
+        self.prefilled_tokens = 0
+        self.load_seconds = 0.0
+        self.prefill_seconds = 0.0
+
+    # Prefill
+
+    def prefill(
+        self, tokens: Sequence[int], boundaries: Sequence[int], progress: Progress | None = None
+    ) -> None:
+        """Feed the tokens that are not held yet, and take a mark at each boundary and at the end.
+
+        Passes end at multiples of `prefill_step`, at boundaries and at the end of the tokens.
+        """
+        began = time.perf_counter()
+        while self._held < len(tokens):
+            if progress:
+                progress(self._held, len(tokens))
+            end = next_end(self._held, len(tokens), self._runner.prefill_step, boundaries)
+            self._forward(mx.array(tokens[self._held : end])[None], end - self._held)
+            self._tokens += tokens[len(self._tokens) : end]
+            arrays = live_arrays(self._layers)
+            if end in boundaries or end == len(tokens):
+                arrays += [a for a in (self._logits, self._embedding) if a is not None]
+                mx.eval(arrays)
+                self._mark()
+            else:
+                mx.eval(arrays)
+            mx.clear_cache()
+        self.prefilled_tokens = self._held - self.cached_tokens
+        self.prefill_seconds = time.perf_counter() - began
+        if progress:
+            progress(self._held, len(tokens))
+        if self.prefilled_tokens:
+            rate = self.prefill_seconds / self.prefilled_tokens
+            self._trail = replace(self._trail, seconds_per_token=rate)
+        if not self._marks or self._marks[-1].position != self._held:
+            self._mark()
+
+    @property
+    def prefilled_tokens_so_far(self) -> int:
+        """Tokens fed since the run began; of use where its prefill was interrupted."""
+        return self._held - self.cached_tokens
+
+    def _mark(self) -> None:
+        contents = capture(self._layers, self._held) if not self._runner.sliceable else ()
+        opaque = tuple(layer for layer in contents if not layer.sliceable)
+        self._marks.append(
+            Mark(self._held, opaque, self._logits, self._embedding, self.key, self._lineage)
+        )
+
+    def _forward(self, inputs: mx.array, count: int) -> None:
+        """One pass over `inputs`, `[1, count]`; nothing is evaluated."""
+        logits, hidden = self._runner.forward(inputs, self._layers)
+        self._logits = logits[0, -1]
+        self._embedding = None if hidden is None else hidden[0, -1]
+        quantise(self._layers, self._runner.kv)
+        end = self._held + count
+        self._passes.append(Pass(self._held, end, self._lineage))
+        self._lineage = extended(self._lineage, self._held, end)
+        self._held = end
+
+    # Decode
+
+    def steps(self, max_tokens: int, stop: Sequence[str] = ()) -> Iterator[Step]:
+        """Generate up to `max_tokens` tokens (without limit if negative).
+
+        At each step `state()` is the state that holds the tokens yielded so far.
+        """
+        tokenizer = self._runner.tokenizer
+        ends = set(tokenizer.eos_token_ids) if tokenizer is not None else set()
+        text = TextStream(tokenizer, stop)
+        limit = self._runner.room_for(self._held, max_tokens)
+        draw = _Draw(self.sampling, self._tokens)
+        key, token = draw(self.key, self._logits)
+        mx.async_eval(token)
+        for count in range(1, limit + 1):
+            # The first token of a run is shown before its own forward call; after the last one
+            # nothing needs a forward call any more, unless somebody asks for the state.
+            self.key = key
+            if 1 < count < limit:
+                self._feed(token)
+                key, following = draw(self.key, self._logits, token)
+                mx.async_eval(following, self._logits)
+                value = self._read()
+            else:
+                self._unfed, value, following = token, int(token.item()), token
+            step = self._step(value, value in ends, count == limit, text)
+            yield step
+            if step.finish_reason:
+                return
+            if count == 1:
+                self._settle()
+                key, following = draw(self.key, self._logits, token)
+            token = following
+            if count % CLEAR_EVERY == 0:
+                mx.clear_cache()
+
+    def _step(self, value: int, ended: bool, last: bool, text: TextStream) -> Step:
+        shown = "" if ended else text.add(value)
+        reason = "stop" if ended or text.stopped else "length" if last else None
+        if reason:
+            shown += text.finish()
+        return Step(value, shown, reason)
+
+    def _feed(self, token: mx.array) -> None:
+        self._forward(token[None], 1)
+        self._unread = token
+
+    def _read(self) -> int:
+        assert self._unread is not None  # noqa: S101 - `_feed` came before
+        value = int(self._unread.item())
+        self._tokens.append(value)
+        self._unread = None
+        return value
+
+    def _settle(self) -> None:
+        """Feed the token that was yielded but not fed; know the one that was fed but not read."""
+        if self._unfed is not None:
+            token, self._unfed = self._unfed, None
+            self._feed(token)
+        if self._unread is not None:
+            self._read()
+
+    # State
+
+    def state(self) -> State:
+        """The state that holds the prompt and the tokens yielded so far."""
+        self._settle()
+        return self._take_down()
+
+    def prompt_state(self) -> State:
+        """The state at the end of the prompt, also after tokens were generated."""
+        whole = self._take_down()
+        mark = self._marks[-1]
+        if mark.position == whole.n_past:
+            return whole
+        earlier = tuple(m for m in self._marks if m.position < mark.position)
+        return replace(whole.at(mark), origin=self.origin, marks=earlier)
+
+    def _take_down(self) -> State:
+        if self._unread is not None:
+            self._read()
+        arrays = [a for a in (self._logits, self._embedding, self.key) if a is not None]
+        mx.eval(*arrays, live_arrays(self._layers))
+        return State(
+            tokens=tuple(self._tokens),
+            contents=capture(self._layers, self._held),
+            logits=self._logits,
+            embedding=self._embedding,
+            rng=self.key,
+            sampling=replace(self.sampling, seed=None),
+            kv=self._runner.kv,
+            lineage=self._lineage,
+            origin=self.origin,
+            marks=tuple(m for m in self._marks if m.position < self._held),
+            trail=replace(self._trail, passes=tuple(self._passes)),
+        )
+
+
+class _Draw:
+    """Draws tokens one after the other; keeps the last tokens, for the penalties."""
+
+    def __init__(self, sampling: Sampling, tokens: Sequence[int]) -> None:
+        self._sample = sampling.sampler()
+        self._size = sampling.context_size
+        self._last = mx.array(tokens[-self._size :] if self._size else [], mx.int32)
+
+    def __call__(
+        self, key: mx.array, logits: mx.array | None, token: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """Return the next key and the next token, `[1]`; `token` is the one drawn before."""
+        assert logits is not None  # noqa: S101 - a run that decodes has been prefilled
+        if self._size and token is not None:
+            self._last = mx.concatenate([self._last, token.astype(mx.int32)])[-self._size :]
+        following, subkey = mx.random.split(key)
+        return following, self._sample(logits[None], self._last, subkey)

@@ -1,0 +1,307 @@
+"""Runner: a model, its tokenizer and its store; prompts in, states and tokens out."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from mlx_promptcache import arithmetic, models, places
+from mlx_promptcache.cache import Match, PromptCache
+from mlx_promptcache.errors import ModelError, PromptError, UnsupportedLayer
+from mlx_promptcache.fingerprint import KVSettings, remembered
+from mlx_promptcache.layers import PROBE_TOKENS, Blueprint, make_layers
+from mlx_promptcache.loader import fresh_key
+from mlx_promptcache.passes import Plan
+from mlx_promptcache.prompt import Prompt, Prompter
+from mlx_promptcache.run import Run, Step
+from mlx_promptcache.sampling import Sampling
+from mlx_promptcache.state import Origin, State
+from mlx_promptcache.store import WEIGHTS, Store
+from mlx_promptcache.tree import CELL
+from mlx_promptcache.trunk import Trunk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from mlx_promptcache.run import Progress
+
+    PromptLike = str | Sequence[Mapping[str, Any]] | Sequence[int] | Prompt
+
+PREFILL_STEP = 512
+
+
+class Runner:
+    """A model that starts where an earlier process stopped.
+
+    `model` and `tokenizer` are a pair from `mlx_lm.load`; both tokenizer and cache may be None.
+    Prompts end their passes on a grid of `prefill_step` positions (a multiple of 256), in cold and
+    in warm runs alike.
+
+    One runner runs one sequence at a time: `state` is that of the latest.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        cache: PromptCache | None = None,
+        *,
+        kv: KVSettings | None = None,
+        prefill_step: int = PREFILL_STEP,
+        context_length: int | None = None,
+    ) -> None:
+        if prefill_step <= 0 or prefill_step % CELL:
+            raise ValueError(f"prefill_step must be a multiple of {CELL}, not {prefill_step}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.kv = kv if kv is not None else cache.kv if cache is not None else KVSettings()
+        self.cache = cache.with_kv(self.kv) if cache is not None else None
+        self.prefill_step = prefill_step
+        self.context_length = context_length
+        self.forward_passes = 0
+        """Forward calls so far; `tokens_fed` is how many tokens went through them."""
+        self.tokens_fed = 0
+        self._blueprint = Blueprint.of(model, self.kv)
+        self._quantised = (
+            None if self.kv.bits is None else Blueprint.of(model, self.kv, quantised=True)
+        )
+        self._trunk = Trunk.of(model, self._probe)
+        self._run: Run | None = None
+
+    @classmethod
+    def load(
+        cls,
+        path_or_repo: str,
+        adapter_path: str | None = None,
+        kv_bits: int | None = None,
+        cache_dir: str | None = None,
+        *,
+        kv_group_size: int = 64,
+        quantized_kv_start: int = 5000,
+        max_kv_size: int | None = None,
+        salt: str = "",
+        read_only: bool = False,
+        use_cache: bool = True,
+    ) -> Runner:
+        """Load a model through mlx-lm and open its store.
+
+        Raises:
+            ModelError: there is no such model or adapter, or mlx-lm cannot load it.
+            StoreError: `cache_dir` is something else than a store.
+        """
+        path = models.find(path_or_repo)
+        kv = KVSettings(kv_bits, kv_group_size, quantized_kv_start, max_kv_size)
+        adapter = None if adapter_path is None else Path(adapter_path)
+        settings = models.config(path)
+        cache = None
+        if use_cache:
+            directory = places.store_directory(path, cache_dir)
+            Store(directory).check()
+            fingerprint = remembered(path, directory / WEIGHTS, adapter=adapter, kv=kv, salt=salt)
+            cache = PromptCache(directory, fingerprint, kv=kv, read_only=read_only)
+        model, tokenizer = _load(path, adapter)
+        length = models.context_length(settings)
+        return cls(model, tokenizer, cache, kv=kv, context_length=length)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the final hidden state can be read from this architecture."""
+        return self._trunk.found
+
+    @property
+    def sliceable(self) -> bool:
+        """Whether every layer is: then any position of what is stored can be resumed."""
+        return self._blueprint.sliceable
+
+    @property
+    def blueprint(self) -> Blueprint:
+        """What the model's layers look like."""
+        return self._blueprint if self._quantised is None else self._blueprint | self._quantised
+
+    def make_layers(self) -> list[Any]:
+        """Empty mlx-lm cache objects for this model."""
+        return make_layers(self.model, self.kv)
+
+    def _probe(self) -> mx.array:
+        tokens = mx.zeros((1, PROBE_TOKENS), mx.int32)
+        return self.model(tokens, cache=self.make_layers())  # type: ignore[no-any-return]
+
+    def forward(self, inputs: mx.array, layers: list[Any]) -> tuple[mx.array, mx.array | None]:
+        """One forward call over `inputs` `[1, tokens]`: logits `[1, 1 or tokens, vocab]`, and the
+        hidden state `[1, 1, hidden]` of the last token where it can be read. Evaluates nothing.
+        """
+        with self._trunk.watched():
+            logits = self.model(inputs, cache=layers)
+        self.forward_passes += 1
+        self.tokens_fed += inputs.size
+        return logits, self._trunk.hidden
+
+    def room_for(self, held: int, max_tokens: int) -> int:
+        """How many tokens may be generated after `held` ones; `max_tokens` < 0 is no limit."""
+        wanted = max_tokens if max_tokens >= 0 else sys.maxsize
+        if self.context_length is None:
+            return wanted
+        return min(wanted, max(0, self.context_length - held))
+
+    # Running
+
+    def start(
+        self,
+        prompt: PromptLike,
+        *,
+        boundaries: Sequence[int] = (),
+        exact: bool = False,
+        reuse: bool = True,
+        sampling: Sampling | None = None,
+        progress: Progress | None = None,
+    ) -> Run:
+        """Reuse what is stored of a prompt, feed the rest, and return the run at its end.
+
+        With `exact` only rows are reused that this very run would have computed itself.
+
+        Raises:
+            PromptError: the prompt is empty, or longer than the model's context.
+        """
+        made = self._prompt(prompt, boundaries)
+        began = time.perf_counter()
+        state, match = self._resume(made, exact=exact) if reuse else (None, None)
+        run = Run(self, state, arithmetic.lineage())
+        run.load_seconds = time.perf_counter() - began
+        run.match = match
+        run.origin = made.origin
+        run.sampling = sampling or Sampling()
+        seed = run.sampling.seed
+        run.key = fresh_key() if seed is None else mx.random.key(seed)
+        self._run = run
+        run.prefill(made.tokens, made.boundaries, progress)
+        return run
+
+    def resume(self, state: State, sampling: Sampling | None = None) -> Run:
+        """Return a run that goes on where a state stops, with the state's own key and sampling.
+
+        Other sampling may be given; if it has a seed, the draws begin anew from it.
+
+        Raises:
+            UnsupportedLayer: the state is not of this model, or holds no logits to go on from.
+        """
+        if state.logits is None:
+            raise UnsupportedLayer(
+                "this state holds no logits to go on from: give its prompt instead"
+            )
+        run = Run(self, state, arithmetic.lineage())
+        if sampling is not None:
+            run.sampling = sampling
+            if sampling.seed is not None:
+                run.key = mx.random.key(sampling.seed)
+        self._run = run
+        return run
+
+    def _prompt(self, prompt: PromptLike, boundaries: Sequence[int]) -> Prompt:
+        if not isinstance(prompt, Prompt):
+            prompt = self._made(prompt)
+        if not prompt.tokens:
+            raise PromptError("the prompt is empty: give some text or tokens")
+        if self.context_length is not None and len(prompt.tokens) > self.context_length:
+            raise PromptError(
+                f"the prompt has {len(prompt.tokens)} tokens, more than the {self.context_length} "
+                "of the model's context: shorten it"
+            )
+        ends = {b for b in (*prompt.boundaries, *boundaries) if 0 < b < len(prompt.tokens)}
+        return replace(prompt, boundaries=tuple(sorted(ends)))
+
+    def _made(self, prompt: str | Sequence[Any]) -> Prompt:
+        if isinstance(prompt, str):
+            return self.prompter.whole(Origin(prompt))
+        if prompt and isinstance(prompt[0], dict):
+            return self.prompter.whole(Origin(messages=tuple(prompt)))
+        return Prompt(tuple(int(token) for token in prompt))
+
+    @property
+    def prompter(self) -> Prompter:
+        """Makes prompts with this runner's tokenizer.
+
+        Raises:
+            PromptError: there is none.
+        """
+        if self.tokenizer is None:
+            raise PromptError("there is no tokenizer: give the prompt as token ids")
+        return Prompter(self.tokenizer)
+
+    def _resume(self, prompt: Prompt, *, exact: bool) -> tuple[State | None, Match | None]:
+        if self.cache is None:
+            return None, None
+        plan = None
+        if exact:
+            plan = Plan(
+                arithmetic.lineage(), len(prompt.tokens), self.prefill_step, prompt.boundaries
+            )
+        return self.cache.resume(prompt.tokens, plan=plan, blueprint=self.blueprint)
+
+    # For programs
+
+    def prefill(
+        self,
+        prompt: PromptLike,
+        boundaries: Sequence[int] = (),
+        exact: bool = False,
+    ) -> State:
+        """Return the state at the end of a prompt: a text, messages, or token ids.
+
+        What is stored of it is reused. `boundaries` are positions among its tokens that are worth
+        keeping: passes end there, and a save of the state keeps them, too.
+
+        Raises:
+            PromptError: the prompt is empty, or longer than the model's context.
+        """
+        return self.start(prompt, boundaries=boundaries, exact=exact).state()
+
+    def generate(
+        self,
+        prompt_or_state: PromptLike | State,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        *,
+        boundaries: Sequence[int] = (),
+        exact: bool = False,
+        stop: Sequence[str] = (),
+    ) -> Iterator[Step]:
+        """Generate after a prompt, or go on where a state stops; yield each token as it comes.
+
+        A prompt draws from `sampling.seed`, or afresh. A state goes on with its own key and sampling
+        unless others are given. After every step `state` is exact.
+        """
+        if isinstance(prompt_or_state, State):
+            run = self.resume(prompt_or_state, sampling)
+        else:
+            run = self.start(prompt_or_state, boundaries=boundaries, exact=exact, sampling=sampling)
+        return run.steps(max_tokens, stop)
+
+    @property
+    def run_in_progress(self) -> Run | None:
+        """The latest run, also one whose prefill was interrupted."""
+        return self._run
+
+    @property
+    def state(self) -> State:
+        """The state that holds the latest prompt and the tokens yielded so far.
+
+        Raises:
+            PromptError: nothing has been run yet.
+        """
+        if self._run is None:
+            raise PromptError("nothing has been run yet: there is no state")
+        return self._run.state()
+
+
+def _load(path: Path, adapter: Path | None) -> tuple[Any, Any]:
+    import mlx_lm
+
+    try:
+        return mlx_lm.load(str(path), adapter_path=None if adapter is None else str(adapter))[:2]
+    except Exception as exc:
+        raise ModelError(f"mlx-lm cannot load {path}: {exc}") from exc

@@ -1,0 +1,199 @@
+"""From a state to files: the rows that are not stored yet, then the snapshot, then the name."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlx_promptcache import arithmetic, catalog, container
+from mlx_promptcache.errors import CacheMiss, PromptCacheError, StoreError
+from mlx_promptcache.finder import record_of
+from mlx_promptcache.passes import PassRecord
+from mlx_promptcache.state import Ref, State, split_rest, split_rows
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS
+from mlx_promptcache.tree import BlockName, Keys, SnapshotName, cell_start, pieces
+
+if TYPE_CHECKING:
+    from mlx_promptcache.finder import Finder
+
+ID_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a save wrote. `blocks_shared` were there already."""
+
+    name: str | None
+    snapshot: str
+    blocks_written: int
+    blocks_shared: int
+    bytes_written: int
+
+    def __add__(self, later: Saved) -> Saved:
+        """Two saves of one run, counted together, under the later one's name."""
+        return Saved(
+            later.name,
+            later.snapshot,
+            self.blocks_written + later.blocks_written,
+            max(self.blocks_shared, later.blocks_shared - self.blocks_written),
+            self.bytes_written + later.bytes_written,
+        )
+
+
+class Saver:
+    """One save of one state.
+
+    With `sync` everything is on the drive when it returns. With `exact` rows that are stored as
+    other passes computed them are stored again, as this state's own passes did.
+    """
+
+    def __init__(self, finder: Finder, state: State, *, sync: bool, exact: bool) -> None:
+        self._finder, self._store, self._bad = finder, finder.store, finder.bad
+        self._state, self._sync, self._exact = state, sync, exact
+        self._keys = Keys(finder.root(state.phase), state.tokens)
+        self._written = self._shared = self._bytes = 0
+
+    def save(self, name: str | None, *, replace: bool) -> Saved:
+        """Write what is missing. The caller holds the shared lock.
+
+        Raises:
+            StoreError: the name is taken or cannot be one, or the file system refuses.
+        """
+        if name is not None and not replace:
+            self._check_free(name)
+        state = self._state
+        refs = self._rows()
+        for mark in state.marks:
+            if mark.position < state.n_past and self._snapshot_there(state.at(mark)) is None:
+                self._snapshot(state.at(mark), refs)
+        stem = self._snapshot_there(state) if name is None else None
+        if stem is None:
+            stem = self._snapshot(state, refs)
+        if name is not None:
+            self._store.write_name(name, stem, sync=self._sync)
+        return Saved(name, stem.rpartition("-")[2], self._written, self._shared, self._bytes)
+
+    def _check_free(self, name: str) -> None:
+        try:
+            there = SnapshotName.parse(self._store.read_name(name))
+        except CacheMiss:
+            return
+        if there is None or there.key != self._keys[self._state.n_past]:
+            raise StoreError(
+                f"there is another state named {name!r}; choose another name, or replace it "
+                "(--force)"
+            )
+
+    def _snapshot_there(self, state: State) -> str | None:
+        lineage = state.lineage if self._exact else None
+        return self._finder.snapshot_at(self._keys, state.n_past, lineage)
+
+    def _rows(self) -> list[Ref]:
+        """Store the rows that no block has, and return the blocks of all rows."""
+        state = self._state
+        refs: list[Ref] = []
+        for ref in state.trail.refs:
+            if not self._store.exists(BLOCKS, ref.stem):  # deleted since: write these rows again
+                break
+            refs.append(ref)
+        self._shared += len(refs)
+        for begin, end in pieces(refs[-1].end if refs else 0, state.n_past):
+            while (stop := self._stored_piece(begin, end)) is not None:
+                refs.append(self._block(begin, stop))
+                begin = stop
+            if begin < end:
+                refs.append(self._block(begin, end))
+        return refs
+
+    def _stored_piece(self, begin: int, end: int) -> int | None:
+        """Where the longest stored block that begins at `begin`, and has no tokens but these, ends.
+
+        An earlier save of the same sequence may have ended inside this cell: its rows are not
+        written again.
+        """
+        keys, tokens = self._keys, self._state.tokens
+        if begin >= end:
+            return None
+        known = {keys[stop]: stop for stop in range(begin + 1, end)}
+        stems = self._store.beginning(BLOCKS, f"{keys[begin]}-{tokens[begin]}-")
+        names = [name for name in map(BlockName.parse, stems) if name is not None]
+        return max((known[n.end_key] for n in names if n.end_key in known), default=None)
+
+    def _block(self, begin: int, end: int) -> Ref:
+        state, keys = self._state, self._keys
+        arrays, stacks = split_rows(state, begin, end)
+        record = PassRecord.of(state.trail.passes, begin, end)
+        content = {
+            "fingerprint": self._finder.fingerprint.digest,
+            "start": begin,
+            "start_key": keys[begin],
+            "end_key": keys[end],
+            "tokens": list(state.tokens[begin:end]),
+            "complete": all(layer.sliceable for layer in state.contents),
+            "stacks": stacks,
+        }
+        notes = self._notes() | {"passes": record.to_json()}
+        packed = container.pack(catalog.BLOCK, content, notes, arrays)
+        name = BlockName(keys[begin], state.tokens[begin], keys[end])
+        return Ref(self._write(name, packed, record), packed.digest, begin, end - begin)
+
+    def _write(self, name: BlockName, packed: container.Packed, record: PassRecord) -> str:
+        """Write a block, or find it written; where another has its name, write a variant."""
+        identity = f"{packed.digest} {record}" if self._exact else packed.digest
+        variant = hashlib.sha256(identity.encode()).hexdigest()[:ID_DIGITS]
+        for stem in (str(name), str(name._replace(variant=variant))):
+            for _ in range(2):  # once more, where a damaged file had the name
+                if self._store.write(BLOCKS, stem, packed, sync=self._sync):
+                    self._written += 1
+                    self._bytes += packed.size
+                    return stem
+                try:
+                    there = catalog.block_header(self._store, stem)
+                except PromptCacheError as exc:
+                    self._bad.set_aside(BLOCKS, stem, exc)
+                    continue
+                if there.digest == packed.digest and (
+                    not self._exact or record_of(there) == record
+                ):
+                    self._shared += 1
+                    return stem
+                break
+        raise StoreError("a block can neither be written nor read")
+
+    def _snapshot(self, state: State, refs: list[Ref]) -> str:
+        n, keys = state.n_past, self._keys
+        arrays, rest = split_rest(state)
+        content = {
+            "fingerprint": self._finder.fingerprint.digest,
+            "phase": state.phase,
+            "n_past": n,
+            "cell_key": keys[cell_start(n)],
+            "key": keys[n],
+            "refs": [
+                [ref.stem, ref.digest, ref.start, min(ref.end, n) - ref.start]
+                for ref in refs
+                if ref.start < n
+            ],
+            **rest,
+        }
+        notes = self._notes() | {
+            "lineage": state.lineage,
+            "boundaries": [mark.position for mark in state.marks],
+        }
+        packed = container.pack(catalog.SNAPSHOT, content, notes, arrays)
+        name = str(
+            SnapshotName(keys[cell_start(n)], n - cell_start(n), keys[n], packed.digest[:ID_DIGITS])
+        )
+        if self._store.write(SNAPSHOTS, name, packed, sync=self._sync):
+            self._bytes += packed.size
+        return name
+
+    def _notes(self) -> dict[str, Any]:
+        return {
+            "made": round(time.time(), 3),
+            "fingerprint": dict(self._finder.fingerprint.parts),
+            "versions": arithmetic.versions(),
+            "seconds_per_token": round(self._state.trail.seconds_per_token, 6),
+        }

@@ -1,0 +1,472 @@
+"""A directory of write-once containers: atomic, locked, private.
+
+    <directory>/               0700, every file 0600
+      blocks/3f/<stem>.safetensors
+      snapshots/9a/<stem>.safetensors
+      names/<name>             one line: the stem of a snapshot
+      quarantine/              files found damaged, moved aside
+      uses.jsonl               one line a hit; statistics only
+      weights.json             identities of weight files, so that they are not read each time
+      lock                     flock: shared to read and write, exclusive to delete
+
+A file appears whole or not at all, under a name that nothing else is ever written to, and is never
+written again: not even its mtime changes, so that backups and `rsync` see what is new and nothing
+else. The time of last use is the file's atime, which `touch` sets. Nothing here knows what the
+stems mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import sys
+import time
+import unicodedata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_promptcache import container
+from mlx_promptcache.errors import (
+    CacheLocked,
+    CacheMiss,
+    DamagedFile,
+    PromptCacheError,
+    StoreError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BLOCKS = "blocks"
+SNAPSHOTS = "snapshots"
+NAMES = "names"
+QUARANTINE = "quarantine"
+USES = "uses.jsonl"
+WEIGHTS = "weights.json"
+LOCK = "lock"
+
+SUFFIX = ".safetensors"
+TEMPORARY = ".tmp-"
+SHARD = 2  # leading characters of a stem that name its directory
+LOCK_SECONDS = 30.0
+LONGEST_NAME_BYTES = 200
+FULL_FSYNC = 51  # F_FULLFSYNC of macOS's <fcntl.h>: the drive's own cache too
+
+
+class Store:
+    """One store. Making the object touches nothing; `create` makes the directory."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.directory)!r})"
+
+    def create(self) -> None:
+        """Make the directory, private to its owner, if it is not there yet.
+
+        Raises:
+            StoreError: it cannot be made, or is something else than a store.
+        """
+        with _told(f"the store {self.directory} cannot be made"):
+            self.directory.mkdir(0o700, parents=True, exist_ok=True)
+            for kind in (BLOCKS, SNAPSHOTS, NAMES):
+                (self.directory / kind).mkdir(0o700, exist_ok=True)
+            os.close(os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600))
+
+    def check(self) -> bool:
+        """Whether there is a store here.
+
+        Raises:
+            StoreError: there is something here, but it is no store.
+        """
+        try:
+            names = os.listdir(self.directory)  # noqa: PTH208 - only the names are wanted
+        except FileNotFoundError:
+            return False
+        except NotADirectoryError:
+            raise StoreError(f"{self.directory} is a file, not a store of prompt caches") from None
+        except OSError as exc:
+            raise StoreError(f"the store {self.directory} cannot be read: {exc.strerror}") from exc
+        if BLOCKS not in names and SNAPSHOTS not in names and set(names) - {LOCK, USES, WEIGHTS}:
+            raise StoreError(
+                f"{self.directory} is not a store of prompt caches: choose another --cache-dir, "
+                "or an empty or new directory"
+            )
+        return bool(names)
+
+    # Containers
+
+    def path(self, kind: str, stem: str) -> Path:
+        """Where the file of this stem is, or would be."""
+        return self.directory / kind / stem[:SHARD] / (stem + SUFFIX)
+
+    def exists(self, kind: str, stem: str) -> bool:
+        """Whether the file is there; says nothing of its content."""
+        return self.path(kind, stem).exists()
+
+    def beginning(self, kind: str, start: str) -> list[str]:
+        """The stems that begin with `start`, which must be at least as long as a shard's name."""
+        try:
+            names = os.listdir(self.directory / kind / start[:SHARD])  # noqa: PTH208
+        except OSError:
+            return []
+        return sorted(
+            name[: -len(SUFFIX)]
+            for name in names
+            if name.startswith(start) and name.endswith(SUFFIX)
+        )
+
+    def stems(self, kind: str) -> list[str]:
+        """All stems of a kind, in order."""
+        try:
+            shards = sorted(os.listdir(self.directory / kind))  # noqa: PTH208
+        except OSError:
+            return []
+        return [s for shard in shards if len(shard) == SHARD for s in self.beginning(kind, shard)]
+
+    def write(self, kind: str, stem: str, packed: container.Packed, *, sync: bool = False) -> bool:
+        """Write a file under a name that is not taken; return whether it was not taken.
+
+        With `sync` the bytes and the name are on the drive when this returns.
+
+        Raises:
+            StoreError: the file system refuses; nothing is left behind.
+        """
+        path = self.path(kind, stem)
+        with _told(f"cannot write to the store {self.directory}"):
+            path.parent.mkdir(0o700, parents=True, exist_ok=True)
+            return _write_once(path, packed.chunks, sync=sync, replace=False)
+
+    def reader(self, kind: str, stem: str) -> contextlib.closing[Reader]:
+        """Open a file for reading; close it when done (`with store.reader(...) as reader`).
+
+        Raises:
+            CacheMiss: it is not there.
+            StoreError: it cannot be read.
+        """
+        return contextlib.closing(Reader(self.path(kind, stem)))
+
+    def header(self, kind: str, stem: str) -> container.Header:
+        """Read the header of a file.
+
+        Raises:
+            CacheMiss: it is not there; DamagedFile if it is, and is damaged.
+            StoreError: it cannot be read.
+        """
+        with self.reader(kind, stem) as reader:
+            return reader.header()
+
+    def size(self, kind: str, stem: str) -> int:
+        """Bytes of a file, 0 if it is not there."""
+        try:
+            return self.path(kind, stem).stat().st_size
+        except OSError:
+            return 0
+
+    def last_use(self, kind: str, stem: str) -> float:
+        """Seconds since the epoch when the file was last used; 0 if it is not there."""
+        try:
+            status = self.path(kind, stem).stat()
+        except OSError:
+            return 0.0
+        return max(status.st_atime, status.st_mtime)
+
+    def touch(self, kind: str, stem: str) -> None:
+        """Note that the file was used now. Its mtime stays. Failing is no matter."""
+        path = self.path(kind, stem)
+        with contextlib.suppress(OSError):
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+    def remove(self, kind: str, stem: str) -> int:
+        """Delete a file and return the bytes that this frees. The caller holds `exclusive()`.
+
+        Raises:
+            StoreError: the file system refuses.
+        """
+        path = self.path(kind, stem)
+        size = self.size(kind, stem)
+        with _told(f"cannot delete from the store {self.directory}"):
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # other files are in it
+                path.parent.rmdir()
+        return size
+
+    def quarantine(self, kind: str, stem: str) -> bool:
+        """Move a damaged file aside, so that a sound one can be written in its place."""
+        target = self.directory / QUARANTINE / kind
+        try:
+            target.mkdir(0o700, parents=True, exist_ok=True)
+            self.path(kind, stem).rename(target / f"{stem}.{secrets.token_hex(4)}{SUFFIX}")
+        except OSError:
+            return False
+        return True
+
+    # Names
+
+    def names(self) -> dict[str, str]:
+        """Every name and the stem that it stands for (empty if its file cannot be read)."""
+        try:
+            names = sorted(os.listdir(self.directory / NAMES))  # noqa: PTH208
+        except OSError:
+            return {}
+        found: dict[str, str] = {}
+        for name in names:
+            if not name.startswith(TEMPORARY):
+                try:
+                    found[name] = self.read_name(name)
+                except PromptCacheError:
+                    found[name] = ""
+        return found
+
+    def read_name(self, name: str) -> str:
+        """Return the stem that a name stands for.
+
+        Raises:
+            CacheMiss: there is no such name.
+        """
+        path = self.directory / NAMES / check_name(name)
+        try:
+            stem = path.read_bytes().decode("ascii").rstrip("\n")
+        except FileNotFoundError:
+            raise CacheMiss(
+                f"there is no state named {name!r}; `list` shows those that are"
+            ) from None
+        except UnicodeDecodeError:
+            raise DamagedFile(f"the name {name!r} is damaged") from None
+        except OSError as exc:
+            raise StoreError(f"the name {name!r} cannot be read: {exc.strerror}") from exc
+        if not re.fullmatch(r"[0-9a-f-]{1,200}", stem):
+            raise DamagedFile(f"the name {name!r} is damaged")
+        return stem
+
+    def write_name(self, name: str, stem: str, *, sync: bool = False) -> None:
+        """Let a name stand for a stem, atomically; it may have stood for another before.
+
+        Raises:
+            StoreError: the name cannot be one, or the file system refuses.
+        """
+        path = self.directory / NAMES / check_name(name)
+        with _told(f"cannot write to the store {self.directory}"):
+            _write_once(path, [stem.encode() + b"\n"], sync=sync, replace=True)
+
+    def remove_name(self, name: str) -> None:
+        """Delete a name; what it stands for stays. The caller holds `exclusive()`."""
+        with _told(f"cannot delete from the store {self.directory}"):
+            (self.directory / NAMES / check_name(name)).unlink(missing_ok=True)
+
+    # Uses
+
+    def record_use(self, use: dict[str, Any]) -> None:
+        """Append a line to the statistics. Failing is no matter."""
+        line = json.dumps(use, separators=(",", ":")) + "\n"
+        with contextlib.suppress(OSError):
+            fd = os.open(self.directory / USES, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            try:
+                os.write(fd, line.encode())
+            finally:
+                os.close(fd)
+
+    def uses(self) -> Iterator[dict[str, Any]]:
+        """The statistics, oldest first; lines that cannot be read are passed over."""
+        try:
+            lines = (self.directory / USES).read_bytes().splitlines()
+        except OSError:
+            return
+        for line in lines:
+            try:
+                use = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(use, dict):
+                yield use
+
+    # Locks
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """Hold the lock that readers and writers share: nothing is deleted meanwhile.
+
+        Raises:
+            CacheLocked: somebody deletes, and does not come to an end.
+        """
+        with self._locked(fcntl.LOCK_SH):
+            yield
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the lock alone, to delete.
+
+        Raises:
+            CacheLocked: others read or write, and do not come to an end.
+        """
+        with self._locked(fcntl.LOCK_EX):
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self, how: int) -> Iterator[None]:
+        try:
+            fd = os.open(self.directory / LOCK, os.O_RDONLY)
+        except OSError:  # no store yet, or one that was copied without its lock: nobody deletes
+            yield
+            return
+        try:
+            _flock(fd, how, self.directory)
+            yield
+        finally:
+            os.close(fd)
+
+
+class Reader:
+    """A file of the store, open for reading. It stays whole while it is open, deleted or not."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            raise CacheMiss("a file that is needed is not there") from None
+        except OSError as exc:
+            raise StoreError(f"a file of the store cannot be read: {exc.strerror}") from exc
+        self.size = os.fstat(self._fd).st_size
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return up to `length` bytes from `offset`; fewer only at the end of the file.
+
+        Raises:
+            StoreError: the file system refuses.
+        """
+        length = max(0, min(length, self.size - offset))
+        chunks = []
+        while length:
+            try:
+                chunk = os.pread(self._fd, length, offset)
+            except OSError as exc:
+                raise StoreError(f"a file of the store cannot be read: {exc.strerror}") from exc
+            if not chunk:
+                break
+            chunks.append(chunk)
+            offset += len(chunk)
+            length -= len(chunk)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def header(self) -> container.Header:
+        """Return the file's header, checked.
+
+        Raises:
+            DamagedFile: it is not the one that was written.
+        """
+        return container.read_header(self.read, self.size)
+
+
+def check_name(name: str) -> str:
+    """Return the name as it is stored.
+
+    Raises:
+        StoreError: it cannot be the name of a file everywhere.
+    """
+    name = unicodedata.normalize("NFC", name)
+    bad = not name or name[0] in ".-" or not name.isprintable() or set(name) & set('/\\:*?"<>|')
+    if bad or len(os.fsencode(name)) > LONGEST_NAME_BYTES:
+        raise StoreError(
+            f"{name!r} cannot be a name: use letters, digits, spaces, '.', '_' and '-', "
+            "and begin with a letter or a digit"
+        )
+    return name
+
+
+def _write_once(path: Path, chunks: list[bytes | memoryview], *, sync: bool, replace: bool) -> bool:
+    if not replace and path.exists():
+        return False
+    temporary = path.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(6)}"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            for chunk in chunks:
+                _write_all(fd, chunk)
+            if sync:
+                _sync(fd)
+        finally:
+            os.close(fd)
+        if replace:
+            temporary.replace(path)
+        elif not _link(temporary, path):
+            return False
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    if sync:
+        _sync_directory(path.parent)
+    return True
+
+
+def _write_all(fd: int, chunk: bytes | memoryview) -> None:
+    view = memoryview(chunk)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    """Give the file its name unless the name is taken: the first writer wins."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as exc:
+        if exc.errno not in {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}:
+            raise
+        # A file system without hard links. Between these two lines another writer may win the
+        # name and be replaced by a file of equal worth.
+        if path.exists():
+            return False
+        temporary.rename(path)
+    return True
+
+
+def _sync(fd: int) -> None:
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, FULL_FSYNC)
+            return
+    os.fsync(fd)
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _flock(fd: int, how: int, directory: Path) -> None:
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise CacheLocked(
+                    f"the store {directory} is in use by another process; try again"
+                ) from None
+            time.sleep(0.01)
+        except OSError:
+            return  # a file system without locks, as some of the network's
+        else:
+            return
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise StoreError(f"{what}: {exc.strerror}") from exc

@@ -1,0 +1,180 @@
+"""Keys, and the walk to the longest match. Pure: nothing here reads a file.
+
+A key is the identity of a position of a token sequence. Positions are cut into cells of 256, on a
+fixed grid; the key of a position is the hash of the key of its cell's start and the tokens from
+there to it. So it depends on the tokens alone, not on how runs cut them, and what different runs
+stored joins again at the next cell.
+
+    K(0) = root                      the fingerprint
+    K(p) = H(K(g), tokens[g:p])      for g < p <= g + 256, g a multiple of 256
+
+The names of files carry the keys, and so the file system is a radix tree: from the key of a
+position, the blocks whose names begin with it are the ways on.
+
+    block     K(a) - first token - K(b) [- variant]       rows [a, b) of one cell
+    snapshot  K(g) - (n - g) - K(n) - id                   g the start of n's cell
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+CELL = 256
+KEY_BYTES = 16
+
+
+def cell_start(position: int) -> int:
+    """The start of the cell that a position is in."""
+    return position - position % CELL
+
+
+def cell_end(position: int) -> int:
+    """The end of the cell that a position is in."""
+    return cell_start(position) + CELL
+
+
+def root_key(fingerprint: str, phase: str = "") -> str:
+    """The key of position 0: the fingerprint, or one of its own for each further namespace."""
+    if not phase:
+        return fingerprint
+    text = bytes.fromhex(fingerprint) + phase.encode()
+    return hashlib.blake2b(text, digest_size=KEY_BYTES, person=b"namespace").hexdigest()
+
+
+class Keys:
+    """The keys of the positions of one token sequence, computed as they are asked for."""
+
+    def __init__(self, root: str, tokens: Sequence[int]) -> None:
+        self.tokens = tokens
+        self._cells = [root]
+
+    def __getitem__(self, position: int) -> str:
+        """The key of a position between 0 and `len(tokens)`."""
+        start = cell_start(position)
+        while len(self._cells) <= start // CELL:
+            g = (len(self._cells) - 1) * CELL
+            self._cells.append(_hash(self._cells[-1], self.tokens[g : g + CELL]))
+        if position == start:
+            return self._cells[start // CELL]
+        return _hash(self._cells[start // CELL], self.tokens[start:position])
+
+
+def _hash(parent: str, tokens: Sequence[int]) -> str:
+    packed = struct.pack(f"<{len(tokens)}I", *tokens)
+    return hashlib.blake2b(bytes.fromhex(parent) + packed, digest_size=KEY_BYTES).hexdigest()
+
+
+class BlockName(NamedTuple):
+    """What a block's stem says."""
+
+    start_key: str
+    first_token: int
+    end_key: str
+    variant: str = ""
+
+    def __str__(self) -> str:
+        stem = f"{self.start_key}-{self.first_token}-{self.end_key}"
+        return f"{stem}-{self.variant}" if self.variant else stem
+
+    @classmethod
+    def parse(cls, stem: str) -> BlockName | None:
+        """The parts of a stem, or None if it is not a block's."""
+        parts = stem.split("-")
+        if len(parts) not in {3, 4} or not parts[1].isdecimal():
+            return None
+        return cls(parts[0], int(parts[1]), *parts[2:])
+
+
+class SnapshotName(NamedTuple):
+    """What a snapshot's stem says."""
+
+    cell_key: str
+    offset: int
+    key: str
+    id: str
+
+    def __str__(self) -> str:
+        return f"{self.cell_key}-{self.offset}-{self.key}-{self.id}"
+
+    @classmethod
+    def parse(cls, stem: str) -> SnapshotName | None:
+        """The parts of a stem, or None if it is not a snapshot's."""
+        parts = stem.split("-")
+        if len(parts) != 4 or not parts[1].isdecimal():
+            return None
+        return cls(parts[0], int(parts[1]), parts[2], parts[3])
+
+
+class Step(NamedTuple):
+    """Rows `[start, start + rows)`, taken from the first rows of one block."""
+
+    stem: str
+    start: int
+    rows: int
+
+    @property
+    def end(self) -> int:
+        """The position after the rows."""
+        return self.start + self.rows
+
+
+def longest_match(ways_on: Callable[[int], Iterable[Step]]) -> list[Step]:
+    """Return the steps from position 0 to the furthest position that can be reached.
+
+    `ways_on(p)` yields the steps that begin at `p`: of each block there, as many rows as may be
+    used, at least one, and not beyond the end of the cell. Where several blocks agree in part,
+    each position reached is tried, not only the furthest. A step to the end of its cell ends the
+    search in that cell: every way on goes through there.
+    """
+    came_by: dict[int, Step | None] = {0: None}
+    waiting = [0]
+    while waiting:
+        position = heapq.heappop(waiting)
+        for step in ways_on(position):
+            if step.end not in came_by:
+                came_by[step.end] = step
+                heapq.heappush(waiting, step.end)
+            if step.end == cell_end(position):
+                waiting = [step.end]  # all that waits is in this cell: positions go up
+                break
+    return _path(came_by)
+
+
+def _path(came_by: dict[int, Step | None]) -> list[Step]:
+    steps: list[Step] = []
+    step = came_by[max(came_by)]
+    while step is not None:
+        steps.append(step)
+        step = came_by[step.start]
+    return steps[::-1]
+
+
+def cut(steps: Iterable[Step], position: int) -> list[Step]:
+    """The part of a path that leads to `position`, which it must reach."""
+    return [
+        step._replace(rows=min(step.end, position) - step.start)
+        for step in steps
+        if step.start < position
+    ]
+
+
+def pieces(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Cut `[begin, end)` at the cells' ends."""
+    while begin < end:
+        stop = min(cell_end(begin), end)
+        yield begin, stop
+        begin = stop
+
+
+def agreeing(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens agree from the start on."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])

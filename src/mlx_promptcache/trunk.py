@@ -1,0 +1,104 @@
+"""The trunk of a model: all of it but the head that makes logits of hidden states.
+
+Two things are wanted of a forward call that mlx-lm's models do not offer: the hidden state of the
+last token, and logits of the last token alone (a head over a whole chunk of a prompt costs as much
+as some layers). Every architecture calls its trunk and then its head, and some add a scale or a cap
+after it. So the trunk is watched: while a call lasts its `__call__` is one that keeps the last hidden
+state, and hands only that on. Whatever stands after it stays the model's own.
+
+Where no such module is found, `hidden` stays None and logits are computed for all tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Forward = Callable[[], mx.array]
+
+PROBE_TOKENS = 2
+DEPTH = 3  # a wrapper of a language model of a trunk
+
+
+class Trunk:
+    """The trunk of one model, watched while `watched` lasts."""
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self._module = module
+        self._calls = 0
+        self.hidden: mx.array | None = None
+        """`[batch, 1, hidden]` of the last call, or None."""
+        if module is not None:
+            self._class = type(module)
+            self._watching = self._subclass(type(module))
+
+    @classmethod
+    def of(cls, model: nn.Module, forward: Forward) -> Trunk:
+        """Find the trunk of a model by trying: `forward` calls the model with two tokens.
+
+        Nothing is evaluated: shapes tell.
+        """
+        logits = forward()
+        for module in _candidates(model, DEPTH):
+            trunk = cls(module)
+            if trunk._serves(forward, logits.shape):
+                return trunk
+        return cls(None)
+
+    @property
+    def found(self) -> bool:
+        """Whether there is one: else no hidden state can be read."""
+        return self._module is not None
+
+    def _serves(self, forward: Forward, shape: tuple[int, ...]) -> bool:
+        try:
+            with self.watched():
+                logits = forward()
+        except Exception:  # noqa: BLE001 - whatever a model does with a shorter hidden state
+            return False
+        return (
+            self._calls == 1
+            and self.hidden is not None
+            and self.hidden.shape[-1] != shape[-1]
+            and logits.shape == (shape[0], 1, shape[2])
+        )
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """While this lasts, calls of the model set `hidden` and give the last token's logits."""
+        self._calls, self.hidden = 0, None
+        if self._module is None:
+            yield
+            return
+        object.__setattr__(self._module, "__class__", self._watching)
+        try:
+            yield
+        finally:
+            object.__setattr__(self._module, "__class__", self._class)
+
+    def _subclass(self, module_class: type) -> type:
+        def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+            out = module_class.__call__(module, *args, **kwargs)
+            self._calls += 1
+            if isinstance(out, mx.array) and out.ndim == 3:
+                out = out[:, -1:]
+                self.hidden = out
+            return out
+
+        return type(module_class.__name__, (module_class,), {"__call__": call})
+
+
+def _candidates(model: nn.Module, depth: int) -> Iterator[nn.Module]:
+    """Modules that may be the trunk: children that have children, the outer ones first."""
+    children = [child for child in model.children().values() if isinstance(child, nn.Module)]
+    inner = [child for child in children if child.children()]
+    yield from inner
+    if depth > 1:
+        for child in inner:
+            yield from _candidates(child, depth - 1)
