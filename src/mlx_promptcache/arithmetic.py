@@ -13,6 +13,7 @@ from importlib import metadata
 
 import mlx.core as mx
 
+from mlx_promptcache.layers import to_array
 from mlx_promptcache.version import __version__
 
 
@@ -21,7 +22,7 @@ def lineage() -> str:
     """The lineage of position 0 in this process."""
     a = mx.random.normal((64, 256), key=mx.random.key(0))
     b = mx.random.normal((256, 64), key=mx.random.key(1))
-    bits = b"".join(bytes(memoryview(mx.matmul(rows, b))) for rows in (a, a[:1]))
+    bits = b"".join(to_array(mx.matmul(rows, b)).data for rows in (a, a[:1]))
     text = f"{versions()} {mx.default_device()}"
     return hashlib.blake2b(text.encode() + bits, digest_size=16).hexdigest()
 

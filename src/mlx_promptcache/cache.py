@@ -1,8 +1,8 @@
 """PromptCache: states by name and by longest prefix, on disk.
 
 On the way of a generation (`match`, `resume`, `fetch`) nothing raises for what is on disk: a file
-that is damaged is moved aside with a notice (the log `mlx_promptcache`), and the search begins again
-without it. An explicit `load` or `save` raises.
+that is damaged is moved aside with a notice (the log `mlx_promptcache`), and the search begins
+again without it. An explicit `load` or `save` raises.
 """
 
 from __future__ import annotations
@@ -210,8 +210,8 @@ class PromptCache:
 
         Only what is not stored yet is written: blocks of rows, then the snapshot, then the name.
         With `sync` all of it is on the drive when this returns. A name that stands for other tokens
-        is an error unless `replace` is set; its state stays, without a name. With `exact`, rows that
-        are stored as other passes computed them are stored again, as this state's own passes did.
+        is an error unless `replace` is set; its state stays, without a name. With `exact`, rows
+        that other passes computed are stored again, as this state's own passes did.
 
         Raises:
             StoreError: the name cannot be one or is taken, or the file system refuses.
@@ -239,7 +239,7 @@ class PromptCache:
             self._fetched[layer] = state
         return layers, tokens[state.n_past :]
 
-    def store(self, model: Any, tokens: Sequence[int], prompt_cache: Sequence[Any]) -> Saved:  # noqa: ARG002
+    def store(self, model: Any, tokens: Sequence[int], prompt_cache: Sequence[Any]) -> Saved:
         """Store what mlx-lm cache objects hold, for `fetch` to find; no logits, and no name.
 
         `tokens` are those that the objects hold: all that were fed, which after mlx-lm's loop are
@@ -250,11 +250,13 @@ class PromptCache:
             StoreError: the file system refuses.
         """
         tokens = tuple(int(token) for token in tokens)
+        expected = [path for path, _ in leaves(make_layers(model, self.kv))]
+        if expected != [path for path, _ in leaves(prompt_cache)]:
+            raise UnsupportedLayer("these layers are not those that the model makes")
         held = {layer.offset for _, layer in leaves(prompt_cache) if hasattr(layer, "offset")}
         if held - {len(tokens)}:
             raise UnsupportedLayer(
-                f"{len(tokens)} tokens were given, and the layers hold {max(held)}: give those that "
-                "they hold"
+                f"the layers hold {max(held)} tokens, and {len(tokens)} were given: give those held"
             )
         state = State(
             tokens=tokens,
@@ -269,7 +271,7 @@ class PromptCache:
         return self.save(None, state, sync=False)
 
     def _refs_of(self, prompt_cache: Sequence[Any], tokens: tuple[int, ...]) -> tuple[Ref, ...]:
-        """The blocks that these objects came from, if `fetch` made them and they went on from there."""
+        """The blocks that these objects came from, if `fetch` made them."""
         first = next((layer for _, layer in leaves(prompt_cache)), None)
         state = self._fetched.get(first) if first is not None else None
         if state is None or tokens[: state.n_past] != state.tokens:

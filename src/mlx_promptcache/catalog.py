@@ -9,16 +9,26 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache import container
 from mlx_promptcache.container import Header
 from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError, StoreError
 from mlx_promptcache.fingerprint import PHASES, Fingerprint
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
-from mlx_promptcache.tree import CELL, BlockName, Keys, SnapshotName, cell_end, cell_start, root_key
+from mlx_promptcache.tree import (
+    CELL,
+    BlockName,
+    Keys,
+    SnapshotName,
+    cell_end,
+    cell_start,
+    root_key,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 BLOCK = "block"
 SNAPSHOT = "snapshot"
@@ -330,7 +340,7 @@ def named(store: Store, names: Iterable[str]) -> list[Entry]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What would be deleted, in the order of deleting: names, snapshots, blocks from the leaf up."""
+    """What would be deleted, in that order: names, snapshots, blocks from the leaf up."""
 
     names: tuple[str, ...]
     snapshots: tuple[str, ...]

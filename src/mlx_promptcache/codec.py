@@ -44,7 +44,7 @@ def encode(raw: bytes | memoryview, itemsize: int) -> list[Plane]:
     return [_encode_plane(np.ascontiguousarray(items[:, k]), compressor) for k in range(itemsize)]
 
 
-def _encode_plane(plane: np.ndarray, compressor: zstandard.ZstdCompressor) -> Plane:  # type: ignore[type-arg]
+def _encode_plane(plane: np.ndarray, compressor: zstandard.ZstdCompressor) -> Plane:
     data = plane.data
     packed = compressor.compress(data)
     if len(packed) <= plane.size - plane.size // LEAST_GAIN and len(packed) < plane.size:

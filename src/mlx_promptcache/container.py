@@ -8,7 +8,7 @@ compressed plane by plane. `__metadata__["header"]` is our own header, JSON in a
     kind     what this is a file of
     content  what it says; with the arrays it makes the digest
     notes    when and how it was made; not part of the digest
-    arrays   for each array: dtype, shape, planes (codec and bytes of each), sha256 of the stored bytes
+    arrays   for each: dtype, shape, planes (codec and bytes of each), sha256 of the stored bytes
 
 Nothing in a file is believed before its checksum agrees, nothing is allocated before its size was
 compared with the file's, and no class or function is ever looked up by a name from a file.

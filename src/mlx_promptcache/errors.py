@@ -20,7 +20,7 @@ class PromptCacheError(Exception):
     """The root of the tree: every error that this package raises on purpose."""
 
 
-class CacheMiss(PromptCacheError):  # noqa: N818 - a miss is an answer before it is an error
+class CacheMiss(PromptCacheError):
     """The state that was asked for cannot be used; `reason` says why in one sentence."""
 
     def __init__(self, reason: str) -> None:

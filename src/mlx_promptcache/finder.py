@@ -91,7 +91,7 @@ class Finder:
         steps = longest_match(walk.ways_on)
         reached = steps[-1].end if steps else 0
         if limit is None and reached == len(tokens):
-            stem = self.snapshot_at(keys, reached, plan and plan.lineages[reached])
+            stem = self.snapshot_at(keys, reached, plan.lineages[reached] if plan else None)
             if stem is not None:
                 return Found(reached, tuple(steps), stem, True, phase)
         last = min(reached, len(tokens) - 1 if limit is None else limit)

@@ -1,7 +1,7 @@
 """What computed a state, as a short text of content: other weights, another fingerprint.
 
-A fingerprint has named parts, so that a miss can say which of them differs. Nothing in it depends on
-a path, a date or a machine: a copied model with its copied store still fits.
+A fingerprint has named parts, so that a miss can say which of them differs. Nothing in it depends
+on a path, a date or a machine: a copied model with its copied store still fits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache import models
@@ -20,6 +19,7 @@ from mlx_promptcache.tree import KEY_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
 FORMAT = "1"  # of the states, not of the container: raised when old states must not be used
 PAGE_BYTES = 4096

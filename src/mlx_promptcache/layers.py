@@ -1,9 +1,9 @@
 """mlx-lm's cache objects to arrays and back.
 
-A layer's content is its instance attributes: `vars(layer)`. mlx-lm's own `state` property changed its
-layout between releases, and some classes can be read through it but not written. So attributes are
-taken down by name, whatever the class; only for a few classes more is known: where the rows of a
-token are, and how many of them are held (the rest of a buffer is padding, or was trimmed).
+A layer's content is its instance attributes: `vars(layer)`. mlx-lm's own `state` property changed
+its layout between releases, and some classes can be read through it but not written. So attributes
+are taken down by name, whatever the class; only for a few classes more is known: where the rows of
+a token are, and how many of them are held (the rest of a buffer is padding, or was trimmed).
 
 Making layers is the model's business: `make_layers` asks the live model, and `fill` only sets
 attributes of what it made. No class is ever looked up by a name from a file.
@@ -369,7 +369,7 @@ def dtype_name(array: mx.array) -> str:
 
 def to_array(array: mx.array) -> Array:
     """Copy an array out of MLX."""
-    flat = mx.contiguous(array).reshape(-1)
+    flat: Any = mx.contiguous(array).reshape(-1)
     raw = bytes(memoryview(flat.view(mx.uint8))) if array.size else b""
     return Array(dtype_name(array), tuple(array.shape), raw)
 
@@ -379,4 +379,5 @@ def from_array(array: Array) -> mx.array:
     dtype: mx.Dtype = getattr(mx, "bool_" if array.dtype == "bool" else array.dtype)
     if not array.nbytes:
         return mx.zeros(array.shape, dtype)
-    return mx.array(memoryview(array.data)).view(dtype).reshape(array.shape)
+    raw: Any = memoryview(array.data)
+    return mx.array(raw).view(dtype).reshape(array.shape)

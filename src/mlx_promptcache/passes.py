@@ -1,16 +1,17 @@
 """Which forward calls computed which rows.
 
 A *pass* is one forward call of the model over positions `[start, end)`. The bits of a row depend on
-the width of the pass that computed it and on all rows before it, so two rows for the same tokens are
-the same bits only if they, and all before them, came from the same passes. A *lineage* is the hash
-of all passes up to a position. It lets `--exact` tell rows that this run would have computed itself
-from rows that differ in the last bit.
+the width of the pass that computed it and on all rows before it, so two rows for the same tokens
+are the same bits only if they, and all before them, came from the same passes. A *lineage* is the
+hash of all passes up to a position. It lets `--exact` tell rows that this run would have computed
+itself from rows that differ in the last bit.
 """
 
 from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,14 +37,15 @@ class Lineage:
     inside: tuple[int, int] | None = None
 
     def at(self, position: int) -> str:
-        """The lineage of `position`, as one text: a pass of which only a part is used counts as
+        """The lineage of `position` as text: a pass of which only a part is used counts as
         another pass.
         """
         return self.digest if self.inside is None else _hash(self.digest, *self.inside, position)
 
     def along(self, record: PassRecord, begin: int, end: int) -> Lineage:
         """The lineage after rows `[begin, end)` of a block were appended to those before `begin`."""
-        if record.lineage == self.digest and self.inside in {None, (record.start, record.ends[0])}:
+        first = (record.start, record.ends[0])
+        if record.lineage == self.digest and self.inside in {None, first}:
             digest = record.lineage
         else:
             digest = _hash("joined", self.at(begin), record.lineage, record.start)
@@ -80,7 +82,7 @@ class PassRecord(NamedTuple):
         try:
             record = cls(int(value["start"]), tuple(map(int, value["ends"])), str(value["lineage"]))
             edges = (record.start, *record.ends)
-            rising = all(a < b for a, b in zip(edges, edges[1:], strict=False))
+            rising = all(a < b for a, b in itertools.pairwise(edges))
         except (TypeError, KeyError, ValueError, OverflowError):
             rising = False
         if not rising or not record.ends or record.start > begin or record.ends[-1] < end:

@@ -1,14 +1,14 @@
 """Text or messages to tokens, and tokens to text.
 
-Tokenisation is not compositional: `encode(a) + encode(b)` is not `encode(a + b)` at the seam, and a
-chat template rewrites its tail. So a prompt is always rendered and encoded whole, and what is stored
-is compared by tokens. Where a prefix ends among the tokens of the whole is found by trying
+Tokenisation is not compositional: `encode(a) + encode(b)` is not `encode(a + b)` at the seam, and
+a chat template rewrites its tail. So a prompt is always rendered and encoded whole, and what is
+stored is compared by tokens. Where a prefix ends among the tokens of the whole is found by trying
 continuations: it ends where they begin to differ.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache.errors import PromptError
@@ -28,7 +28,7 @@ class Prompt:
 
     tokens: tuple[int, ...]
     boundaries: tuple[int, ...] = ()
-    origin: Origin = Origin()
+    origin: Origin = field(default_factory=Origin)
 
 
 class Prompter:

@@ -82,7 +82,7 @@ class Run:
             if progress:
                 progress(self._held, len(tokens))
             end = next_end(self._held, len(tokens), self._runner.prefill_step, boundaries)
-            self._forward(mx.array(tokens[self._held : end])[None], end - self._held)
+            self._forward(mx.array(list(tokens[self._held : end]))[None], end - self._held)
             self._tokens += tokens[len(self._tokens) : end]
             arrays = live_arrays(self._layers)
             if end in boundaries or end == len(tokens):
@@ -149,7 +149,7 @@ class Run:
                 mx.async_eval(following, self._logits)
                 value = self._read()
             else:
-                self._unfed, value, following = token, int(token.item()), token
+                self._unfed, value, following = token, _value(token), token
             step = self._step(value, value in ends, count == limit, text)
             yield step
             if step.finish_reason:
@@ -174,7 +174,7 @@ class Run:
 
     def _read(self) -> int:
         assert self._unread is not None  # noqa: S101 - `_feed` came before
-        value = int(self._unread.item())
+        value = _value(self._unread)
         self._tokens.append(value)
         self._unread = None
         return value
@@ -223,13 +223,17 @@ class Run:
         )
 
 
+def _value(token: mx.array) -> int:
+    return int(token.item())  # type: ignore[arg-type]
+
+
 class _Draw:
     """Draws tokens one after the other; keeps the last tokens, for the penalties."""
 
     def __init__(self, sampling: Sampling, tokens: Sequence[int]) -> None:
         self._sample = sampling.sampler()
         self._size = sampling.context_size
-        self._last = mx.array(tokens[-self._size :] if self._size else [], mx.int32)
+        self._last = mx.array(list(tokens[-self._size :]) if self._size else [], mx.int32)
 
     def __call__(
         self, key: mx.array, logits: mx.array | None, token: mx.array | None = None

@@ -218,7 +218,8 @@ class Runner:
         if isinstance(prompt, str):
             return self.prompter.whole(Origin(prompt))
         if prompt and isinstance(prompt[0], dict):
-            return self.prompter.whole(Origin(messages=tuple(prompt)))
+            messages: list[Any] = list(prompt)
+            return self.prompter.whole(Origin(messages=tuple(messages)))
         return Prompt(tuple(int(token) for token in prompt))
 
     @property
@@ -272,8 +273,8 @@ class Runner:
     ) -> Iterator[Step]:
         """Generate after a prompt, or go on where a state stops; yield each token as it comes.
 
-        A prompt draws from `sampling.seed`, or afresh. A state goes on with its own key and sampling
-        unless others are given. After every step `state` is exact.
+        A prompt draws from `sampling.seed`, or afresh. A state goes on with its own key and
+        sampling unless others are given. After every step `state` is exact.
         """
         if isinstance(prompt_or_state, State):
             run = self.resume(prompt_or_state, sampling)
@@ -302,6 +303,7 @@ def _load(path: Path, adapter: Path | None) -> tuple[Any, Any]:
     import mlx_lm
 
     try:
-        return mlx_lm.load(str(path), adapter_path=None if adapter is None else str(adapter))[:2]
+        loaded = mlx_lm.load(str(path), adapter_path=None if adapter is None else str(adapter))
     except Exception as exc:
         raise ModelError(f"mlx-lm cannot load {path}: {exc}") from exc
+    return loaded[0], loaded[1]

@@ -1,8 +1,8 @@
 """From logits and a key to a token.
 
-The transforms are mlx-lm's own, in mlx-lm's order. What differs is the randomness: mlx-lm draws from
-the global `mx.random.state`, which says nothing about where in a run a draw was made; here every
-draw takes a key that the caller split off, so a state can carry it.
+The transforms are mlx-lm's own, in mlx-lm's order. What differs is the randomness: mlx-lm draws
+from the global `mx.random.state`, which says nothing about where in a run a draw was made; here
+every draw takes a key that the caller split off, so a state can carry it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The state: all that the next token needs, as a value; split into blocks and a snapshot, and joined.
+"""The state: all that the next token needs, as a value; how it is split into files, and joined.
 
-A state belongs to the end of its tokens. Its logits are those after the last token, so that an exact
-hit samples its first token with no forward pass; its key is the one that the next draw splits.
+A state belongs to the end of its tokens. Its logits are those after the last token, so that an
+exact hit samples its first token with no forward pass; its key is the one that the next draw
+splits.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from mlx_promptcache.layers import (
     make_layers,
     to_array,
 )
-from mlx_promptcache.passes import Pass
 from mlx_promptcache.sampling import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from mlx_promptcache.container import Entry, Header
+    from mlx_promptcache.passes import Pass
 
 LOGITS = "logits"
 EMBEDDING = "embedding"

@@ -3,8 +3,8 @@
 Two things are wanted of a forward call that mlx-lm's models do not offer: the hidden state of the
 last token, and logits of the last token alone (a head over a whole chunk of a prompt costs as much
 as some layers). Every architecture calls its trunk and then its head, and some add a scale or a cap
-after it. So the trunk is watched: while a call lasts its `__call__` is one that keeps the last hidden
-state, and hands only that on. Whatever stands after it stays the model's own.
+after it. So the trunk is watched: while a call lasts its `__call__` is one that keeps the last
+hidden state, and hands only that on. Whatever stands after it stays the model's own.
 
 Where no such module is found, `hidden` stays None and logits are computed for all tokens.
 """
@@ -15,7 +15,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx.nn.layers.base import Module
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ DEPTH = 3  # a wrapper of a language model of a trunk
 class Trunk:
     """The trunk of one model, watched while `watched` lasts."""
 
-    def __init__(self, module: nn.Module | None) -> None:
+    def __init__(self, module: Module | None) -> None:
         self._module = module
         self._calls = 0
         self.hidden: mx.array | None = None
@@ -39,7 +39,7 @@ class Trunk:
             self._watching = self._subclass(type(module))
 
     @classmethod
-    def of(cls, model: nn.Module, forward: Forward) -> Trunk:
+    def of(cls, model: Module, forward: Forward) -> Trunk:
         """Find the trunk of a model by trying: `forward` calls the model with two tokens.
 
         Nothing is evaluated: shapes tell.
@@ -94,9 +94,9 @@ class Trunk:
         return type(module_class.__name__, (module_class,), {"__call__": call})
 
 
-def _candidates(model: nn.Module, depth: int) -> Iterator[nn.Module]:
+def _candidates(model: Module, depth: int) -> Iterator[Module]:
     """Modules that may be the trunk: children that have children, the outer ones first."""
-    children = [child for child in model.children().values() if isinstance(child, nn.Module)]
+    children = [child for child in model.children().values() if isinstance(child, Module)]
     inner = [child for child in children if child.children()]
     yield from inner
     if depth > 1:

@@ -1,4 +1,4 @@
-"""The command line. One module a command, imported when it is called: `list` must not wait for MLX."""
+"""The command line. One module a command, imported when called: `list` must not wait for MLX."""
 
 from __future__ import annotations
 

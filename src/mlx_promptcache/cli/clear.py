@@ -106,6 +106,7 @@ def _print(plan: catalog.Plan, dry_run: bool) -> None:
         return
     click.echo(
         f"{'would delete' if dry_run else 'to delete'}: {len(plan.names)} names"
-        f"{' (' + ', '.join(plan.names) + ')' if plan.names else ''}, {len(plan.snapshots)} snapshots, "
-        f"{len(plan.blocks)} blocks, {output.size(plan.freed_bytes)}"
+        f"{' (' + ', '.join(plan.names) + ')' if plan.names else ''}, "
+        f"{len(plan.snapshots)} snapshots, {len(plan.blocks)} blocks, "
+        f"{output.size(plan.freed_bytes)}"
     )

@@ -22,6 +22,7 @@ from mlx_promptcache.store import check_name
 
 if TYPE_CHECKING:
     from mlx_promptcache.cli.session import Session
+    from mlx_promptcache.container import Header
     from mlx_promptcache.prompt import Prompt
     from mlx_promptcache.run import Run
     from mlx_promptcache.runner import Runner
@@ -89,7 +90,7 @@ def _check(options: dict[str, Any], name: str | None) -> None:
         check_name(options["save_as"])
 
 
-def _stored(store: Store, name: str) -> catalog.Header:
+def _stored(store: Store, name: str) -> Header:
     return catalog.find(store, name)[1]
 
 

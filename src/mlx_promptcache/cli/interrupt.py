@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from types import FrameType, TracebackType
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the user's wish
+class Interrupted(Exception):
     """The user pressed Ctrl-C, and a step has ended since."""
 
 

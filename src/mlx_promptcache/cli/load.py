@@ -85,11 +85,11 @@ def _likeliest(runner: Runner, state: State) -> list[dict[str, Any]]:
     if state.logits is None:
         return []
     logits = state.logits.astype(mx.float32)
-    logprobs = logits - mx.logsumexp(logits)
-    ids = [int(i) for i in mx.argsort(-logprobs)[:LIKELIEST].tolist()]  # type: ignore[union-attr, arg-type]
+    logprobs: Any = (logits - mx.logsumexp(logits)).tolist()
+    best = sorted(range(len(logprobs)), key=lambda token: -logprobs[token])[:LIKELIEST]
     return [
-        {"token": i, "text": runner.tokenizer.decode([i]), "logprob": float(logprobs[i].item())}
-        for i in ids
+        {"token": token, "text": runner.tokenizer.decode([token]), "logprob": logprobs[token]}
+        for token in best
     ]
 
 
