@@ -90,9 +90,8 @@ def default_destination() -> Path:
     if platform.system() == "Darwin":
         caches = Path.home() / "Library" / "Caches"
     else:
-        # The XDG specification says that a relative path is to be ignored.
-        configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        caches = configured if configured.is_absolute() else Path.home() / ".cache"
+        configured = os.environ.get("XDG_CACHE_HOME")
+        caches = Path(configured) if configured else Path.home() / ".cache"
     return caches / "mlx_promptcache" / "demo" / NAME
 
 

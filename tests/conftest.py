@@ -1,0 +1,46 @@
+"""What all tests share: the real model, and an order that puts the fast tests first."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mlx_promptcache import places
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parent.parent
+LAST = ("test_cli", "test_scripts", "test_real")  # these start processes, or run the real model
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def slowness(item: pytest.Item) -> int:
+        return LAST.index(item.path.stem) + 1 if item.path.stem in LAST else 0
+
+    items.sort(key=slowness)
+
+
+@pytest.fixture(autouse=True)
+def _own_surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test sees the user's settings, and notices reach `caplog` again after a command ran."""
+    for name in list(os.environ):
+        if name.startswith("MLX_PROMPTCACHE"):
+            monkeypatch.delenv(name)
+    yield
+    log = logging.getLogger("mlx_promptcache")
+    log.handlers, log.propagate = [], True
+    log.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """SmolLM2-135M-Instruct, float32, as `scripts/smollm2.py` brings it."""
+    model = places.demo_model()
+    if model is None:
+        pytest.fail("the real model is not there: run scripts/test, which brings it")
+    return model
