@@ -1,0 +1,213 @@
+"""Tiny models with random weights, made in memory from mlx-lm's own architectures.
+
+The same kind has the same weights in every process: each array has a key of its own, made of its
+name. Nothing here reads or sets MLX's global random state.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models import falcon_h1, lfm2, llama, llama4, mamba2
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+VOCAB = 256
+WINDOW = 32
+CHUNK = 48
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCAB,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+
+
+def with_weights(model: Any) -> Any:
+    """Give every matrix of a model random weights; scales and biases stay as they are made."""
+    weights = []
+    for name, array in tree_flatten(model.parameters()):
+        if array.ndim > 1:
+            key = mx.random.key(zlib.crc32(name.encode()))
+            fan_in = array.size // array.shape[0]
+            array = mx.random.normal(array.shape, key=key) * (1.5 / fan_in**0.5)
+        weights.append((name, array))
+    model.update(tree_unflatten(weights))
+    mx.eval(model.parameters())
+    return model
+
+
+def plain() -> Any:
+    """A llama: every layer a `KVCache`."""
+    return with_weights(llama.Model(llama.ModelArgs.from_dict(LLAMA)))
+
+
+def smallest() -> Any:
+    """A llama of one narrow layer, whose files have few bytes."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 16}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 4}
+    return with_weights(llama.Model(llama.ModelArgs.from_dict({**LLAMA, **sizes, **heads})))
+
+
+def rotating() -> Any:
+    """A llama of windows of 32 tokens (`RotatingKVCache`) around a full layer."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = {**LLAMA, "num_hidden_layers": 3, "layer_types": kinds, "sliding_window": WINDOW}
+    return with_weights(llama.Model(llama.ModelArgs.from_dict(config)))
+
+
+def recurrent() -> Any:
+    """A mamba2: every layer an `ArraysCache`, no rows at all."""
+    args = mamba2.ModelArgs(
+        model_type="mamba2", num_heads=4, head_dim=16, vocab_size=VOCAB, hidden_size=32,
+        intermediate_size=64, state_size=8, num_hidden_layers=2, layer_norm_epsilon=1e-5,
+        conv_kernel=4, n_groups=1, use_bias=False, use_conv_bias=True, tie_word_embeddings=False,
+        time_step_limit=(0.0, 100.0), time_step_rank="auto",
+    )  # fmt: skip
+    return with_weights(mamba2.Model(args))
+
+
+def hybrid() -> Any:
+    """An lfm2: convolutions (`ArraysCache`) around attention (`KVCache`)."""
+    args = lfm2.ModelArgs(
+        model_type="lfm2", vocab_size=VOCAB, hidden_size=64, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=4096, norm_eps=1e-5,
+        conv_bias=False, conv_L_cache=3, block_dim=64, block_multiple_of=8,
+        block_ffn_dim_multiplier=1.0, block_auto_adjust_ff_dim=False, block_ff_dim=96,
+        layer_types=["conv", "full_attention", "conv"],
+    )  # fmt: skip
+    return with_weights(lfm2.Model(args))
+
+
+def nested() -> Any:
+    """A falcon_h1: every layer a `CacheList` of an `ArraysCache` and a `KVCache`."""
+    args = falcon_h1.ModelArgs(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, head_dim=8, mamba_d_head=8,
+        mamba_d_ssm=32, mamba_d_state=8, mamba_n_heads=4, num_attention_heads=4,
+        num_hidden_layers=2, num_key_value_heads=2, lm_head_multiplier=1.0,
+    )  # fmt: skip
+    return with_weights(falcon_h1.Model(args))
+
+
+def chunked() -> Any:
+    """A llama4: chunks of 48 tokens (`ChunkedKVCache`), and a full layer at the end."""
+    text = {
+        "attention_bias": False,
+        "attention_chunk_size": CHUNK,
+        "head_dim": 16,
+        "hidden_size": 32,
+        "interleave_moe_layer_step": 8,
+        "intermediate_size": 32,
+        "intermediate_size_mlp": 64,
+        "max_position_embeddings": 4096,
+        "model_type": "llama4_text",
+        "num_attention_heads": 2,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 1,
+        "num_local_experts": 2,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "use_qk_norm": False,
+        "vocab_size": VOCAB,
+    }
+    return with_weights(llama4.Model(llama4.ModelArgs(text_config=text, model_type="llama4")))
+
+
+KINDS: dict[str, Callable[[], Any]] = {
+    "plain": plain,
+    "rotating": rotating,
+    "recurrent": recurrent,
+    "hybrid": hybrid,
+    "nested": nested,
+    "chunked": chunked,
+}
+
+
+def random_tokens(n: int, seed: int, vocab: int = VOCAB) -> list[int]:
+    """Tokens that look like nothing else; the same for the same seed."""
+    draw = random.Random(seed)
+    return [draw.randrange(vocab) for _ in range(n)]
+
+
+# On disk
+
+END = "<|im_end|>"
+START = "<|im_start|>"
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{% if not (loop.last and continue_final_message) %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CORPUS = [
+    "The cat sat on the mat, and the dog sat on the cat.",
+    "Question: what is two plus two? Answer: four.",
+    "system user assistant You are a helpful assistant. Hello, world!",
+]
+
+
+def on_disk(directory: Path, kind: str = "plain") -> Path:
+    """Write the directory of a tiny llama (`plain` or `rotating`) that `mlx_lm.load` accepts."""
+    directory.mkdir(parents=True, exist_ok=True)
+    vocabulary = _write_tokenizer(directory)
+    config: dict[str, Any] = {
+        **LLAMA,
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 2048,
+    }
+    if kind == "rotating":
+        config["layer_types"] = ["sliding_attention", "full_attention"]
+        config["sliding_window"] = WINDOW
+    elif kind != "plain":
+        raise ValueError(f"only llamas are written, not {kind!r}")
+    model = with_weights(llama.Model(llama.ModelArgs.from_dict(config)))
+    config["eos_token_id"] = 1
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(directory / "model.safetensors"), weights, {"format": "mlx"})
+    return directory
+
+
+def _write_tokenizer(directory: Path) -> int:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=[START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,
+        "eos_token": END,
+        "pad_token": END,
+        "additional_special_tokens": [START, END],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 2048,
+        "chat_template": TEMPLATE,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    return int(tokenizer.get_vocab_size())
