@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ from mlx_lm.models.cache import (
     QuantizedKVCache,
     RotatingKVCache,
 )
+from tiny import bits
 
 from mlx_promptcache.container import Array
 from mlx_promptcache.errors import UnsupportedLayer
@@ -37,7 +39,7 @@ from mlx_promptcache.layers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
 PLAIN = KVSettings()
 HEADS, DIM = 2, 32
@@ -45,11 +47,6 @@ HEADS, DIM = 2, 32
 
 def noise(shape: Sequence[int], seed: int) -> mx.array:
     return mx.random.normal(tuple(shape), key=mx.random.key(seed))
-
-
-def bits(array: mx.array) -> tuple[str, tuple[int, ...], bytes]:
-    copied = to_array(array)
-    return copied.dtype, copied.shape, bytes(copied.data)
 
 
 def feed(layer: Any, count: int, seed: int) -> list[tuple[str, tuple[int, ...], bytes]]:
@@ -94,7 +91,7 @@ def sparse_arrays() -> Any:
     return layer
 
 
-Make = Callable[[], Any] if TYPE_CHECKING else object
+Make = Callable[[], Any]
 
 # A way to a layer in each of its conditions, and an empty layer as a model would make it.
 CASES: dict[str, tuple[Make, Make, int]] = {
@@ -287,10 +284,11 @@ def test_a_cut_layer_holds_the_first_rows() -> None:
 
 
 def greedy(model: Any, layers: list[Any], count: int) -> tuple[list[int], list[Any]]:
-    token, tokens, seen = 3, [], []
+    token: Any = 3
+    tokens, seen = [], []
     for _ in range(count):
         logits = model(mx.array([[token]]), cache=layers)[0, -1]
-        token = int(mx.argmax(logits).item())  # type: ignore[arg-type]
+        token = mx.argmax(logits).item()
         tokens.append(token)
         seen.append(bits(logits))
     return tokens, seen
@@ -345,7 +343,7 @@ def test_quantising_a_window_is_refused_in_words() -> None:
 @pytest.mark.parametrize("value", [{"a": 1}, object(), {1, 2}, b"bytes", [1, object()]])
 def test_an_attribute_of_an_unknown_type_is_refused_by_layer_and_name(value: Any) -> None:
     odd = ArraysCache(1)
-    odd.unheard_of = value  # type: ignore[attr-defined]
+    odd.unheard_of = value
     with pytest.raises(UnsupportedLayer) as error:
         capture([KVCache(), CacheList(KVCache(), odd)], 3)
     assert "layer 1.1 (ArraysCache)" in str(error.value)
@@ -355,7 +353,7 @@ def test_an_attribute_of_an_unknown_type_is_refused_by_layer_and_name(value: Any
 def test_numbers_texts_and_nests_of_them_are_taken_down() -> None:
     odd = ArraysCache(1)
     extra = (1, [2.5, "three", None, (True, mx.array([4, 5]))], ())
-    odd.extra = extra  # type: ignore[attr-defined]
+    odd.extra = extra
     empty: Any = ArraysCache(1)
     empty.extra = None
     filled = refilled(capture([odd], 3), lambda: empty, 3)

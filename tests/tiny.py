@@ -6,6 +6,7 @@ name. Nothing here reads or sets MLX's global random state.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import zlib
@@ -14,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import falcon_h1, lfm2, llama, llama4, mamba2
+
+from mlx_promptcache.layers import to_array
+from mlx_promptcache.state import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +45,8 @@ LLAMA = {
 def with_weights(model: Any) -> Any:
     """Give every matrix of a model random weights; scales and biases stay as they are made."""
     weights = []
-    for name, array in tree_flatten(model.parameters()):
+    parameters: list[Any] = list(tree_flatten(model.parameters()))
+    for name, array in parameters:
         if array.ndim > 1:
             key = mx.random.key(zlib.crc32(name.encode()))
             fan_in = array.size // array.shape[0]
@@ -144,6 +149,36 @@ def random_tokens(n: int, seed: int, vocab: int = VOCAB) -> list[int]:
     """Tokens that look like nothing else; the same for the same seed."""
     draw = random.Random(seed)
     return [draw.randrange(vocab) for _ in range(n)]
+
+
+# To compare
+
+
+def bits(array: mx.array) -> tuple[str, tuple[int, ...], bytes]:
+    """All that an array is: equal only to the same dtype, shape and bits."""
+    copied = to_array(array)
+    return copied.dtype, copied.shape, bytes(copied.data)
+
+
+def digest(*values: Any) -> str:
+    """A hash of arrays, states and whatever has a `repr`: equal only for the same bits."""
+    text = hashlib.sha256()
+    for value in values:
+        if isinstance(value, mx.array):
+            text.update(repr(bits(value)).encode())
+        elif isinstance(value, State):
+            text.update(digest(*_parts(value)).encode())
+        else:
+            text.update(repr(value).encode())
+    return text.hexdigest()
+
+
+def _parts(state: State) -> list[Any]:
+    parts: list[Any] = [state.tokens, state.logits, state.embedding, state.rng, state.sampling]
+    for layer in state.contents:
+        arrays = {**layer.rows, **layer.arrays}
+        parts += [layer.path, layer.attributes, *sorted(arrays), *map(arrays.get, sorted(arrays))]
+    return parts
 
 
 # On disk

@@ -6,6 +6,7 @@ on a path, a date or a machine: a copied model with its copied store still fits.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -177,12 +178,19 @@ class Memo:
                 file.write(f"{_hash(text.encode())}\n{text}")
             temporary.replace(path)
         except OSError:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
         self.changed = False
 
 
 def remembered(
-    model: Path, memo_file: Path, *, adapter: Path | None, kv: KVSettings, salt: str
+    model: Path,
+    memo_file: Path,
+    *,
+    adapter: Path | None,
+    kv: KVSettings,
+    salt: str,
+    read_only: bool = False,
 ) -> Fingerprint:
     """The fingerprint of a model directory, with the memo that is kept in `memo_file`.
 
@@ -191,7 +199,8 @@ def remembered(
     """
     memo = Memo.load(memo_file)
     fingerprint = Fingerprint.of_model(model, adapter=adapter, kv=kv, salt=salt, memo=memo)
-    memo.save(memo_file)
+    if not read_only:
+        memo.save(memo_file)
     return fingerprint
 
 

@@ -22,14 +22,9 @@ def user_cache() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "mlx_promptcache"
 
 
-def demo_home() -> Path:
-    """Where `scripts/demo` puts its model."""
-    return user_cache() / "demo" / DEMO_MODEL
-
-
 def demo_model() -> Path | None:
     """The model that `scripts/demo` brings, if it is there."""
-    path = demo_home()
+    path = user_cache() / "demo" / DEMO_MODEL
     return path if (path / "config.json").is_file() else None
 
 

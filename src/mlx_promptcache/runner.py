@@ -102,7 +102,14 @@ class Runner:
         if use_cache:
             directory = places.store_directory(path, cache_dir)
             Store(directory).check()
-            fingerprint = remembered(path, directory / WEIGHTS, adapter=adapter, kv=kv, salt=salt)
+            fingerprint = remembered(
+                path,
+                directory / WEIGHTS,
+                adapter=adapter,
+                kv=kv,
+                salt=salt,
+                read_only=read_only,
+            )
             cache = PromptCache(directory, fingerprint, kv=kv, read_only=read_only)
         model, tokenizer = _load(path, adapter)
         length = models.context_length(settings)

@@ -131,7 +131,9 @@ class ModelChoice:
             return None
         adapter = Path(self.adapter_path) if self.adapter_path else None
         memo = store.directory / WEIGHTS
-        return remembered(self.path(), memo, adapter=adapter, kv=self.kv, salt=self.salt)
+        return remembered(
+            self.path(), memo, adapter=adapter, kv=self.kv, salt=self.salt, read_only=True
+        )
 
     def runner(self, *, read_only: bool = False, use_cache: bool = True) -> Runner:
         """Load the model."""

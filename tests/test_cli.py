@@ -1,0 +1,590 @@
+"""The command line: its options, its JSON, its exit codes and its sentences.
+
+Most commands run in this process, on a tiny model that lies on disk; what is about processes (signals,
+two at once, another user, a full disk) runs in real ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+import processes
+import tiny
+from mlx_promptcache import cli
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
+
+PROMPT = "The cat sat on the mat, and the dog sat on the cat. " * 8
+KEYS = {
+    "text", "tokens", "finish_reason", "prompt_tokens", "cached_tokens", "prefilled_tokens", "hit",
+    "source", "miss_reason", "load_seconds", "prefill_seconds", "ttft_seconds", "total_seconds",
+    "generation_tokens", "generation_tps", "saved", "peak_memory_bytes", "seed",
+}  # fmt: skip
+GREEDY = ("-n", "5", "--temp", "0")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.on_disk(tmp_path_factory.mktemp("models") / "tiny")
+
+
+class Program:
+    """Runs commands in this process against one model and one store."""
+
+    def __init__(self, model: Path, store: Path, capture: pytest.CaptureFixture[str]) -> None:
+        self.model, self.directory, self._capture = model, store, capture
+        self.store = Store(store)
+
+    def __call__(self, command: str, *arguments: str | Path) -> processes.Ended:
+        chosen = ["-m", str(self.model), "--cache-dir", str(self.directory)]
+        code = cli.run([command, *map(str, arguments), *chosen])
+        out, err = self._capture.readouterr()
+        return processes.Ended(code, out, err)
+
+    def generate(self, *arguments: str | Path) -> dict[str, Any]:
+        return self("generate", *GREEDY, "--json", *arguments).json
+
+
+@pytest.fixture
+def program(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Program:
+    return Program(tiny_model, tmp_path / "store", capsys)
+
+
+def one_line(ended: processes.Ended, code: int = 1) -> str:
+    """The only line on standard error of a command that failed as it should."""
+    assert (ended.code, ended.out) == (code, "")
+    lines = ended.err.splitlines()
+    assert len(lines) == 1, ended.err
+    assert lines[0].startswith("mlx-promptcache: ")
+    return lines[0]
+
+
+# generate
+
+
+def test_generate_says_all_that_its_json_promises(program: Program) -> None:
+    answer = program.generate("-p", PROMPT)
+    assert set(answer) == KEYS
+    assert answer["hit"] == "none"
+    assert answer["generation_tokens"] == len(answer["tokens"])
+    assert set(answer["saved"]) == {
+        "name", "snapshot", "blocks_written", "blocks_shared", "bytes_written",
+    }  # fmt: skip
+    on_disk = sum(p.stat().st_size for p in program.directory.rglob("*.safetensors"))
+    assert answer["saved"]["bytes_written"] == on_disk
+
+
+def test_the_same_prompt_again_is_an_exact_hit_with_the_same_text(program: Program) -> None:
+    cold, warm = program.generate("-p", PROMPT), program.generate("-p", PROMPT)
+    assert (warm["hit"], warm["prefilled_tokens"]) == ("exact", 0)
+    assert (warm["text"], warm["tokens"]) == (cold["text"], cold["tokens"])
+    assert warm["saved"]["bytes_written"] == 0
+
+
+def test_text_goes_to_standard_output_and_nothing_else_does(program: Program) -> None:
+    text = program.generate("-p", PROMPT)["text"]
+    ended = program("generate", *GREEDY, "-p", PROMPT)
+    assert (ended.code, ended.out, ended.err) == (0, text + "\n", "")
+
+
+def test_a_prompt_that_begins_alike_reuses_what_agrees(program: Program) -> None:
+    program.generate("-p", PROMPT + "one")
+    answer = program.generate("-p", PROMPT + "two")
+    assert answer["hit"] == "prefix"
+    assert 0 < answer["prefilled_tokens"] < 30
+    assert answer["cached_tokens"] + answer["prefilled_tokens"] == answer["prompt_tokens"]
+
+
+def test_a_declared_prefix_is_a_snapshot_of_its_own(program: Program) -> None:
+    program.generate("--prefix", PROMPT, "-p", "one")
+    answer = program.generate("--prefix", PROMPT, "-p", "two")
+    assert answer["hit"] == "prefix"
+    assert answer["source"] in {
+        stem.rpartition("-")[2] for stem in program.store.stems(SNAPSHOTS)
+    }
+
+
+def test_prompts_come_from_files_and_standard_input_too(
+    program: Program, tmp_path: Path, tiny_model: Path
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT, "utf-8")
+    expected = program.generate("-p", PROMPT)["tokens"]
+    assert program.generate("--prompt-file", file)["tokens"] == expected
+    chosen = ("-m", tiny_model, "--cache-dir", program.directory, *GREEDY, "--json")
+    piped = processes.run("generate", "-p", "-", *chosen, stdin=PROMPT).json
+    assert (piped["tokens"], piped["hit"]) == (expected, "exact")
+
+
+def test_messages_and_the_options_that_make_them_are_one(program: Program, tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "Hello"}, {"role": "user", "content": "cat"}]
+    file = tmp_path / "chat.json"
+    file.write_text(json.dumps(chat), "utf-8")
+    by_options = program.generate("--system-prompt", "Hello", "-p", "cat")
+    by_messages = program.generate("--messages", file)
+    assert by_messages["hit"] == "exact"
+    assert by_messages["tokens"] == by_options["tokens"]
+
+
+def test_stop_texts_end_the_text_before_themselves(program: Program) -> None:
+    text = program.generate("-p", PROMPT, "-n", "12")["text"]
+    stop = text[3:5]
+    answer = program.generate("-p", PROMPT, "-n", "12", "--stop", stop)
+    assert answer["text"] == text[: text.index(stop)]
+    assert answer["finish_reason"] == "stop"
+
+
+def test_a_seed_is_told_and_gives_the_same_again(program: Program) -> None:
+    first = program.generate("-p", PROMPT, "--temp", "1")
+    again = program.generate("-p", PROMPT, "--temp", "1", "--seed", str(first["seed"]))
+    others = {
+        tuple(program.generate("-p", PROMPT, "--temp", "1", "--seed", str(s))["tokens"])
+        for s in range(4)
+    }
+    assert again["tokens"] == first["tokens"]
+    assert len(others) > 1
+
+
+def test_no_prompt_cache_neither_reads_nor_writes(program: Program) -> None:
+    program.generate("-p", PROMPT)
+    before = snapshot_of(program.directory)
+    answer = program.generate("-p", PROMPT, "--no-prompt-cache")
+    assert (answer["hit"], answer["saved"]) == ("none", None)
+    assert snapshot_of(program.directory) == before
+
+
+def test_read_only_reuses_and_leaves_no_trace(program: Program) -> None:
+    program.generate("-p", PROMPT + "one")
+    before = snapshot_of(program.directory)
+    answer = program.generate("-p", PROMPT + "two", "--prompt-cache-ro")
+    assert (answer["hit"], answer["saved"]) == ("prefix", None)
+    assert snapshot_of(program.directory) == before
+
+
+def snapshot_of(directory: Path) -> dict[str, tuple[bytes, int, int]]:
+    return {
+        str(path): (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_exact_runs_find_their_own_rows_the_next_time(program: Program) -> None:
+    program.generate("-p", PROMPT + "one")
+    first = program.generate("-p", PROMPT + "two", "--exact")
+    second = program.generate("-p", PROMPT + "two", "--exact")
+    assert first["tokens"] == second["tokens"]
+    assert second["hit"] == "exact"
+
+
+def test_contradicting_options_are_wrong_usage(program: Program) -> None:
+    assert program("generate", "-p", "a", "--no-prompt-cache", "--save-as", "x").code == 2
+    assert program("generate", "-p", "a", "--prompt-file", "b").code == 2
+    assert program("generate", "-p", "a", "--prompt-cache-ro", "--prompt-cache-all").code == 2
+    assert program("generate", "-p", "a", "--temp", "-1").code == 2
+    assert program("generate", "--no-such-option").code == 2
+
+
+# save, load, names
+
+
+def test_a_saved_text_is_continued_inside_its_message(program: Program) -> None:
+    saved = program("save", "few", "-p", PROMPT, "--json").json
+    assert set(saved) >= {
+        "name", "snapshot", "tokens", "bytes_written", "blocks_written", "blocks_shared",
+        "prefill_seconds", "raw_bytes",
+    }  # fmt: skip
+    answer = program.generate("--prompt-cache", "few", "-p", "Question: what is")
+    whole = program.generate("-p", PROMPT + "Question: what is", "--no-prompt-cache")
+    assert (answer["hit"], answer["source"]) == ("prefix", "few")
+    assert answer["cached_tokens"] == saved["tokens"]
+    assert answer["tokens"] == whole["tokens"]
+
+
+def test_saved_messages_are_continued_by_a_message(program: Program, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "dog"}]
+    file = tmp_path / "chat.json"
+    file.write_text(json.dumps(chat), "utf-8")
+    saved = program("save", "talk", "--messages", file, "--json").json
+    answer = program.generate("--prompt-cache", "talk", "-p", "mat")
+    file.write_text(json.dumps([*chat, {"role": "user", "content": "mat"}]), "utf-8")
+    whole = program.generate("--messages", file, "--no-prompt-cache")
+    assert answer["cached_tokens"] >= saved["tokens"]
+    assert answer["tokens"] == whole["tokens"]
+
+
+def test_a_run_goes_on_from_its_name_as_if_it_had_never_stopped(program: Program) -> None:
+    options = ("--temp", "1", "--top-p", "0.9", "--repetition-penalty", "1.1", "--seed", "3")
+    straight = program("generate", "-p", PROMPT, "-n", "20", "--json", *options).json
+    first = program("generate", "-p", PROMPT, "-n", "8", "--json", "--save-as", "half", *options)
+    rest = program("load", "half", "-n", "12", "--json").json
+    assert first.json["tokens"] + rest["tokens"] == straight["tokens"]
+    assert (rest["hit"], rest["prefilled_tokens"]) == ("exact", 0)
+
+
+def test_load_without_a_number_tells_the_likeliest_tokens(program: Program) -> None:
+    program("save", "few", "-p", PROMPT)
+    told = program("load", "few", "--json").json["next_tokens"]
+    assert len(told) == 5
+    assert [t["logprob"] for t in told] == sorted((t["logprob"] for t in told), reverse=True)
+    assert "likeliest" in program("load", "few").out
+
+
+def test_a_name_is_not_taken_from_another_state_by_accident(program: Program) -> None:
+    program("save", "few", "-p", PROMPT)
+    assert "--force" in one_line(program("save", "few", "-p", "Something else"))
+    assert program("save", "few", "-p", PROMPT).code == 0
+    assert program("save", "few", "-p", "Something else", "--force").code == 0
+    assert program("show", "few", "--text").out == "Something else\n"
+
+
+# list, show, clear, verify
+
+
+def test_list_tells_what_is_stored_newest_first(program: Program) -> None:
+    program("save", "old", "-p", "cat " * 20)
+    program("save", "new", "-p", PROMPT)
+    listed = program("list", "--json").json
+    assert set(listed) == {"entries", "total_bytes", "blocks"}
+    assert [e["name"] for e in listed["entries"]] == ["new", "old"]
+    assert set(listed["entries"][0]) == {
+        "name", "snapshot", "tokens", "bytes", "shared_bytes", "raw_bytes", "created", "last_used",
+        "hits", "status", "reason",
+    }  # fmt: skip
+    files = [p.stat().st_size for p in program.directory.rglob("*.safetensors")]
+    assert listed["total_bytes"] == sum(files)
+    own = sum(e["bytes"] for e in listed["entries"])
+    shared = max(e["shared_bytes"] for e in listed["entries"])
+    assert own + shared == sum(files)
+    assert "new" in program("list").out
+
+
+def test_list_counts_hits(program: Program) -> None:
+    program("save", "few", "-p", PROMPT)
+    for _ in range(3):
+        program.generate("--prompt-cache", "few", "-p", "dog")
+    hits = {e["name"]: e["hits"] for e in program("list", "--json").json["entries"]}
+    assert hits["few"] == 1  # the first; the others were exact hits of the longer prompt
+    assert hits[None] == 2
+
+
+def test_show_tells_everything_about_a_state(program: Program) -> None:
+    program("save", "few", "-p", PROMPT)
+    shown = program("show", "few", "--json", "--tokens").json
+    assert shown["text"] == PROMPT
+    assert len(shown["token_ids"]) == shown["tokens"]
+    assert {"weights", "config", "adapter", "kv", "salt"} <= set(shown["fingerprint"])
+    assert {row["name"] for row in shown["arrays"]} >= {"keys/0", "values/0", "logits", "rng"}
+    assert program("show", "few", "--tokens").out.split() == list(map(str, shown["token_ids"]))
+    assert "fingerprint" in program("show", "few").out
+
+
+def test_clear_shows_the_plan_that_it_carries_out(program: Program) -> None:
+    program("save", "few", "-p", PROMPT)
+    program("save", "other", "-p", PROMPT + "Question: what is two plus two?")
+    files = sum(p.stat().st_size for p in program.directory.rglob("*.safetensors"))
+    planned = program("clear", "other", "--dry-run", "--json").json
+    assert sum(p.stat().st_size for p in program.directory.rglob("*.safetensors")) == files
+    done = program("clear", "other", "--yes", "--json").json
+    left = sum(p.stat().st_size for p in program.directory.rglob("*.safetensors"))
+    assert planned["freed_bytes"] == done["freed_bytes"] == files - left > 0
+    assert planned["removed"] == done["removed"]
+    assert program("verify").code == 0
+    assert program.generate("--prompt-cache", "few", "-p", "dog")["source"] == "few"
+
+
+def test_clear_asks_before_it_deletes(program: Program) -> None:
+    program("save", "few", "-p", PROMPT)
+    ended = program("clear", "few")
+    assert ended.code == 1
+    assert "--yes" in ended.err
+    assert program("show", "few").code == 0
+    assert program("clear").code == 2
+
+
+def test_clear_all_leaves_nothing(program: Program) -> None:
+    program("save", "few", "-p", PROMPT)
+    program.generate("-p", "Something else")
+    assert program("clear", "--all", "--yes").code == 0
+    assert list(program.directory.rglob("*.safetensors")) == []
+    assert program("list", "--json").json["entries"] == []
+
+
+def test_clear_chooses_by_name_age_and_damage(program: Program) -> None:
+    program("save", "few", "-p", PROMPT)
+    program.generate("-p", "Something else")
+    assert program("clear", "--older-than", "1h", "--yes", "--json").json["removed"] == []
+    assert program("clear", "--older-than", "soon", "--yes").code == 2
+    removed = program("clear", "--unnamed", "--yes", "--json").json["removed"]
+    assert len(removed) == 1
+    (snapshot,) = program.store.stems(SNAPSHOTS)
+    damage(program.store.path(SNAPSHOTS, snapshot))
+    assert "few" in program("clear", "--damaged", "--yes", "--json").json["removed"]
+    assert program("list", "--json").json["entries"] == []
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_verify_finds_damage_and_sets_it_aside(program: Program) -> None:
+    program("save", "few", "-p", PROMPT)
+    assert program("verify", "--json").json["damaged"] == []
+    damage(program.store.path(BLOCKS, program.store.stems(BLOCKS)[0]))
+    ended = program("verify", "--json")
+    assert ended.code == 3
+    assert [d["kind"] for d in json.loads(ended.out)["damaged"]] == [BLOCKS]
+    assert json.loads(program("verify", "--quarantine", "--json").out)["quarantined"] == 1
+    assert program("verify", "few").code == 3  # its block is not there any more
+    assert program("generate", *GREEDY, "--prompt-cache", "few", "-p", "dog").code == 0
+
+
+# What is never used
+
+
+def test_other_settings_are_a_miss_that_says_which(program: Program) -> None:
+    program.generate("-p", PROMPT)
+    for options, reason in (
+        (("--salt", "mine"), "another salt"),
+        (("--kv-bits", "8", "--kv-group-size", "32"), "other KV cache settings"),
+    ):
+        answer = program.generate("-p", PROMPT, *options)
+        assert answer["hit"] == "none"
+        assert reason in answer["miss_reason"]
+
+
+def test_another_adapter_is_a_miss_also_under_the_same_path(
+    program: Program, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    write_adapter(adapter, 1)
+    plain = program.generate("-p", PROMPT)
+    first = program.generate("-p", PROMPT, "--adapter-path", adapter)
+    assert first["hit"] == "none"
+    assert "another adapter" in first["miss_reason"]
+    assert first["tokens"] != plain["tokens"]
+    assert program.generate("-p", PROMPT, "--adapter-path", adapter)["hit"] == "exact"
+    write_adapter(adapter, 2)
+    assert program.generate("-p", PROMPT, "--adapter-path", adapter)["hit"] == "none"
+
+
+def write_adapter(directory: Path, seed: int) -> None:
+    directory.mkdir(exist_ok=True)
+    config = {"fine_tune_type": "lora", "num_layers": 2}
+    config["lora_parameters"] = {  # type: ignore[assignment]
+        "rank": 4, "scale": 20.0, "dropout": 0.0, "keys": ["self_attn.q_proj"],
+    }  # fmt: skip
+    (directory / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+    size = int(tiny.LLAMA["hidden_size"])  # type: ignore[call-overload]
+    heads = int(tiny.LLAMA["num_attention_heads"]) * int(tiny.LLAMA["head_dim"])  # type: ignore[call-overload]
+    weights = {}
+    for layer in range(2):
+        key = mx.random.key(seed * 10 + layer)
+        name = f"model.layers.{layer}.self_attn.q_proj"
+        weights[f"{name}.lora_a"] = mx.random.normal((size, 4), key=key)
+        weights[f"{name}.lora_b"] = mx.random.normal((4, heads), key=key)
+    mx.save_safetensors(str(directory / "adapters.safetensors"), weights)
+
+
+def test_replaced_weights_are_a_miss_and_the_old_states_are_stale(
+    program: Program, tiny_model: Path, tmp_path: Path
+) -> None:
+    program.model = tmp_path / "model"
+    shutil.copytree(tiny_model, program.model)
+    program("save", "few", "-p", PROMPT)
+    weights = mx.load(str(program.model / "model.safetensors"))
+    assert isinstance(weights, dict)
+    other = {name: value * 1.5 for name, value in weights.items()}
+    mx.save_safetensors(str(program.model / "model.safetensors"), other, {"format": "mlx"})
+    answer = program.generate("--prompt-cache", "few", "-p", "dog")
+    assert answer["hit"] == "none"
+    assert "other weights" in answer["miss_reason"]
+    entries = {e["name"]: e for e in program("list", "--json").json["entries"]}
+    assert entries["few"]["status"] == "stale"
+    assert "other weights" in entries["few"]["reason"]
+    assert "other weights" in one_line(program("load", "few"))
+    assert "few" in program("clear", "--stale", "--yes", "--json").json["removed"]
+
+
+# Bad input
+
+
+def test_a_model_that_is_not_there_is_one_sentence(program: Program, tmp_path: Path) -> None:
+    program.model = tmp_path / "nothing"
+    assert "no model" in one_line(program("generate", "-p", "a"))
+    program.model = tmp_path
+    assert "config.json" in one_line(program("generate", "-p", "a"))
+
+
+def test_a_name_that_is_not_there_is_one_sentence(program: Program) -> None:
+    program.generate("-p", PROMPT)
+    for command in (
+        ("generate", "--prompt-cache", "nobody", "-p", "a"), ("load", "nobody"),
+        ("show", "nobody"), ("clear", "nobody", "--yes"), ("verify", "nobody"),
+    ):  # fmt: skip
+        assert "no state named 'nobody'" in one_line(program(*command))
+
+
+def test_an_empty_prompt_is_one_sentence(program: Program, tmp_path: Path) -> None:
+    assert "empty" in one_line(program("generate", "-p", ""))
+    assert "empty" in one_line(program("generate"))
+    assert "empty" in one_line(program("save", "few"))
+    assert "cannot be read" in one_line(program("generate", "--prompt-file", tmp_path / "none"))
+    (tmp_path / "bad.json").write_text("{", "utf-8")
+    assert "not JSON" in one_line(program("generate", "--messages", tmp_path / "bad.json"))
+
+
+def test_a_prompt_longer_than_the_context_is_one_sentence(program: Program) -> None:
+    assert "context" in one_line(program("generate", "-p", "cat " * 4000))
+
+
+def test_a_name_with_a_slash_is_one_sentence(program: Program) -> None:
+    for name in ("a/b", "../up", ".hidden", "", "line\nend"):
+        assert "cannot be a name" in one_line(program("save", name, "-p", PROMPT))
+    assert not (program.directory.parent / "up").exists()
+
+
+def test_a_directory_that_is_no_store_is_one_sentence(program: Program) -> None:
+    program.directory.mkdir()
+    (program.directory / "letters.txt").write_text("private", "utf-8")
+    for command in (("generate", "-p", "a"), ("list",), ("save", "x", "-p", "a"), ("verify",)):
+        assert "not a store" in one_line(program(*command))
+    program.directory = program.directory / "letters.txt"
+    assert "is a file" in one_line(program("generate", "-p", "a"))
+
+
+FULL_DISK = """
+import resource, sys
+from mlx_promptcache import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+code = cli.run(sys.argv[1:])
+print(code)
+"""
+
+
+def limited(program: Program, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process whose files cannot grow, as on a full disk."""
+    chosen = ["-m", str(program.model), "--cache-dir", str(program.directory)]
+    return subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *arguments, *chosen],
+        capture_output=True, text=True, env=processes.environment(), check=False, timeout=300,
+    )  # fmt: skip
+
+
+def test_a_full_disk_is_a_notice_to_a_run_and_an_error_to_a_save(program: Program) -> None:
+    ran = limited(program, "generate", *GREEDY, "-p", PROMPT)
+    assert ran.stdout.splitlines()[-1] == "0"
+    assert "was not kept: cannot write to the store" in ran.stderr
+    saved = limited(program, "save", "few", "-p", PROMPT)
+    assert saved.stdout.splitlines() == ["1"]
+    assert "cannot write to the store" in saved.stderr
+    left = [p for p in program.directory.rglob("*") if p.is_file() and ".tmp" in p.name]
+    assert left == []
+    assert program("verify").code == 0
+
+
+def test_a_directory_that_cannot_be_written_is_read_and_told(program: Program) -> None:
+    program("save", "few", "-p", PROMPT)
+    ran = without_write_permission(program, "generate", *GREEDY, "--prompt-cache", "few", "-p", "a")
+    assert ran.returncode == 0, ran.stderr
+    assert "was not kept" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    saved = without_write_permission(program, "save", "other", "-p", "Something else")
+    assert (saved.returncode, saved.stdout) == (1, "")
+    assert len(saved.stderr.splitlines()) == 1
+
+
+def without_write_permission(program: Program, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process that can only read the store: permissions mean nothing to root,
+    so for root the store is mounted read-only, in a namespace of that process alone."""
+    chosen = ["-m", str(program.model), "--cache-dir", str(program.directory)]
+    command = [sys.executable, "-m", "mlx_promptcache", *arguments, *chosen]
+    if os.geteuid() == 0:
+        mount = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+        command = ["unshare", "-m", "sh", "-c", mount, str(program.directory), *command]
+        if not shutil.which("unshare") or subprocess.run(command[:2] + ["true"], check=False).returncode:
+            pytest.skip("root cannot make a namespace here")
+    directories = [program.directory, *(p for p in program.directory.rglob("*") if p.is_dir())]
+    for path in directories:
+        path.chmod(0o500)
+    try:
+        return subprocess.run(
+            command, text=True, check=False, capture_output=True, env=processes.environment(),
+            timeout=300,
+        )  # fmt: skip
+    finally:
+        for path in directories:
+            path.chmod(0o700)
+
+
+# Processes
+
+
+def test_ctrl_c_keeps_what_was_computed(program: Program) -> None:
+    chosen = ("-m", program.model, "--cache-dir", program.directory)
+    endless = ("-p", PROMPT, "-n", "-1", "--temp", "1", "--seed", "1", "--save-as", "end")
+    process = processes.start("generate", *chosen, *endless)
+    assert process.stdout is not None
+    shown = process.stdout.read(1)  # it generates
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert program("verify").code == 0
+    assert program.generate("-p", PROMPT)["hit"] == "exact"
+    kept = program("show", "end", "--json").json
+    assert kept["messages"][-1] == {"role": "assistant", "content": (shown + rest)[:-1]}
+
+
+def test_two_processes_that_save_the_same_prompts_at_once_leave_a_sound_store(
+    program: Program,
+) -> None:
+    script = (
+        "import sys\n"
+        "from mlx_promptcache import Runner\n"
+        "runner = Runner.load(sys.argv[1], cache_dir=sys.argv[2])\n"
+        "for i in range(30):\n"
+        "    state = runner.prefill('The cat sat on the mat. ' * 9 + str(i))\n"
+        "    runner.cache.save(f'state {i}', state, replace=True, sync=False)\n"
+        "print('{}')\n"
+    )
+    command = [sys.executable, "-c", script, str(program.model), str(program.directory)]
+    both = [
+        subprocess.Popen(command, env=processes.environment(), stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in both:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    report = program("verify", "--json").json
+    assert report["damaged"] == []
+    entries = program("list", "--json").json["entries"]
+    assert {e["name"] for e in entries} >= {f"state {i}" for i in range(30)}
+    assert {e["status"] for e in entries} == {"ok"}
+
+
+def test_a_debug_variable_shows_tracebacks_and_nothing_else_does(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "Traceback" not in program("load", "nobody").err
+    monkeypatch.setenv("MLX_PROMPTCACHE_DEBUG", "1")
+    with pytest.raises(Exception, match="nobody"):
+        program("load", "nobody")
+
+
+def test_python_dash_m_is_the_same_program() -> None:
+    ended = processes.run("--help")
+    assert ended.code == 0
+    for command in cli.COMMANDS:
+        assert command in ended.out
