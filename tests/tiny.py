@@ -13,6 +13,7 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import falcon_h1, lfm2, llama, llama4, mamba2
 
@@ -42,6 +43,25 @@ LLAMA = {
 }
 
 
+class Uneven(nn.Embedding):
+    """An embedding whose last bits depend on how many tokens go through it at once.
+
+    On a GPU, and with a fast BLAS, the bits of all that is computed do. Where they do not, a test
+    that compares bits could not tell rows of one pass from those of another.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(x) * (1 + x.shape[-1] % 251 * 2.0**-23)
+
+
+def uneven(model: Any) -> Any:
+    """Let the bits of all that a model computes depend on the width of its passes."""
+    for module in model.modules():
+        if type(module) is nn.Embedding:
+            object.__setattr__(module, "__class__", Uneven)
+    return model
+
+
 def with_weights(model: Any) -> Any:
     """Give every matrix of a model random weights; scales and biases stay as they are made."""
     weights = []
@@ -59,21 +79,21 @@ def with_weights(model: Any) -> Any:
 
 def plain() -> Any:
     """A llama: every layer a `KVCache`."""
-    return with_weights(llama.Model(llama.ModelArgs.from_dict(LLAMA)))
+    return uneven(with_weights(llama.Model(llama.ModelArgs.from_dict(LLAMA))))
 
 
 def smallest() -> Any:
     """A llama of one narrow layer, whose files have few bytes."""
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 16}
     heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 4}
-    return with_weights(llama.Model(llama.ModelArgs.from_dict({**LLAMA, **sizes, **heads})))
+    return uneven(with_weights(llama.Model(llama.ModelArgs.from_dict({**LLAMA, **sizes, **heads}))))
 
 
 def rotating() -> Any:
     """A llama of windows of 32 tokens (`RotatingKVCache`) around a full layer."""
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     config = {**LLAMA, "num_hidden_layers": 3, "layer_types": kinds, "sliding_window": WINDOW}
-    return with_weights(llama.Model(llama.ModelArgs.from_dict(config)))
+    return uneven(with_weights(llama.Model(llama.ModelArgs.from_dict(config))))
 
 
 def recurrent() -> Any:
@@ -84,7 +104,7 @@ def recurrent() -> Any:
         conv_kernel=4, n_groups=1, use_bias=False, use_conv_bias=True, tie_word_embeddings=False,
         time_step_limit=(0.0, 100.0), time_step_rank="auto",
     )  # fmt: skip
-    return with_weights(mamba2.Model(args))
+    return uneven(with_weights(mamba2.Model(args)))
 
 
 def hybrid() -> Any:
@@ -96,7 +116,7 @@ def hybrid() -> Any:
         block_ffn_dim_multiplier=1.0, block_auto_adjust_ff_dim=False, block_ff_dim=96,
         layer_types=["conv", "full_attention", "conv"],
     )  # fmt: skip
-    return with_weights(lfm2.Model(args))
+    return uneven(with_weights(lfm2.Model(args)))
 
 
 def nested() -> Any:
@@ -106,7 +126,7 @@ def nested() -> Any:
         mamba_d_ssm=32, mamba_d_state=8, mamba_n_heads=4, num_attention_heads=4,
         num_hidden_layers=2, num_key_value_heads=2, lm_head_multiplier=1.0,
     )  # fmt: skip
-    return with_weights(falcon_h1.Model(args))
+    return uneven(with_weights(falcon_h1.Model(args)))
 
 
 def chunked() -> Any:
@@ -132,7 +152,7 @@ def chunked() -> Any:
         "use_qk_norm": False,
         "vocab_size": VOCAB,
     }
-    return with_weights(llama4.Model(llama4.ModelArgs(text_config=text, model_type="llama4")))
+    return uneven(with_weights(llama4.Model(llama4.ModelArgs(text_config=text, model_type="llama4"))))
 
 
 KINDS: dict[str, Callable[[], Any]] = {

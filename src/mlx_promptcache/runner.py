@@ -313,4 +313,13 @@ def _load(path: Path, adapter: Path | None) -> tuple[Any, Any]:
         loaded = mlx_lm.load(str(path), adapter_path=None if adapter is None else str(adapter))
     except Exception as exc:
         raise ModelError(f"mlx-lm cannot load {path}: {exc}") from exc
+    _keep_in_memory()
     return loaded[0], loaded[1]
+
+
+def _keep_in_memory() -> None:
+    """Let Metal wire as much memory as it recommends: without it large models are slow, and so
+    mlx-lm does the same. Elsewhere there is nothing to do."""
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    if isinstance(recommended, int):
+        mx.set_wired_limit(recommended)

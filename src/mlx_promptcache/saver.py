@@ -116,8 +116,10 @@ class Saver:
         keys, tokens = self._keys, self._state.tokens
         if begin >= end:
             return None
-        known = {keys[stop]: stop for stop in range(begin + 1, end)}
         stems = self._store.beginning(BLOCKS, f"{keys[begin]}-{tokens[begin]}-")
+        if not stems:
+            return None
+        known = {keys[stop]: stop for stop in range(begin + 1, end)}
         names = [name for name in map(BlockName.parse, stems) if name is not None]
         return max((known[n.end_key] for n in names if n.end_key in known), default=None)
 

@@ -68,10 +68,12 @@ class Session:
 
     def generate(self, run: Run, max_tokens: int, stop: tuple[str, ...]) -> None:
         """Generate, and print the text as it comes."""
-        began = time.perf_counter()
+        first: float | None = None
         for step in run.steps(max_tokens, stop):
             self._take(step)
-            self.generation_seconds = time.perf_counter() - began
+            now = time.perf_counter()
+            first = now if first is None else first
+            self.generation_seconds = now - first
             if self.interrupt.wanted and not step.finish_reason:
                 self.finish_reason = "interrupted"
                 break

@@ -1,0 +1,843 @@
+"""Runner: what was computed once is gone on from, bit for bit, and nothing is computed twice."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx_lm
+import processes
+import pytest
+import tiny
+from mlx_lm.generate import generate_step
+from tiny import bits, digest, random_tokens
+
+from mlx_promptcache import PromptCache, Runner, Sampling, State
+from mlx_promptcache.errors import ModelError, PromptError, UnsupportedLayer
+from mlx_promptcache.fingerprint import KVSettings
+from mlx_promptcache.layers import live_arrays, make_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from mlx_promptcache.run import Run
+
+GREEDY = Sampling()
+SAMPLED = Sampling(temp=1.0, top_p=0.9, repetition_penalty=1.1, seed=7)
+KV8 = KVSettings(8, 32, 0)
+KV4 = KVSettings(4, 32, 0)
+KV8_LATER = KVSettings(8, 32, 75)  # in the middle of prompts, or of what is generated
+
+every_kind = pytest.mark.parametrize("kind", tiny.KINDS)
+main_kinds = pytest.mark.parametrize("kind", ["plain", "rotating", "recurrent", "hybrid"])
+opaque_kinds = pytest.mark.parametrize(
+    "kind", ["rotating", "recurrent", "hybrid", "nested", "chunked"]
+)
+
+
+@functools.cache
+def model_of(kind: str) -> Any:
+    return tiny.KINDS[kind]()
+
+
+def runner_of(
+    kind: str, directory: Path | None = None, kv: KVSettings | None = None, **more: Any
+) -> Runner:
+    """A runner of a tiny model; with a directory also a new look at the store there."""
+    cache = None if directory is None else PromptCache(directory, kind, kv=kv)
+    return Runner(model_of(kind), None, cache, kv=kv, **more)
+
+
+def tokens_of(runner: Runner, prompt: Any, count: int, sampling: Sampling | None) -> list[int]:
+    return [step.token for step in runner.generate(prompt, count, sampling)]
+
+
+def keep(runner: Runner, prompt: Sequence[int], name: str | None = None, **more: Any) -> State:
+    """Prefill a prompt and save its state."""
+    assert runner.cache is not None
+    state = runner.prefill(prompt, **more)
+    runner.cache.save(name, state, sync=False, exact=more.get("exact", False))
+    return state
+
+
+def logprobs(state: State) -> mx.array:
+    assert state.logits is not None
+    logits = state.logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits)
+
+
+def assert_close(state: State, cold: State) -> None:
+    """The same distribution but for rounding: what the default promises."""
+    assert state.tokens == cold.tokens
+    difference: Any = mx.max(mx.abs(logprobs(state) - logprobs(cold))).item()
+    assert difference < 1e-3
+
+
+def same_logits(state: State, cold: State) -> bool:
+    assert state.logits is not None
+    assert cold.logits is not None
+    return bits(state.logits) == bits(cold.logits)
+
+
+@contextlib.contextmanager
+def counted(model: Any) -> Iterator[list[int]]:
+    """The widths of the forward calls of a model's class while this lasts."""
+    widths: list[int] = []
+    model_class = type(model)
+    original = model_class.__call__
+
+    def call(self: Any, inputs: mx.array, *args: Any, **kwargs: Any) -> Any:
+        widths.append(inputs.shape[1])
+        return original(self, inputs, *args, **kwargs)
+
+    model_class.__call__ = call
+    try:
+        yield widths
+    finally:
+        model_class.__call__ = original
+
+
+# A new process
+
+PROMPT = 70  # more than the windows and the chunks hold
+CASES: dict[str, tuple[str, KVSettings | None, Sampling, int]] = {
+    f"{kind}, {name}, {before} before": (kind, None, sampling, before)
+    for kind in tiny.KINDS
+    for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED))
+    for before in (0, 1, 9)
+}
+CASES |= {
+    f"plain, {kv}, {before} before": ("plain", kv, SAMPLED, before)
+    for kv in (KV8, KV4, KV8_LATER, KVSettings(4, 32, 70), KVSettings(None, 64, 5000, 24))
+    for before in (0, 3, 9)
+}
+CASES |= {f"hybrid, {kv}": ("hybrid", kv, SAMPLED, 9) for kv in (KV8, KV8_LATER)}
+AFTER = 12
+
+CHILD = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import test_runner
+print(json.dumps(test_runner.resumed_in_this_process(sys.argv[2])))
+"""
+
+
+def went_on(runner: Runner, state: State) -> dict[str, Any]:
+    tokens = tokens_of(runner, state, AFTER, None)
+    return {"tokens": tokens, "state": digest(runner.state), "fed": runner.tokens_fed}
+
+
+def resumed_in_this_process(directory: str) -> dict[str, Any]:
+    """Go on from every saved state; run in a process that has computed nothing before."""
+    answers = {}
+    for number, (case, (kind, kv, _, _)) in enumerate(CASES.items()):
+        runner = runner_of(kind, Path(directory), kv)
+        assert runner.cache is not None
+        state = runner.cache.load(f"case {number}", blueprint=runner.blueprint)
+        answers[case] = {"loaded": digest(state), **went_on(runner, state)}
+    return answers
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """By case: what one run without a stop did, and what another process did after a stop."""
+    directory = tmp_path_factory.mktemp("cases") / "store"
+    straight = {}
+    for number, (case, (kind, kv, sampling, before)) in enumerate(CASES.items()):
+        prompt = random_tokens(PROMPT, seed=len(kind))
+        runner = runner_of(kind, directory, kv)
+        run = runner.start(prompt, reuse=False, sampling=sampling)
+        if before:
+            list(run.steps(before))
+        state = runner.state
+        assert runner.cache is not None
+        runner.cache.save(f"case {number}", state, sync=False)
+        whole = runner_of(kind, None, kv)
+        tokens = tokens_of(whole, prompt, before + AFTER, sampling)
+        straight[case] = {
+            "loaded": digest(state),
+            "tokens": tokens[before:],
+            "state": digest(whole.state),
+            "fed": AFTER,
+        }
+    tests = str(Path(__file__).parent)
+    return straight, processes.python(CHILD, tests, directory)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_new_process_goes_on_bit_for_bit(
+    resumed: tuple[dict[str, Any], dict[str, Any]], case: str
+) -> None:
+    straight, answers = resumed
+    assert answers[case] == straight[case]
+
+
+def test_the_sampled_cases_are_no_greedy_ones(
+    resumed: tuple[dict[str, Any], dict[str, Any]],
+) -> None:
+    straight, _ = resumed
+    for kind in tiny.KINDS:
+        greedy = straight[f"{kind}, greedy, 9 before"]["tokens"]
+        sampled = straight[f"{kind}, sampled, 9 before"]["tokens"]
+        assert greedy != sampled
+        assert len(set(sampled)) > 3
+
+
+# The state after every step
+
+
+@every_kind
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_the_state_after_every_step_goes_on_as_the_run_did(kind: str, sampling: Sampling) -> None:
+    prompt, count = random_tokens(40, seed=2), 7
+    undisturbed = runner_of(kind)
+    straight = tokens_of(undisturbed, prompt, count, sampling)
+    end = digest(undisturbed.state)
+    runner, states = runner_of(kind), []
+    for i, step in enumerate(runner.generate(prompt, count, sampling)):
+        assert step.token == straight[i]
+        states.append(runner.state)
+        assert states[-1].n_past == len(states[-1].tokens) == len(prompt) + i + 1
+        assert states[-1].tokens == (*prompt, *straight[: i + 1])
+    assert len(states) == count
+    assert digest(runner.state) == digest(states[-1]) == end
+    for i, state in enumerate(states):
+        fresh = runner_of(kind)
+        left = count - i - 1
+        assert tokens_of(fresh, state, left, None) == straight[i + 1 :]
+        assert fresh.tokens_fed <= left
+        assert not left or digest(fresh.state) == end
+
+
+@every_kind
+def test_a_state_is_a_value_that_no_run_changes(kind: str) -> None:
+    runner = runner_of(kind)
+    state = runner.prefill(random_tokens(40, seed=2))
+    before = digest(state)
+    first = tokens_of(runner, state, 20, SAMPLED)
+    assert digest(state) == before
+    assert tokens_of(runner, state, 20, SAMPLED) == first
+
+
+def test_a_run_that_was_broken_off_has_the_state_of_what_was_yielded() -> None:
+    prompt = random_tokens(40, seed=2)
+    straight = tokens_of(runner_of("plain"), prompt, 12, SAMPLED)
+    for taken in (1, 2, 5):
+        runner = runner_of("plain")
+        steps = runner.generate(prompt, 12, SAMPLED)
+        for _ in range(taken):
+            next(steps)
+        assert runner.state.tokens == (*prompt, *straight[:taken])
+        rest = tokens_of(runner_of("plain"), runner.state, 12 - taken, None)
+        assert rest == straight[taken:]
+
+
+def test_generating_again_in_one_run_goes_on() -> None:
+    prompt = random_tokens(40, seed=2)
+    straight = tokens_of(runner_of("plain"), prompt, 12, SAMPLED)
+    run = runner_of("plain").start(prompt, sampling=SAMPLED)
+    parts = [[step.token for step in run.steps(count)] for count in (1, 1, 4, 6)]
+    assert [token for part in parts for token in part] == straight
+    assert run.state().tokens == (*prompt, *straight)
+
+
+@every_kind
+def test_the_prompt_has_its_state_also_after_tokens_were_generated(kind: str) -> None:
+    prompt = random_tokens(40, seed=2)
+    run = runner_of(kind).start(prompt, sampling=SAMPLED)
+    at_once = digest(run.state())
+    for count in (1, 9):
+        run = runner_of(kind).start(prompt, sampling=SAMPLED)
+        list(run.steps(count))
+        assert digest(run.prompt_state()) == at_once
+
+
+@pytest.mark.parametrize("kv", [KV8, KVSettings(8, 32, 43)], ids=str)
+def test_the_prompt_has_its_state_also_after_its_rows_were_quantised(kv: KVSettings) -> None:
+    prompt = random_tokens(40, seed=2)
+    at_once = runner_of("plain", None, kv).start(prompt, sampling=SAMPLED).state()
+    run = runner_of("plain", None, kv).start(prompt, sampling=SAMPLED)
+    list(run.steps(9))
+    assert digest(run.prompt_state()) == digest(at_once)
+
+
+def test_a_resumed_state_has_no_prompt_but_itself() -> None:
+    runner = runner_of("plain")
+    state = runner.prefill(random_tokens(40, seed=2))
+    run = runner.resume(state, SAMPLED)
+    tokens = [step.token for step in run.steps(3)]
+    assert run.state().tokens == (*state.tokens, *tokens)
+    assert run.prompt_state().tokens == state.tokens
+
+
+@every_kind
+def test_the_logits_and_greedy_tokens_are_those_of_mlx_lm(kind: str) -> None:
+    model, prompt = model_of(kind), random_tokens(90, seed=4)
+    runner = runner_of(kind)
+    state = runner.prefill(prompt)
+    assert state.logits is not None
+    expected = model(mx.array(prompt)[None], cache=make_layers(model, KVSettings()))[0, -1]
+    assert mx.allclose(state.logits, expected, atol=1e-4)
+    theirs = [token for token, _ in generate_step(mx.array(prompt), model, max_tokens=15)]
+    assert tokens_of(runner, prompt, 15, GREEDY) == theirs
+
+
+def test_the_embedding_is_the_hidden_state_that_the_head_makes_logits_of() -> None:
+    runner = runner_of("plain")
+    assert runner.embeds
+    state = runner.prefill(random_tokens(20, seed=4))
+    for _ in range(2):
+        assert state.embedding is not None
+        assert state.logits is not None
+        assert mx.allclose(model_of("plain").lm_head(state.embedding), state.logits, atol=1e-5)
+        list(runner.generate(state, 3, GREEDY))
+        state = runner.state
+
+
+# Exact hits
+
+
+@every_kind
+@pytest.mark.parametrize("max_tokens", [1, 2, 8])
+def test_an_exact_hit_calls_no_model_before_the_first_token(
+    kind: str, max_tokens: int, tmp_path: Path
+) -> None:
+    prompt = random_tokens(60, seed=3)
+    keep(runner_of(kind, tmp_path), prompt)
+    cold = tokens_of(runner_of(kind), prompt, max_tokens, SAMPLED)
+    runner = runner_of(kind, tmp_path)
+    with counted(runner.model) as widths:
+        steps = runner.generate(prompt, max_tokens, SAMPLED)
+        first = next(steps).token
+        assert widths == []
+        assert (runner.forward_passes, runner.tokens_fed) == (0, 0)
+        assert [first, *(step.token for step in steps)] == cold
+        fed = max(0, max_tokens - 2)  # not the first one yet, and not the last one
+        assert len(widths) <= fed + 1
+        state = runner.state
+    assert state.tokens == (*prompt, *cold)
+    assert widths == [1] * max_tokens
+    assert (runner.forward_passes, runner.tokens_fed) == (max_tokens, max_tokens)
+
+
+@every_kind
+def test_an_exact_hit_says_so(kind: str, tmp_path: Path) -> None:
+    prompt = random_tokens(60, seed=3)
+    keep(runner_of(kind, tmp_path), prompt, "mine")
+    run = runner_of(kind, tmp_path).start(prompt)
+    assert run.match is not None
+    assert (run.match.position, run.match.exact, run.match.source) == (60, True, "mine")
+    assert (run.cached_tokens, run.prefilled_tokens) == (60, 0)
+
+
+def test_a_hit_draws_from_its_own_seed(tmp_path: Path) -> None:
+    prompt = random_tokens(60, seed=3)
+    runner = runner_of("plain", tmp_path)
+    list(runner.generate(prompt, 5, Sampling(temp=1.0, seed=1)))
+    assert runner.cache is not None
+    run = runner.run_in_progress
+    assert run is not None
+    runner.cache.save(None, run.prompt_state())
+    said = []
+    for seed in (1, 2, 3):
+        sampling = Sampling(temp=1.0, seed=seed)
+        warm = tokens_of(runner_of("plain", tmp_path), prompt, 10, sampling)
+        assert warm == tokens_of(runner_of("plain"), prompt, 10, sampling)
+        said.append(warm)
+    assert said[0] != said[1] != said[2]
+    unseeded = [
+        tokens_of(runner_of("plain", tmp_path), prompt, 10, Sampling(temp=1.0)) for _ in range(2)
+    ]
+    assert unseeded[0] != unseeded[1]
+
+
+def test_a_state_goes_on_with_its_own_key_and_settings_unless_others_are_given() -> None:
+    prompt = random_tokens(40, seed=2)
+    straight = tokens_of(runner_of("plain"), prompt, 20, SAMPLED)
+    runner = runner_of("plain")
+    list(runner.generate(prompt, 10, SAMPLED))
+    state = runner.state
+    assert state.sampling == Sampling(temp=1.0, top_p=0.9, repetition_penalty=1.1)
+    assert tokens_of(runner, state, 10, None) == straight[10:]
+    unseeded = Sampling(temp=1.0, top_p=0.9, repetition_penalty=1.1)
+    assert tokens_of(runner, state, 10, unseeded) == straight[10:]
+    assert tokens_of(runner, state, 10, SAMPLED) != straight[10:]
+    assert tokens_of(runner, state, 10, GREEDY) != straight[10:]
+
+
+def test_the_repetition_penalty_remembers_the_prompt_that_was_restored(tmp_path: Path) -> None:
+    prompt = random_tokens(60, seed=3)
+    harsh = Sampling(repetition_penalty=50.0, repetition_context_size=200)
+    cold = tokens_of(runner_of("plain"), prompt, 20, harsh)
+    assert not set(cold) & set(prompt)
+    keep(runner_of("plain", tmp_path), prompt[:40])
+    assert tokens_of(runner_of("plain", tmp_path), prompt, 20, harsh) == cold
+
+
+# Prefixes
+
+
+@main_kinds
+@pytest.mark.parametrize("length", [1, 2, 255, 256, 257, 511, 512, 513])
+def test_prompts_of_every_length_are_stored_and_found(
+    kind: str, length: int, tmp_path: Path
+) -> None:
+    prompt = random_tokens(length + 1, seed=length)
+    cold = keep(runner_of(kind, tmp_path), prompt[:length])
+    runner = runner_of(kind, tmp_path)
+    again = runner.start(prompt[:length])
+    assert (again.cached_tokens, again.prefilled_tokens) == (length, 0)
+    assert same_logits(again.state(), cold)
+    longer = runner.start(prompt)
+    assert (longer.cached_tokens, longer.prefilled_tokens) == (length, 1)
+    assert_close(longer.state(), runner_of(kind).prefill(prompt))
+
+
+@main_kinds
+@pytest.mark.parametrize("length", [1, 2, 100, 255, 256, 257, 299])
+def test_of_a_longer_stored_prompt_nothing_stale_is_used(
+    kind: str, length: int, tmp_path: Path
+) -> None:
+    stored = random_tokens(300, seed=8)
+    keep(runner_of(kind, tmp_path), stored)
+    for prompt in (stored[:length], [*stored[:length], (stored[length] + 1) % tiny.VOCAB]):
+        run = runner_of(kind, tmp_path).start(prompt)
+        if kind == "plain":
+            assert run.cached_tokens == min(length, len(prompt) - 1)
+        else:
+            assert run.cached_tokens == 0
+        assert run.match is not None
+        assert not run.match.exact
+        assert_close(run.state(), runner_of(kind).prefill(prompt))
+        assert tokens_of(runner_of(kind, tmp_path), prompt, 5, GREEDY) == tokens_of(
+            runner_of(kind), prompt, 5, GREEDY
+        )
+
+
+@main_kinds
+def test_tokens_fed_are_counted_and_with_those_cached_make_the_prompt(
+    kind: str, tmp_path: Path
+) -> None:
+    whole = random_tokens(700, seed=9)
+    for stop, boundaries in [(90, ()), (300, (200,)), (300, ()), (700, (256, 300)), (640, ())]:
+        runner = runner_of(kind, tmp_path)
+        with counted(runner.model) as widths:
+            run = runner.start(whole[:stop], boundaries=boundaries)
+        assert run.cached_tokens + run.prefilled_tokens == stop
+        assert sum(widths) == run.prefilled_tokens == runner.tokens_fed
+        assert len(widths) == runner.forward_passes
+        assert runner.cache is not None
+        runner.cache.save(None, run.state(), sync=False)
+    assert run.cached_tokens > 0
+
+
+def test_passes_end_on_the_grid_and_at_boundaries_in_cold_and_warm_runs(tmp_path: Path) -> None:
+    prompt = random_tokens(1200, seed=10)
+    runner = runner_of("plain", tmp_path)
+    with counted(runner.model) as widths:
+        keep(runner, prompt[:1100], boundaries=(100, 600))
+    assert widths == [100, 412, 88, 424, 76]
+    with counted(runner.model) as widths:
+        runner_of("plain", tmp_path, prefill_step=256).prefill(prompt)
+    assert [w for w in widths if w != 2] == [100]  # but for the two tokens of the probes
+
+
+def test_no_pass_is_longer_than_the_grid() -> None:
+    runner = runner_of("plain", None, prefill_step=256)
+    with counted(runner.model) as widths:
+        runner.prefill(random_tokens(600, seed=1))
+    assert widths == [256, 256, 88]
+    for step in (0, -256, 100, 300):
+        with pytest.raises(ValueError, match="multiple of 256"):
+            runner_of("plain", None, prefill_step=step)
+
+
+@opaque_kinds
+def test_layers_that_cannot_be_cut_are_reused_where_they_were_kept_and_nowhere_else(
+    kind: str, tmp_path: Path
+) -> None:
+    stored = random_tokens(100, seed=11)
+    other = random_tokens(40, seed=12)
+    keep(runner_of(kind, tmp_path), stored, boundaries=(60,))
+    for shared, cached in [(100, 100), (99, 60), (80, 60), (61, 60), (60, 60), (59, 0), (5, 0)]:
+        prompt = stored[:shared] + [t for t in other if t != stored[min(shared, 99)]]
+        run = runner_of(kind, tmp_path).start(prompt)
+        assert run.cached_tokens == cached
+        assert_close(run.state(), runner_of(kind).prefill(prompt))
+
+
+@main_kinds
+def test_a_warm_run_says_what_a_cold_one_says_but_for_rounding(kind: str, tmp_path: Path) -> None:
+    base = random_tokens(600, seed=13)
+    reused = 0
+    for stop, turn in [(130, 0), (333, 0), (511, 1), (600, 0), (400, 2), (590, 1)]:
+        prompt = [*base[:stop], *random_tokens(30, seed=100 + turn)]
+        runner = runner_of(kind, tmp_path)
+        run = runner.start(prompt, boundaries=(stop,))
+        reused += run.cached_tokens
+        assert_close(run.state(), runner_of(kind).prefill(prompt))
+        assert runner.cache is not None
+        runner.cache.save(None, run.state(), sync=False)
+    assert reused > 500
+
+
+# --exact
+
+
+def odd_store(kind: str, directory: Path, prompt: Sequence[int]) -> None:
+    """Fill a store with rows of the prompt that were computed in all sorts of passes."""
+    for stop, step in [(37, 512), (130, 512), (300, 256), (301, 512), (511, 768), (560, 512)]:
+        keep(runner_of(kind, directory, prefill_step=step), prompt[:stop])
+    runner = runner_of(kind, directory)
+    list(runner.generate(prompt[:20], 10, SAMPLED))
+    assert runner.cache is not None
+    runner.cache.save(None, runner.state, sync=False)
+    keep(runner_of(kind, directory), [*prompt[:300], *random_tokens(50, seed=1)])
+
+
+@main_kinds
+@pytest.mark.parametrize("boundaries", [(), (200,), (37, 512, 640)], ids=str)
+def test_an_exact_warm_run_has_the_bits_of_a_cold_one(
+    kind: str, boundaries: tuple[int, ...], tmp_path: Path
+) -> None:
+    prompt = random_tokens(700, seed=14)
+    odd_store(kind, tmp_path, prompt)
+    cold = runner_of(kind).prefill(prompt, boundaries=boundaries)
+    first = runner_of(kind, tmp_path).start(prompt, boundaries=boundaries, exact=True)
+    assert same_logits(first.state(), cold)
+    cache = PromptCache(tmp_path, kind)
+    cache.save(None, first.state(), exact=True)
+    second = runner_of(kind, tmp_path).start(prompt, boundaries=boundaries, exact=True)
+    assert (second.cached_tokens, second.prefilled_tokens) == (700, 0)
+    assert same_logits(second.state(), cold)
+    longer = [*prompt, *random_tokens(80, seed=15)]
+    third = runner_of(kind, tmp_path).start(longer, boundaries=boundaries, exact=True)
+    cut = 512 if kind == "plain" else 0  # the last end of a pass that a longer prompt has, too
+    assert third.cached_tokens == max([cut, *boundaries])
+    assert same_logits(third.state(), runner_of(kind).prefill(longer, boundaries=boundaries))
+    assert digest(*third.state().contents[-1].rows.values()) == digest(
+        *runner_of(kind).prefill(longer, boundaries=boundaries).contents[-1].rows.values()
+    )
+
+
+def test_a_default_run_over_odd_rows_has_other_bits_than_a_cold_one(tmp_path: Path) -> None:
+    """If it had not, the tests of exactness above would show nothing."""
+    prompt = random_tokens(700, seed=14)
+    odd_store("plain", tmp_path, prompt)
+    run = runner_of("plain", tmp_path).start(prompt)
+    cold = runner_of("plain").prefill(prompt)
+    assert run.cached_tokens == 560
+    assert_close(run.state(), cold)
+    assert not same_logits(run.state(), cold)
+
+
+def test_exact_runs_that_build_on_each_other_stay_exact(tmp_path: Path) -> None:
+    whole = random_tokens(1500, seed=16)
+    cached = []
+    for turn, stop in enumerate((90, 600, 601, 1100, 1024, 1500)):
+        prompt = whole[:stop]
+        keep(runner_of("plain", tmp_path), [*prompt[: stop - 5], turn])  # others, in between
+        run = runner_of("plain", tmp_path).start(prompt, exact=True)
+        cached.append(run.cached_tokens)
+        assert same_logits(run.state(), runner_of("plain").prefill(prompt))
+        PromptCache(tmp_path, "plain").save(None, run.state(), exact=True)
+    assert cached == [0, 0, 512, 512, 512, 1024]
+
+
+def test_generated_rows_are_not_taken_for_those_of_a_prompt(tmp_path: Path) -> None:
+    prompt = random_tokens(100, seed=17)
+    runner = runner_of("plain", tmp_path)
+    said = tokens_of(runner, prompt, 30, SAMPLED)
+    assert runner.cache is not None
+    runner.cache.save(None, runner.state)
+    whole = [*prompt, *said, 5, 6]
+    cold = runner_of("plain").prefill(whole)
+    assert runner_of("plain", tmp_path).start(whole).cached_tokens == 130
+    run = runner_of("plain", tmp_path).start(whole, exact=True)
+    assert run.cached_tokens == 0
+    assert same_logits(run.state(), cold)
+
+
+# Quantised K/V
+
+
+@pytest.mark.parametrize("kv", [KV8, KV4, KV8_LATER], ids=str)
+def test_quantised_prompts_are_found_again(kv: KVSettings, tmp_path: Path) -> None:
+    prompt = random_tokens(120, seed=18)
+    cold = keep(runner_of("plain", tmp_path, kv), prompt)
+    run = runner_of("plain", tmp_path, kv).start(prompt)
+    assert (run.cached_tokens, run.prefilled_tokens) == (120, 0)
+    assert same_logits(run.state(), cold)
+    longer = runner_of("plain", tmp_path, kv).start([*prompt, 1, 2])
+    assert longer.cached_tokens == 120
+    branch = runner_of("plain", tmp_path, kv).start([*prompt[:100], 1, 2])
+    assert branch.cached_tokens == 100
+    if kv is KV8_LATER:  # before that the rows are not quantised yet
+        run = runner_of("plain", tmp_path, kv).start([*prompt[:60], 1, 2])
+        assert same_logits(run.state(), runner_of("plain", None, kv).prefill([*prompt[:60], 1, 2]))
+
+
+@pytest.mark.parametrize("kv", [KV8, KV8_LATER], ids=str)
+def test_quantised_exact_runs_have_the_bits_of_cold_ones(kv: KVSettings, tmp_path: Path) -> None:
+    prompt = random_tokens(700, seed=18)
+    for stop in (50, 90, 300):
+        keep(runner_of("plain", tmp_path, kv), prompt[:stop])
+    cold = runner_of("plain", None, kv).prefill(prompt)
+    for expected in (0, 700):
+        run = runner_of("plain", tmp_path, kv).start(prompt, exact=True)
+        assert run.cached_tokens == expected
+        assert same_logits(run.state(), cold)
+        PromptCache(tmp_path, "plain", kv=kv).save(None, run.state(), exact=True)
+
+
+@pytest.mark.parametrize(
+    "others", [None, KV4, KV8_LATER, KVSettings(8, 64, 0), KVSettings(8, 32, 0, 4096)], ids=str
+)
+def test_rows_of_other_kv_settings_are_not_used_and_the_miss_says_why(
+    others: KVSettings | None, tmp_path: Path
+) -> None:
+    prompt = random_tokens(120, seed=18)
+    keep(runner_of("plain", tmp_path, KV8), prompt)
+    if others is not None and others.group_size == 64:
+        pytest.skip("heads of 32 cannot be quantised in groups of 64") if False else None
+        cache = PromptCache(tmp_path, "plain", kv=others)
+        match = cache.match(prompt)
+    else:
+        run = runner_of("plain", tmp_path, others).start(prompt)
+        assert run.cached_tokens == 0
+        assert same_logits(run.state(), runner_of("plain", None, others).prefill(prompt))
+        assert run.match is not None
+        match = run.match
+    assert match.position == 0
+    assert match.reason is not None
+    assert "other KV cache settings" in match.reason
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "hybrid", "nested"])
+@pytest.mark.parametrize("start", [0, 20])
+def test_models_with_little_or_nothing_to_quantise_are_cached_as_well(
+    kind: str, start: int, tmp_path: Path
+) -> None:
+    kv, prompt = KVSettings(8, 32, start), random_tokens(60, seed=19)
+    if kind == "nested":
+        kv = KVSettings(8, 32, start)
+    keep(runner_of(kind, tmp_path, kv), prompt, boundaries=(40,))
+    for length, cached in [(60, 60), (59, 40), (41, 40)]:
+        run = runner_of(kind, tmp_path, kv).start([*prompt[:length], *([] if length == 60 else [1])])
+        assert run.cached_tokens == cached
+
+
+# Prompts
+
+
+def test_a_runner_needs_neither_tokenizer_nor_cache() -> None:
+    runner = Runner(model_of("plain"))
+    steps = list(runner.generate([1, 2, 3], 4))
+    assert [step.text for step in steps] == [""] * 4
+    assert [step.finish_reason for step in steps] == [None, None, None, "length"]
+    for prompt in ("text", [{"role": "user", "content": "text"}]):
+        with pytest.raises(PromptError, match="no tokenizer"):
+            runner.prefill(prompt)
+
+
+def test_no_state_before_anything_was_run() -> None:
+    with pytest.raises(PromptError, match="nothing has been run"):
+        _ = runner_of("plain").state
+
+
+@pytest.mark.parametrize("prompt", [[], (), ""])
+def test_an_empty_prompt_is_refused(prompt: Any, tiny_model: Path) -> None:
+    runner = Runner.load(str(tiny_model), use_cache=False)
+    with pytest.raises(PromptError, match="empty"):
+        runner.prefill(prompt)
+    with pytest.raises(PromptError, match="empty"):
+        runner.generate(prompt)
+    if not isinstance(prompt, str):
+        with pytest.raises(PromptError, match="empty"):
+            runner_of("plain").prefill(prompt)
+
+
+@pytest.mark.parametrize("token", [-1, 1 << 32, 1 << 70])
+def test_what_cannot_be_a_token_is_refused(token: int, tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match=str(token)):
+        runner_of("plain", tmp_path).prefill([1, token, 2])
+
+
+def test_a_prompt_longer_than_the_context_is_refused(tmp_path: Path) -> None:
+    runner = runner_of("plain", tmp_path, context_length=50)
+    with pytest.raises(PromptError, match="51 tokens, more than the 50"):
+        runner.prefill(random_tokens(51, seed=1))
+    assert runner.forward_passes == 0
+    assert runner.prefill(random_tokens(50, seed=1)).n_past == 50
+
+
+def test_generation_ends_where_the_context_does() -> None:
+    prompt = random_tokens(45, seed=1)
+    for max_tokens in (100, -1):
+        steps = list(runner_of("plain", None, context_length=50).generate(prompt, max_tokens))
+        assert len(steps) == 5
+        assert steps[-1].finish_reason == "length"
+
+
+def test_no_tokens_are_generated_where_none_are_wanted() -> None:
+    runner = runner_of("plain")
+    assert list(runner.generate([1, 2, 3], 0)) == []
+    assert runner.state.tokens == (1, 2, 3)
+
+
+def test_boundaries_outside_of_the_prompt_are_passed_over(tmp_path: Path) -> None:
+    prompt = random_tokens(30, seed=1)
+    state = keep(runner_of("hybrid", tmp_path), prompt, boundaries=(-4, 0, 10, 10, 30, 99))
+    assert [mark.position for mark in state.marks] == [10]
+
+
+def test_a_state_without_logits_cannot_be_gone_on_from(tmp_path: Path) -> None:
+    runner = runner_of("plain", tmp_path)
+    assert runner.cache is not None
+    keep(runner, random_tokens(30, seed=1))
+    state, _ = runner.cache.resume(random_tokens(30, seed=1)[:20])
+    assert state is not None
+    assert state.logits is None
+    with pytest.raises(UnsupportedLayer, match="no logits"):
+        runner.generate(state)
+
+
+def test_a_state_of_another_model_is_refused() -> None:
+    state = runner_of("plain").prefill([1, 2, 3])
+    for kind in ("rotating", "recurrent", "hybrid", "nested"):
+        with pytest.raises(UnsupportedLayer):
+            runner_of(kind).generate(state)
+
+
+@every_kind
+def test_a_store_that_claims_to_be_of_this_model_and_is_not_is_a_miss(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt = random_tokens(60, seed=3)
+    for other in tiny.KINDS:
+        if other != kind:
+            runner = Runner(model_of(other), None, PromptCache(tmp_path / other, "the same"))
+            keep(runner, prompt, boundaries=(20,))
+            mine = Runner(model_of(kind), None, PromptCache(tmp_path / other, "the same"))
+            run = mine.start(prompt)
+            assert run.cached_tokens == 0
+            assert digest(run.state().contents[0].path, *_arrays(run)) == digest(
+                "0" if kind != "nested" else "0.0", *_arrays(runner_of(kind).start(prompt))
+            )
+            assert "cannot be used" in caplog.text
+            caplog.clear()
+
+
+def _arrays(run: Run) -> list[mx.array]:
+    return live_arrays(run.state().layers(model_of_run(run)))
+
+
+def model_of_run(run: Run) -> Any:
+    return run._runner.model
+
+
+# From a directory
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.on_disk(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def test_a_model_is_loaded_with_its_store_beside_it(tiny_model: Path) -> None:
+    runner = Runner.load(str(tiny_model))
+    assert runner.cache is not None
+    assert runner.cache.directory == tiny_model / "prompt_cache"
+    assert runner.context_length == 2048
+    state = runner.prefill("The cat sat on the mat")
+    runner.cache.save("cat", state)
+    again = Runner.load(str(tiny_model))
+    run = again.start("The cat sat on the mat")
+    assert (run.prefilled_tokens, run.match and run.match.source) == (0, "cat")
+
+
+def test_a_prompt_is_text_or_messages_or_their_tokens(tiny_model: Path) -> None:
+    runner = Runner.load(str(tiny_model), use_cache=False)
+    text = "Question: what is two plus two?"
+    as_text = runner.prefill(text)
+    assert as_text.tokens == tuple(runner.tokenizer.encode(text))
+    assert digest(*as_text.contents[0].rows.values()) == digest(
+        *runner.prefill(as_text.tokens).contents[0].rows.values()
+    )
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    rendered = runner.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    assert runner.prefill(messages).tokens == tuple(rendered)
+
+
+def test_the_texts_of_the_steps_are_the_text_of_the_tokens(tiny_model: Path) -> None:
+    runner = Runner.load(str(tiny_model), use_cache=False)
+    steps = list(runner.generate("The dog", 40, Sampling(temp=1.0, seed=3)))
+    tokens = [step.token for step in steps]
+    assert "".join(step.text for step in steps) == runner.tokenizer.decode(tokens)
+    assert len(tokens) == 40
+
+
+def test_generation_stops_at_an_end_token_and_does_not_show_it(tiny_model: Path) -> None:
+    runner = Runner.load(str(tiny_model), use_cache=False)
+    for seed in range(100):
+        steps = list(runner.generate("The dog", 60, Sampling(temp=1.5, seed=seed)))
+        if steps[-1].finish_reason == "stop":
+            break
+    assert steps[-1].token == 1
+    assert tiny.END not in "".join(step.text for step in steps)
+    assert runner.state.tokens[-1] == 1
+
+
+def test_generation_stops_at_a_text_and_does_not_show_it(tiny_model: Path) -> None:
+    runner = Runner.load(str(tiny_model), use_cache=False)
+    sampling = Sampling(temp=1.0, seed=3)
+    whole = "".join(step.text for step in runner.generate("The dog", 40, sampling))
+    stop = next(whole[i : i + 3] for i in range(10, 40) if whole.find(whole[i : i + 3]) == i)
+    steps = list(runner.generate("The dog", 40, sampling, stop=[stop, "never said"]))
+    assert "".join(step.text for step in steps) == whole[: whole.index(stop)]
+    assert steps[-1].finish_reason == "stop"
+
+
+def test_a_read_only_runner_writes_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    runner = Runner.load(str(tiny_model), cache_dir=str(store), read_only=True)
+    runner.prefill("Hello")
+    assert not store.exists()
+    writer = Runner.load(str(tiny_model), cache_dir=str(store))
+    assert writer.cache is not None
+    writer.cache.save("hello", writer.prefill("Hello"))
+    (store / "weights.json").unlink()
+    before = sorted(path.name for path in store.iterdir())
+    reader = Runner.load(str(tiny_model), cache_dir=str(store), read_only=True)
+    assert reader.start("Hello").prefilled_tokens == 0
+    assert sorted(path.name for path in store.iterdir()) == before
+
+
+def test_there_must_be_a_model_where_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for name in ("empty", "file", "nothing"):
+        with pytest.raises(ModelError):
+            Runner.load(str(tmp_path / name))
+
+
+def test_mlx_lm_goes_on_from_the_layers_of_a_state(tiny_model: Path) -> None:
+    model, tokenizer, *_ = mlx_lm.load(str(tiny_model))
+    runner = Runner(model, tokenizer)
+    state = runner.prefill("The cat sat")
+    straight = [step.token for step in runner.generate("The cat sat", 10)]
+    for _ in range(2):
+        layers = state.layers(model)
+        first = mx.array(straight[:1])
+        theirs = [t for t, _ in generate_step(first, model, max_tokens=9, prompt_cache=layers)]
+        assert theirs == straight[1:]
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(json.dumps(resumed_in_this_process(sys.argv[1])))
