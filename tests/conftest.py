@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parent.parent
+CACHE = pytest.StashKey[str]()
+REAL_MODEL = places.demo_model()
 LAST = ("test_cli", "test_scripts", "test_real")  # these start processes, or run the real model
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the session, and all processes that it starts, a user's cache directory of its own."""
+    config.stash[CACHE] = tempfile.mkdtemp(prefix="mlx-promptcache-tests-")
+    os.environ["XDG_CACHE_HOME"] = config.stash[CACHE]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Leave nothing behind."""
+    shutil.rmtree(config.stash[CACHE], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,7 +55,6 @@ def _own_surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def real_model() -> Path:
     """SmolLM2-135M-Instruct, float32, as `scripts/smollm2.py` brings it."""
-    model = places.demo_model()
-    if model is None:
+    if REAL_MODEL is None:
         pytest.fail("the real model is not there: run scripts/test, which brings it")
-    return model
+    return REAL_MODEL

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import pytest
-import tiny
 from mlx_lm.models.cache import (
     ArraysCache,
     CacheList,
@@ -17,8 +16,8 @@ from mlx_lm.models.cache import (
     QuantizedKVCache,
     RotatingKVCache,
 )
-from tiny import bits
 
+import tiny
 from mlx_promptcache.container import Array
 from mlx_promptcache.errors import UnsupportedLayer
 from mlx_promptcache.fingerprint import KVSettings
@@ -37,6 +36,7 @@ from mlx_promptcache.layers import (
     quantise,
     to_array,
 )
+from tiny import bits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

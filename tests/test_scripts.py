@@ -33,7 +33,7 @@ def test_the_few_shot_script_labels_sentences_with_awkward_characters(
     real_model: Path, tmp_path: Path
 ) -> None:
     sentences = tmp_path / "sentences.txt"
-    lines = ["The cake was delicious and everyone smiled.", '-x "quoted" \\n it is awful and broken']
+    lines = ["The cake was delicious and everyone smiled.", '-x "quoted" \\n it is awful']
     sentences.write_text("\r\n\n".join(lines), "utf-8")
     prefix = ROOT / "examples" / "fewshot" / "prefix.txt"
     program = tmp_path / "mlx-promptcache"

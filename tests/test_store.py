@@ -16,6 +16,7 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,7 +56,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def packed(text: str = "first", size: int = 100) -> Packed:
-    data = (text.encode() * size)[:size]
+    data = np.random.default_rng(size).bytes(size)  # noise: it is stored as it is
     return pack("block", {"text": text}, {}, {"a": Array("uint8", (size,), data)})
 
 
@@ -110,7 +111,7 @@ def test_what_is_written_is_read(store: Store) -> None:
     with store.reader(BLOCKS, STEM) as reader:
         assert reader.size == packed().size
         array = read_array(reader.read, reader.header().entries["a"])
-    assert bytes(array.data) == (b"first" * 20)
+    assert bytes(array.data) == np.random.default_rng(100).bytes(100)
     assert not store.exists(SNAPSHOTS, STEM)
 
 
@@ -228,9 +229,10 @@ from mlx_promptcache.container import Array, pack
 from mlx_promptcache.errors import StoreError
 from mlx_promptcache.store import BLOCKS, Store
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-arrays = {"a": Array("uint8", (100000,), bytes(range(250)) * 400)}
+noise = bytes(range(250)) * 400
+packed = pack("block", {"n": list(range(2000))}, {}, {"a": Array("uint8", (100000,), noise)})
 try:
-    Store(sys.argv[1]).write(BLOCKS, sys.argv[2], pack("block", {"n": list(range(2000))}, {}, arrays))
+    Store(sys.argv[1]).write(BLOCKS, sys.argv[2], packed)
 except StoreError as exc:
     print(json.dumps(str(exc)))
 """
@@ -380,14 +382,13 @@ def test_uses_are_told_in_order_and_broken_lines_are_passed_over(store: Store) -
     assert list(store.uses()) == [{"what": "a", "rows": 1}, {"what": "b", "text": "Grüße\n"}]
 
 
-def test_a_use_after_a_line_that_was_torn_off_is_not_lost(store: Store) -> None:
+def test_a_line_that_was_torn_off_costs_at_most_the_one_after_it(store: Store) -> None:
     store.record_use({"what": "a"})
     with (store.directory / USES).open("ab") as file:
         file.write(b'{"what": "tor')
     store.record_use({"what": "b"})
     store.record_use({"what": "c"})
-    assert [use["what"] for use in store.uses()][-1] == "c"
-    assert [use["what"] for use in store.uses()][0] == "a"
+    assert [use["what"] for use in store.uses() if use["what"] != "b"] == ["a", "c"]
 
 
 def test_a_use_that_cannot_be_recorded_is_no_matter(tmp_path: Path) -> None:
@@ -422,9 +423,11 @@ def test_what_is_set_aside_leaves_its_name_to_the_next(store: Store) -> None:
 
 GOOD_NAMES = ["a", "prefix", "A b.c_d-e", "7", "Grüße", "日本語", "x" * LONGEST_NAME_BYTES]
 BAD_NAMES = [
-    "", ".", "..", "...", ".hidden", "-", "-rf", "--all", "/", "/etc/passwd", "a/b", "../up", "a/..",
-    "a\\b", "..\\up", "a\nb", "a\0b", "\x7f", "\u200b", "\u2028", "\ud800", "a\tb", "C:",
-    "x" * (LONGEST_NAME_BYTES + 1), "é" * (LONGEST_NAME_BYTES // 2 + 1), "*", "a?", "<a>", "a|b", '"',
+    "", ".", "..", "...", ".hidden", "-", "-rf", "--all",
+    "/", "/etc/passwd", "a/b", "../up", "a/..", "a\\b", "..\\up", "C:",
+    "a\nb", "a\0b", "a\tb", "\x7f", "\u200b", "\u2028", "\ud800",
+    "*", "a?", "<a>", "a|b", '"',
+    "x" * (LONGEST_NAME_BYTES + 1), "é" * (LONGEST_NAME_BYTES // 2 + 1),
 ]  # fmt: skip
 
 
@@ -508,14 +511,8 @@ def test_foreign_files_among_the_names_are_listed_as_lost_or_not_at_all(store: S
 def test_foreign_files_are_not_stems(store: Store) -> None:
     store.write(BLOCKS, STEM, packed())
     shard = store.path(BLOCKS, STEM).parent
-    for name in (
-        ".DS_Store",
-        ".tmp-17-00ab",
-        "README",
-        f"{OTHER}.json",
-        "3f00-7",
-        "._x.safetensors",
-    ):
+    foreign = (".DS_Store", ".tmp-17-00ab", "README", f"{OTHER}.json", "3f00-7", "._x.safetensors")
+    for name in foreign:
         (shard / name).write_bytes(b"x")
     (shard / "ff00-1-ff01.safetensors").write_bytes(b"in the directory of others")
     (store.directory / BLOCKS / "9a").write_bytes(b"a file, not a directory")
@@ -636,7 +633,10 @@ def held_elsewhere(store: Store, how: str) -> Iterator[subprocess.Popen[str]]:
         assert process.stdout.readline() == "held\n"
         yield process
     finally:
-        process.communicate(timeout=60)
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            pipe.close()
+        process.wait(timeout=60)
 
 
 @pytest.fixture

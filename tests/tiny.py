@@ -152,7 +152,8 @@ def chunked() -> Any:
         "use_qk_norm": False,
         "vocab_size": VOCAB,
     }
-    return uneven(with_weights(llama4.Model(llama4.ModelArgs(text_config=text, model_type="llama4"))))
+    args = llama4.ModelArgs(text_config=text, model_type="llama4")
+    return uneven(with_weights(llama4.Model(args)))
 
 
 KINDS: dict[str, Callable[[], Any]] = {

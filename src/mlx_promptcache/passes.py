@@ -43,7 +43,7 @@ class Lineage:
         return self.digest if self.inside is None else _hash(self.digest, *self.inside, position)
 
     def along(self, record: PassRecord, begin: int, end: int) -> Lineage:
-        """The lineage after rows `[begin, end)` of a block were appended to those before `begin`."""
+        """The lineage after rows `[begin, end)` of a block were appended."""
         first = (record.start, record.ends[0])
         if record.lineage == self.digest and self.inside in {None, first}:
             digest = record.lineage

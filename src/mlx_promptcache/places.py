@@ -71,13 +71,16 @@ def known_stores() -> list[Path]:
 
 
 def remember_store(directory: Path) -> None:
-    """Note that this user has written to a store. Failing is no matter."""
-    path = directory.resolve()
-    if path not in known_stores():
-        with contextlib.suppress(OSError):
-            _stores_file().parent.mkdir(0o700, parents=True, exist_ok=True)
-            with _stores_file().open("a", encoding="utf-8") as file:
-                file.write(f"{path}\n")
+    """Note that this user has written to a store, and forget stores that are gone."""
+    path, known = directory.resolve(), known_stores()
+    if path in known:
+        return
+    file = _stores_file()
+    temporary = file.with_name(f"{file.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(0o700, parents=True, exist_ok=True)
+        temporary.write_text("".join(f"{line}\n" for line in [*known, path]), "utf-8")
+        temporary.replace(file)
 
 
 def _stores_file() -> Path:

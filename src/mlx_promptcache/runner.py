@@ -319,7 +319,8 @@ def _load(path: Path, adapter: Path | None) -> tuple[Any, Any]:
 
 def _keep_in_memory() -> None:
     """Let Metal wire as much memory as it recommends: without it large models are slow, and so
-    mlx-lm does the same. Elsewhere there is nothing to do."""
+    mlx-lm does the same. Elsewhere there is nothing to do.
+    """
     recommended = mx.device_info().get("max_recommended_working_set_size")
     if isinstance(recommended, int):
         mx.set_wired_limit(recommended)
