@@ -379,7 +379,7 @@ def test_another_adapter_is_a_miss_also_under_the_same_path(
 
 def write_adapter(directory: Path, seed: int) -> None:
     directory.mkdir(exist_ok=True)
-    config = {"fine_tune_type": "lora", "num_layers": 2}
+    config: dict[str, Any] = {"fine_tune_type": "lora", "num_layers": 2}
     config["lora_parameters"] = {
         "rank": 4, "scale": 20.0, "dropout": 0.0, "keys": ["self_attn.q_proj"],
     }  # fmt: skip

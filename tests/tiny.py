@@ -13,7 +13,7 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx.nn.layers.embedding import Embedding
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import falcon_h1, lfm2, llama, llama4, mamba2
 
@@ -43,7 +43,7 @@ LLAMA = {
 }
 
 
-class Uneven(nn.Embedding):
+class Uneven(Embedding):
     """An embedding whose last bits depend on how many tokens go through it at once.
 
     On a GPU, and with a fast BLAS, the bits of all that is computed do. Where they do not, a test
@@ -51,13 +51,14 @@ class Uneven(nn.Embedding):
     """
 
     def __call__(self, x: mx.array) -> mx.array:
-        return super().__call__(x) * (1 + x.shape[-1] % 251 * 2.0**-23)
+        rows: mx.array = self["weight"][x]
+        return rows * (1 + x.shape[-1] % 251 * 2.0**-23)
 
 
 def uneven(model: Any) -> Any:
     """Let the bits of all that a model computes depend on the width of its passes."""
     for module in model.modules():
-        if type(module) is nn.Embedding:
+        if type(module) is Embedding:
             object.__setattr__(module, "__class__", Uneven)
     return model
 

@@ -95,7 +95,7 @@ class Saver:
         state = self._state
         refs: list[Ref] = []
         for ref in state.trail.refs:
-            if not self._store.exists(BLOCKS, ref.stem):  # deleted since: write these rows again
+            if not self._is_there(ref):  # deleted or replaced since: write these rows again
                 break
             refs.append(ref)
         self._shared += len(refs)
@@ -106,6 +106,12 @@ class Saver:
             if begin < end:
                 refs.append(self._block(begin, end))
         return refs
+
+    def _is_there(self, ref: Ref) -> bool:
+        try:
+            return catalog.block_header(self._store, ref.stem).digest == ref.digest
+        except PromptCacheError:
+            return False
 
     def _stored_piece(self, begin: int, end: int) -> int | None:
         """Where the longest stored block that begins at `begin`, and has no tokens but these, ends.
