@@ -401,6 +401,41 @@ def test_a_boundary_is_kept_as_a_state_of_its_own(tmp_path: Path) -> None:
             assert_as_cold(run, kind, prompt[:boundary])
 
 
+def test_a_state_whose_block_was_replaced_by_another_is_a_miss(tmp_path: Path) -> None:
+    prompt = random_tokens(300, seed=10)
+    state = keep("plain", tmp_path, prompt, "mine")
+    other = with_other_bits(state)
+    for path in files(tmp_path / BLOCKS):
+        path.unlink()
+    cache = PromptCache(tmp_path, "plain")
+    with pytest.raises(DamagedFile, match="'mine' is damaged"):
+        cache.load("mine")
+    cache.save("other", other)
+    for look in (cache, PromptCache(tmp_path, "plain")):
+        with pytest.raises(DamagedFile, match="'mine' is damaged"):
+            look.load("mine")
+        assert digest(look.load("other")) == digest(other)
+    run = run_of("plain", tmp_path, prompt)
+    assert run.prefilled_tokens == 0
+    assert digest(run.state().contents[-1].rows["keys"]) == digest(other.contents[-1].rows["keys"])
+
+
+def test_a_run_that_is_kept_more_than_once_stores_only_its_new_rows(tmp_path: Path) -> None:
+    runner = with_store("plain", tmp_path)
+    assert runner.cache is not None
+    run = runner.start(random_tokens(250, seed=10), sampling=SAMPLED)
+    runner.cache.save(None, run.state())
+    for _ in range(4):
+        before = written_once(tmp_path)
+        list(run.steps(3))
+        runner.cache.save(None, run.prompt_state())
+        saved = runner.cache.save("mine", run.state(), replace=True)
+        assert saved.blocks_shared > 0
+        assert before.items() <= written_once(tmp_path).items()
+        assert stored_rows(tmp_path) == run.state().n_past
+    assert digest(runner.cache.load("mine")) == digest(run.state())
+
+
 def test_rows_whose_blocks_were_deleted_meanwhile_are_written_again(tmp_path: Path) -> None:
     whole = random_tokens(600, seed=10)
     keep("plain", tmp_path, whole[:550])
@@ -563,6 +598,7 @@ def test_files_put_in_the_place_of_others_are_misses(
             (damaged / first).rename(damaged / "held")
             (damaged / second).rename(damaged / first)
             (damaged / "held").rename(damaged / second)
+            assert len(PromptCache(damaged, kind).verify().damaged) >= 2
             with notices(caplog) as found:
                 survives(kind, damaged, prompt, [expected])
             noticed += bool(found)
@@ -642,7 +678,8 @@ def test_a_process_that_found_a_file_bad_uses_it_again_after_it_was_healed(
 ) -> None:
     prompt = random_tokens(300, seed=18)
     pristine, directory = tmp_path / "pristine", tmp_path / "store"
-    keep(kind, pristine, prompt)
+    seeded = Sampling(seed=1)  # what is kept again has the same name
+    PromptCache(pristine, kind).save(None, run_of(kind, pristine, prompt, sampling=seeded).state())
     for original in written_once(pristine):
         path = copied(pristine, directory) / original.relative_to(pristine)
         runner = with_store(kind, directory)
@@ -652,7 +689,7 @@ def test_a_process_that_found_a_file_bad_uses_it_again_after_it_was_healed(
             flip(path, path.stat().st_size // 2)
         else:
             path.unlink()
-        run = runner.start(prompt)
+        run = runner.start(prompt, sampling=seeded)
         assert run.prefilled_tokens > 0
         runner.cache.save(None, run.state())
         assert runner.start(prompt).prefilled_tokens == 0
@@ -841,20 +878,26 @@ def everything(directory: Path) -> dict[Path, Any]:
     return found
 
 
-def test_a_read_only_cache_writes_nothing_at_all(tmp_path: Path) -> None:
+def test_a_read_only_cache_writes_nothing_at_all(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = random_tokens(300, seed=23)
     state = keep("hybrid", tmp_path, whole, "mine", boundaries=(100,))
     keep("hybrid", tmp_path, whole[:100], "damaged")
-    flip(Store(tmp_path).path(SNAPSHOTS, Store(tmp_path).names()["damaged"]), 400)
+    for stem in Store(tmp_path).stems(SNAPSHOTS):
+        if "-100-" in stem:
+            flip(Store(tmp_path).path(SNAPSHOTS, stem), 400)
     before = everything(tmp_path)
     runner = with_store("hybrid", tmp_path, read_only=True)
     cache = runner.cache
     assert cache is not None
-    for prompt in (whole, whole[:100], [*whole, 1], [*whole[:50], 1], [9, 9]):
-        assert_as_cold(runner.start(prompt), "hybrid", prompt)
-        runner.cache = cache
-        cache.match(prompt)
-        cache.fetch(model_of("hybrid"), prompt)
+    with notices(caplog) as found:
+        for prompt in (whole, whole[:100], [*whole, 1], [*whole[:50], 1], [9, 9]):
+            assert_as_cold(runner.start(prompt), "hybrid", prompt)
+            runner.cache = cache
+            cache.match(prompt)
+            cache.fetch(model_of("hybrid"), prompt)
+    assert "is passed over" in found[0]
     assert digest(cache.load("mine")) == digest(state)
     with pytest.raises(CacheMiss):
         cache.load("damaged")

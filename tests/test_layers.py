@@ -241,6 +241,15 @@ def test_filling_twice_from_the_same_content_gives_two_layers_of_their_own(case:
     assert [feed(second, count, i) for i, count in enumerate((1, 1, 4, 1))] == run
 
 
+def test_trimming_a_filled_layer_and_going_on_does_not_write_into_its_content() -> None:
+    for n_past in (255, 256, 257, 512):
+        contents = capture([fed(KVCache(), n_past)], n_past)
+        before = {n: bits(a) for n, a in contents[0].rows.items()}
+        filled = trimmed(refilled(contents, KVCache, n_past), 9)
+        feed(filled, 5, 1)
+        assert {n: bits(a) for n, a in contents[0].rows.items()} == before
+
+
 @every_case
 def test_padding_and_trimmed_rows_are_left_out(case: str) -> None:
     make, _, n_past = CASES[case]

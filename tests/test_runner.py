@@ -355,6 +355,12 @@ def test_a_hit_draws_from_its_own_seed(tmp_path: Path) -> None:
     assert unseeded[0] != unseeded[1]
 
 
+def test_every_draw_has_a_key_of_its_own() -> None:
+    flat = Sampling(temp=1e6, seed=1)  # the key alone decides
+    tokens = tokens_of(runner_of("plain"), random_tokens(30, seed=3), 60, flat)
+    assert len(set(tokens)) > 40
+
+
 def test_a_state_goes_on_with_its_own_key_and_settings_unless_others_are_given() -> None:
     prompt = random_tokens(40, seed=2)
     straight = tokens_of(runner_of("plain"), prompt, 20, SAMPLED)
@@ -575,6 +581,21 @@ def test_quantised_prompts_are_found_again(kv: KVSettings, tmp_path: Path) -> No
     if kv is KV8_LATER:  # before that the rows are not quantised yet
         run = runner_of("plain", tmp_path, kv).start([*prompt[:60], 1, 2])
         assert same_logits(run.state(), runner_of("plain", None, kv).prefill([*prompt[:60], 1, 2]))
+
+
+def test_rows_are_quantised_from_the_position_that_was_asked_for() -> None:
+    plain = runner_of("plain").prefill(random_tokens(90, seed=18))
+    row_bytes = plain.contents[0].nbytes // 90
+    parts = {f"{name}.{i}" for name in ("keys", "values") for i in range(3)}
+    for kv, ratio in ((KV8, 8 / 32), (KV4, 4 / 32)):
+        state = runner_of("plain", None, kv).prefill(plain.tokens)
+        assert set(state.contents[0].rows) == parts
+        assert state.contents[0].nbytes == 90 * row_bytes * (ratio + 2 / 32)
+    runner = runner_of("plain", None, KV8_LATER)
+    run = runner.start(plain.tokens[:70])
+    for _ in run.steps(9):
+        names = set(run.state().contents[0].rows)
+        assert (names == {"keys", "values"}) == (run.state().n_past < 75)
 
 
 @pytest.mark.parametrize("kv", [KV8, KV8_LATER], ids=str)

@@ -183,6 +183,9 @@ def test_the_logits_that_a_state_holds_are_not_written_to(settings: dict[str, An
     sampling = Sampling(**settings, repetition_penalty=1.7)
     drawn(sampling, state_logits[None], mx.random.key(2), mx.array([1, 2, 3, 3]))
     assert state_logits.tolist() == before
+    logits = state_logits[None]
+    drawn(sampling, logits, mx.random.key(2), mx.array([1, 2, 3, 3]))
+    assert logits.tolist() == [before]
 
 
 @pytest.mark.parametrize("settings", [{}, *SETTINGS], ids=str)

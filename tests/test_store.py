@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from mlx_promptcache.container import Packed
 
 FIXED = settings(derandomize=True, deadline=None, max_examples=200)
-STEM = "3f00-7-9a00"
+STEM = "3f/3f00-7-9a00"
 OTHER = "3f00-8-9a01"
 LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="O_NOATIME is Linux's")
 
@@ -117,8 +117,8 @@ def test_what_is_written_is_read(store: Store) -> None:
 
 def test_a_file_stands_in_the_directory_of_its_first_two_characters(store: Store) -> None:
     store.write(BLOCKS, STEM, packed())
-    assert store.path(BLOCKS, STEM) == store.directory / "blocks" / "3f" / f"{STEM}.safetensors"
-    assert files(store.directory) == [f"blocks/3f/{STEM}.safetensors"]
+    assert store.path(BLOCKS, STEM) == store.directory / "blocks" / f"{STEM}.safetensors"
+    assert files(store.directory) == [f"blocks/{STEM}.safetensors"]
 
 
 def test_the_first_writer_wins_and_the_file_is_not_touched_again(store: Store) -> None:
@@ -133,7 +133,7 @@ def test_the_first_writer_wins_and_the_file_is_not_touched_again(store: Store) -
         before.st_mtime_ns,
         before.st_ctime_ns,
     )
-    assert files(store.directory) == [f"blocks/3f/{STEM}.safetensors"]
+    assert files(store.directory) == [f"blocks/{STEM}.safetensors"]
 
 
 def test_of_writers_that_all_saw_the_name_free_one_wins(
@@ -155,7 +155,7 @@ def test_of_writers_that_all_saw_the_name_free_one_wins(
         thread.join()
     assert len(won) == 1
     assert store.header(BLOCKS, STEM).content == {"text": won[0]}
-    assert files(store.directory) == [f"blocks/3f/{STEM}.safetensors"]
+    assert files(store.directory) == [f"blocks/{STEM}.safetensors"]
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
@@ -169,7 +169,7 @@ def test_a_file_system_without_hard_links_will_do(
     assert store.write(BLOCKS, STEM, packed("first"))
     assert not store.write(BLOCKS, STEM, packed("second"))
     assert store.header(BLOCKS, STEM).content == {"text": "first"}
-    assert files(store.directory) == [f"blocks/3f/{STEM}.safetensors"]
+    assert files(store.directory) == [f"blocks/{STEM}.safetensors"]
 
 
 # A write that fails leaves nothing
@@ -262,7 +262,7 @@ def test_a_writer_that_is_killed_leaves_no_file_that_is_ever_read(store: Store) 
     done = subprocess.run(command, env=processes.environment(), check=False, timeout=60)
     assert done.returncode == 7
     assert len(files(store.directory)) == 1
-    assert store.stems(BLOCKS) == store.beginning(BLOCKS, "3f") == []
+    assert store.stems(BLOCKS) == store.beginning(BLOCKS, "3f/") == []
     assert not store.exists(BLOCKS, STEM)
     assert store.write(BLOCKS, STEM, packed())
     assert store.stems(BLOCKS) == [STEM]
@@ -521,7 +521,7 @@ def test_foreign_files_are_not_stems(store: Store) -> None:
     (store.directory / BLOCKS / "long" / "long.safetensors").write_bytes(b"x")
     assert store.stems(BLOCKS) == [STEM]
     assert store.stems(SNAPSHOTS) == []
-    assert store.beginning(BLOCKS, "3f") == [STEM]
+    assert store.beginning(BLOCKS, "3f/") == [STEM]
     assert store.beginning(BLOCKS, "9a") == store.beginning(BLOCKS, "00") == []
 
 
@@ -530,7 +530,7 @@ def test_beginning_finds_those_that_begin_so_in_order(store: Store) -> None:
     for stem in reversed(stems):
         store.write(BLOCKS, stem, packed())
     assert store.stems(BLOCKS) == stems
-    assert store.beginning(BLOCKS, "3f") == stems[:4]
+    assert store.beginning(BLOCKS, "3f/") == stems[:4]
     assert store.beginning(BLOCKS, "3f00-7-") == stems[:2]
 
 

@@ -17,7 +17,7 @@ from mlx_promptcache.tree import (
     BlockName,
     Keys,
     SnapshotName,
-    Step,
+    Stretch,
     agreeing,
     cell_end,
     cell_start,
@@ -236,18 +236,18 @@ class Blocks:
         begin, tokens = self.sequences[stem]
         return tokens[begin:]
 
-    def walk(self, tokens: Sequence[int]) -> list[Step]:
+    def walk(self, tokens: Sequence[int]) -> list[Stretch]:
         return longest_match(self.ways_on(tokens))
 
-    def ways_on(self, tokens: Sequence[int]) -> Callable[[int], Iterator[Step]]:
+    def ways_on(self, tokens: Sequence[int]) -> Callable[[int], Iterator[Stretch]]:
         keys = Keys(ROOT, tokens)
 
-        def ways_on(position: int) -> Iterator[Step]:
+        def ways_on(position: int) -> Iterator[Stretch]:
             wanted = tokens[position : cell_end(position)]
             if wanted:
                 start = f"{keys[position]}-{wanted[0]}-"
                 for stem in sorted(stem for stem in self.sequences if stem.startswith(start)):
-                    yield Step(stem, position, agreeing(self.held(stem), wanted))
+                    yield Stretch(stem, position, agreeing(self.held(stem), wanted))
 
         return ways_on
 
@@ -386,7 +386,7 @@ def test_nothing_is_looked_up_inside_a_cell_whose_end_was_reached() -> None:
     ways_on = blocks.ways_on(tokens)
     asked: list[int] = []
 
-    def counted(position: int) -> list[Step]:
+    def counted(position: int) -> list[Stretch]:
         asked.append(position)
         return sorted(ways_on(position), key=lambda step: -step.rows)
 

@@ -7,17 +7,19 @@ again without it. An explicit `load` or `save` raises.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mlx_promptcache import catalog
+from mlx_promptcache import catalog, headers, verification
 from mlx_promptcache.errors import (
     CacheMiss,
     DamagedFile,
     PromptCacheError,
+    PromptError,
     StoreError,
     UnsupportedLayer,
 )
@@ -34,7 +36,7 @@ from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 if TYPE_CHECKING:
     import builtins
     import os
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from mlx_promptcache.finder import Found
@@ -57,6 +59,14 @@ class Match:
     reason: str | None
 
 
+class Resumed(NamedTuple):
+    """What a prompt starts from: a state and mlx-lm cache objects filled with it, or neither."""
+
+    state: State | None
+    layers: builtins.list[Any] | None
+    match: Match
+
+
 class PromptCache:
     """The states of one fingerprint in one store. Making the object touches no file.
 
@@ -77,6 +87,8 @@ class PromptCache:
         self.kv = kv or KVSettings()
         self.fingerprint = fingerprint.with_kv(self.kv)
         self.read_only = read_only
+        self.blueprint: Blueprint | None = None
+        """What the model's layers look like, once a runner has told: files are compared with it."""
         self._store = Store(directory)
         self._bad = Quarantine(self._store, read_only=read_only)
         self._finder = Finder(self._store, self.fingerprint, self.kv, self._bad)
@@ -95,6 +107,9 @@ class PromptCache:
         if kv == self.kv:
             return self
         return PromptCache(self.directory, self.fingerprint, kv=kv, read_only=self.read_only)
+
+    def _loader(self) -> Loader:
+        return Loader(self._finder, self.blueprint)
 
     # By longest prefix
 
@@ -123,42 +138,51 @@ class PromptCache:
     def resume(
         self,
         tokens: Sequence[int],
+        model: Any,
         *,
         plan: Plan | None = None,
-        blueprint: Blueprint | None = None,
         limit: int | None = None,
-    ) -> tuple[State | None, Match]:
-        """Return the state of the longest stored prefix of these tokens, and what was matched.
+    ) -> Resumed:
+        """Return the state of the longest stored prefix of these tokens, in fresh layers.
 
-        The state is None where nothing is stored. At the whole prompt it has logits; at a shorter
-        prefix it may have none. Its key and its sampling are those of another run. With `limit` it
-        holds at most so many tokens.
+        At the whole prompt the state has logits; at a shorter prefix it may have none. Its key and
+        its sampling are those of another run. With `limit` it holds at most so many tokens.
 
-        What is damaged, locked or cannot be read is a miss with a notice.
+        What is damaged, locked, cannot be read or does not fit the model is a miss with a notice.
         """
         try:
             with self._store.shared():
-                return self._resume(tokens, plan, Loader(self._finder, blueprint), limit)
+                return self._resume(tokens, model, plan, limit)
         except PromptCacheError as exc:
             log.warning("the prompt cache is not used: %s", exc)
-            return None, Match(0, False, None, str(exc))
+            return Resumed(None, None, Match(0, False, None, str(exc)))
 
     def _resume(
-        self, tokens: Sequence[int], plan: Plan | None, loader: Loader, limit: int | None
-    ) -> tuple[State | None, Match]:
+        self, tokens: Sequence[int], model: Any, plan: Plan | None, limit: int | None
+    ) -> Resumed:
         refused: str | None = None
         while True:  # each time round there is a file less
             found = self._finder.find(tokens, plan, limit)
             if found.position == 0:
-                return None, self._match(tokens, found, refused)
+                return Resumed(None, None, self._match(tokens, found, refused))
             try:
-                state = loader.load(found, tokens)
+                state = self._loader().load(found, tokens)
+                layers = state.layers(model)
             except BadFile as exc:
                 refused = exc.reason
                 continue
+            except UnsupportedLayer as exc:
+                refused = f"a stored state does not fit: {exc}"
+                log.warning("%s", refused)
+                self._pass_over(found)
+                continue
             match = self._match(tokens, found, refused)
             self._record_use(self._finder.source(tokens, found), found.snapshot, state)
-            return state, match
+            return Resumed(state, layers, match)
+
+    def _pass_over(self, found: Found) -> None:
+        for stem in [found.snapshot] if found.snapshot else [s.stem for s in found.steps]:
+            self._bad.ignore(stem)
 
     def _record_use(self, source: str | None, snapshot: str | None, state: State) -> None:
         if self.read_only:
@@ -178,7 +202,7 @@ class PromptCache:
 
     # By name
 
-    def load(self, name: str, *, blueprint: Blueprint | None = None) -> State:
+    def load(self, name: str) -> State:
         """Return the state of a name, or of a snapshot's id.
 
         Raises:
@@ -188,10 +212,10 @@ class PromptCache:
         with self._store.shared():
             stem, header = catalog.find(self._store, name)
             if header.content["fingerprint"] != self.fingerprint.digest:
-                other = self.fingerprint.explain(catalog.fingerprint_parts(header))
+                other = self.fingerprint.explain(headers.fingerprint_parts(header))
                 raise CacheMiss(f"the state {name!r} was made with {other}; save it again")
             try:
-                state = Loader(self._finder, blueprint).snapshot(stem)
+                state = self._loader().snapshot(stem)
             except BadFile as exc:
                 raise DamagedFile(f"the state {name!r} is damaged: {exc}; save it again") from exc
             self._record_use(stem, stem, state)
@@ -217,11 +241,27 @@ class PromptCache:
             StoreError: the name cannot be one or is taken, or the file system refuses.
             CacheLocked: somebody deletes from the store, and does not come to an end.
         """
+        with self._writing(state):
+            return Saver(self._finder, state, sync=sync, exact=exact).save(name, replace=replace)
+
+    def keep(self, state: State, *, exact: bool = False) -> Saved:
+        """Store a state for prompts to come, without a name, and leave the syncing to the system.
+
+        Where a state of the same tokens is stored, that one serves: its logits are the same, and its
+        key and sampling are not used by prompts. Raises as `save` does.
+        """
+        with self._writing(state):
+            return Saver(self._finder, state, sync=False, exact=exact).save(None, share=True)
+
+    @contextlib.contextmanager
+    def _writing(self, state: State) -> Iterator[None]:
         if self.read_only:
             raise StoreError("this prompt cache is read-only")
+        if state.fingerprint not in {"", self.fingerprint.digest}:
+            raise StoreError("this state was computed by another model, or with other settings")
         self._store.create()
         with self._store.shared():
-            return Saver(self._finder, state, sync=sync, exact=exact).save(name, replace=replace)
+            yield
 
     # For programs that keep mlx-lm's own loop
 
@@ -230,11 +270,12 @@ class PromptCache:
         one) that are still to be processed.
         """
         tokens = [int(token) for token in tokens]
-        blueprint = Blueprint.of(model, self.kv)
-        state, _ = self.resume(tokens, blueprint=blueprint, limit=len(tokens) - 1)
-        if state is None:
+        if not tokens:
+            raise PromptError("there are no tokens to fetch anything for")
+        self.blueprint = Blueprint.of(model, self.kv)
+        state, layers, _ = self.resume(tokens, model, limit=len(tokens) - 1)
+        if state is None or layers is None:
             return make_layers(model, self.kv), tokens
-        layers = state.layers(model)
         for _, layer in leaves(layers):
             self._fetched[layer] = state
         return layers, tokens[state.n_past :]
@@ -253,10 +294,11 @@ class PromptCache:
         expected = [path for path, _ in leaves(make_layers(model, self.kv))]
         if expected != [path for path, _ in leaves(prompt_cache)]:
             raise UnsupportedLayer("these layers are not those that the model makes")
-        held = {layer.offset for _, layer in leaves(prompt_cache) if hasattr(layer, "offset")}
+        offsets = {layer.offset for _, layer in leaves(prompt_cache) if hasattr(layer, "offset")}
+        held = offsets - {0} or offsets  # a model may make layers that it never writes to
         if held - {len(tokens)}:
             raise UnsupportedLayer(
-                f"the layers hold {max(held)} tokens, and {len(tokens)} were given: give those held"
+                f"the layers hold {max(held - {len(tokens)})} tokens, and {len(tokens)} were given: give those held"
             )
         state = State(
             tokens=tokens,
@@ -268,7 +310,8 @@ class PromptCache:
             lineage=UNKNOWN,
             trail=Trail(self._refs_of(prompt_cache, tokens)),
         )
-        return self.save(None, state, sync=False)
+        with self._writing(state):
+            return Saver(self._finder, state, sync=False, exact=False).save(None)
 
     def _refs_of(self, prompt_cache: Sequence[Any], tokens: tuple[int, ...]) -> tuple[Ref, ...]:
         """The blocks that these objects came from, if `fetch` made them."""
@@ -285,7 +328,7 @@ class PromptCache:
         with self._store.shared():
             return catalog.entries(self._store, self.fingerprint)
 
-    def clear(self, names: Iterable[str]) -> catalog.Plan:
+    def clear(self, names: Iterable[str]) -> catalog.Deletion:
         """Delete these names and what only they use; return what was deleted.
 
         Raises:
@@ -297,7 +340,7 @@ class PromptCache:
             catalog.execute(self._store, plan)
             return plan
 
-    def verify(self, names: Sequence[str] = ()) -> catalog.Report:
+    def verify(self, names: Sequence[str] = ()) -> verification.Report:
         """Read every byte of these states (of all, if none is named) and check it."""
         with self._store.shared():
-            return catalog.verify(self._store, names)
+            return verification.verify(self._store, names)

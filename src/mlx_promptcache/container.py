@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache import codec
-from mlx_promptcache.errors import DamagedFile
+from mlx_promptcache.errors import DamagedFile, ForeignFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -39,7 +39,8 @@ VERSION = "1"
 SEAL = "header_sha256"
 SEAL_BYTES = 32
 LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-LARGEST_ARRAY_BYTES = 1 << 46
+LARGEST_GAIN = 256  # times that an array may be larger in memory than in the file ...
+ALWAYS_BYTES = 1 << 26  # ... unless it is smaller than this
 FIRST_READ_BYTES = 1 << 16  # most headers come whole with the first read
 
 ITEMSIZE = {
@@ -141,16 +142,22 @@ def pack(kind: str, content: Json, notes: Json, arrays: Mapping[str, Array]) -> 
 
 
 def _safetensors_head(header: str, sizes: Mapping[str, int]) -> bytes:
-    tensors: Json = {"__metadata__": {"format": FORMAT, "version": VERSION, "header": header}}
-    begin = 0
-    for name, size in [(SEAL, SEAL_BYTES), *sizes.items()]:
-        tensors[name] = {"dtype": "U8", "shape": [size], "data_offsets": [begin, begin + size]}
-        begin += size
-    text = _dumps(tensors).encode()
+    metadata = {"format": FORMAT, "version": VERSION, "header": header}
+    text = _dumps({"__metadata__": metadata, **_tensors(sizes)}).encode()
     text += b" " * (
         -len(text) % 8
     )  # as safetensors writes it: the tensors begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text
+
+
+def _tensors(sizes: Mapping[str, int]) -> Json:
+    """The tensors of a file: the seal, then the arrays, with no holes."""
+    tensors: Json = {}
+    begin = 0
+    for name, size in [(SEAL, SEAL_BYTES), *sizes.items()]:
+        tensors[name] = {"dtype": "U8", "shape": [size], "data_offsets": [begin, begin + size]}
+        begin += size
+    return tensors
 
 
 def _digest(kind: str, content: Json, table: Mapping[str, Json]) -> str:
@@ -167,6 +174,7 @@ def read_header(read: Read, size: int) -> Header:
 
     Raises:
         DamagedFile: this is not a file of ours, or not the one that was written.
+        ForeignFile: another version of this program wrote it.
     """
     head, seal = _read_head(read, size)
     if hashlib.sha256(head).digest() != seal:
@@ -196,30 +204,25 @@ def _parse(head: bytes, size: int) -> Header:
     if metadata["format"] != FORMAT:
         raise DamagedFile("it is a safetensors file, but not one of ours")
     if metadata["version"] != VERSION:
-        raise DamagedFile(
+        raise ForeignFile(
             f"it has format version {metadata['version']!r}, and this program reads {VERSION}"
         )
     header = json.loads(metadata["header"])
-    table = header["arrays"]
-    if set(tensors) != {SEAL, *table}:
-        raise DamagedFile("its tensors are not those of its header")
+    kind, table = header["kind"], header["arrays"]
+    content, notes = header["content"], header["notes"]
+    if not isinstance(kind, str) or not isinstance(content, dict) or not isinstance(notes, dict):
+        raise DamagedFile("its header is not one of ours")
     offset = len(head) + SEAL_BYTES
     entries: dict[str, Entry] = {}
     for name, row in table.items():
-        entry = _entry(row, offset)
-        if tensors[name]["data_offsets"] != [offset - len(head), _end(entry) - len(head)]:
-            raise DamagedFile("its tensors overlap, or leave holes")
-        entries[name] = entry
-        offset = _end(entry)
+        entries[name] = _entry(row, offset)
+        offset += entries[name].stored_bytes
     if offset != size:
         raise DamagedFile(f"it has {size} bytes instead of {offset}")
-    content, notes = dict(header["content"]), dict(header["notes"])
-    digest = _digest(header["kind"], content, table)
-    return Header(str(header["kind"]), content, notes, entries, digest, size)
-
-
-def _end(entry: Entry) -> int:
-    return entry.offset + entry.stored_bytes
+    expected = _tensors({name: entry.stored_bytes for name, entry in entries.items()})
+    if _dumps(tensors, sort_keys=True) != _dumps(expected, sort_keys=True):
+        raise DamagedFile("its tensors are not those of its header, overlap or leave holes")
+    return Header(kind, content, notes, entries, _digest(kind, content, table), size)
 
 
 def _stored_bytes(row: Json) -> int:
@@ -230,9 +233,11 @@ def _entry(row: Json, offset: int) -> Entry:
     dtype = row["dtype"]
     shape = tuple(_natural(n) for n in row["shape"])
     planes = tuple((str(name), _natural(size)) for name, size in row["planes"])
-    if len(planes) != ITEMSIZE[dtype] or raw_bytes(dtype, shape) > LARGEST_ARRAY_BYTES:
+    entry = Entry(dtype, shape, planes, str(row["sha256"]), offset)
+    possible = max(ALWAYS_BYTES, LARGEST_GAIN * entry.stored_bytes)
+    if len(planes) != ITEMSIZE[dtype] or raw_bytes(dtype, shape) > possible:
         raise DamagedFile("an array's size is not possible")
-    return Entry(dtype, shape, planes, str(row["sha256"]), offset)
+    return entry
 
 
 def _natural(n: object) -> int:

@@ -2,7 +2,8 @@
 
 PromptCacheError
 ├── CacheMiss            what was asked for is not to be had: no such name, stale, damaged
-│   └── DamagedFile      a file whose content is not what was written
+│   ├── DamagedFile      a file whose content is not what was written
+│   └── ForeignFile      a sound file of another version of the format
 ├── CacheLocked          another process holds the store's lock
 ├── StoreError           the file system said no: disk full, no permission
 ├── UnsupportedLayer     a layer that cannot be captured, or filled from this file
@@ -30,6 +31,10 @@ class CacheMiss(PromptCacheError):
 
 class DamagedFile(CacheMiss):
     """A file of the store fails its checks: truncated, altered, or not ours at all."""
+
+
+class ForeignFile(CacheMiss):
+    """A file of another version of the format: not for this program, and not to be touched."""
 
 
 class CacheLocked(PromptCacheError):

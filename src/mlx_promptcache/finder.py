@@ -9,7 +9,7 @@ import contextlib
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from mlx_promptcache import catalog
+from mlx_promptcache import headers
 from mlx_promptcache.errors import DamagedFile, PromptCacheError
 from mlx_promptcache.fingerprint import PLAIN
 from mlx_promptcache.passes import PassRecord, Plan
@@ -19,13 +19,14 @@ from mlx_promptcache.tree import (
     BlockName,
     Keys,
     SnapshotName,
-    Step,
+    Stretch,
     agreeing,
     cell_end,
     cell_start,
     cut,
     longest_match,
     root_key,
+    shard,
 )
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Found(NamedTuple):
     """
 
     position: int
-    steps: tuple[Step, ...]
+    steps: tuple[Stretch, ...]
     snapshot: str | None
     exact: bool
     phase: str
@@ -101,7 +102,7 @@ class Finder:
         for position, stem in self.snapshots(keys, last):
             header = self.header(stem)
             if header and (
-                plan is None or header.notes.get("lineage") == plan.lineages.get(position)
+                plan is None or plan.lineages.get(position, "") == header.notes.get("lineage")
             ):
                 return Found(position, tuple(cut(steps, position)), stem, False, phase)
         return NOTHING
@@ -115,7 +116,7 @@ class Finder:
 
     def _snapshots_in_cell(self, keys: Keys, start: int, position: int) -> list[tuple[int, str]]:
         here = []
-        for stem in self.store.beginning(SNAPSHOTS, f"{keys[start]}-"):
+        for stem in self.store.beginning(SNAPSHOTS, f"{shard(keys[start])}/{keys[start]}-"):
             name = SnapshotName.parse(stem)
             if name is not None and name.offset < CELL and stem not in self.bad:
                 at = start + name.offset
@@ -139,7 +140,7 @@ class Finder:
     def header(self, stem: str) -> Header | None:
         """The header of a snapshot of this fingerprint; one that is damaged is set aside."""
         try:
-            header = catalog.snapshot_header(self.store, stem)
+            header = headers.snapshot_header(self.store, stem)
         except PromptCacheError as exc:
             self.bad.set_aside(SNAPSHOTS, stem, exc)
             return None
@@ -161,12 +162,12 @@ class Finder:
         reasons: Counter[str] = Counter()
         for stem in stems[:FOREIGN_SNAPSHOTS]:
             with contextlib.suppress(PromptCacheError):
-                header = catalog.snapshot_header(self.store, stem)
+                header = headers.snapshot_header(self.store, stem)
                 refs = header.content["refs"]
                 first = BlockName.parse(refs[0][0]) if refs else None
                 same = header.content["fingerprint"] == self.fingerprint.digest
-                if not same and first is not None and first.first_token == tokens[0]:
-                    reasons[self.fingerprint.explain(catalog.fingerprint_parts(header))] += 1
+                if not same and first is not None and first.first_token == next(iter(tokens), None):
+                    reasons[self.fingerprint.explain(headers.fingerprint_parts(header))] += 1
         if reasons:
             return f"what is stored of it was made with {reasons.most_common(1)[0][0]}"
         return "nothing that is stored begins as this prompt does"
@@ -178,8 +179,9 @@ class _Walk:
     def __init__(self, finder: Finder, keys: Keys, plan: Plan | None) -> None:
         self.finder, self.keys, self.plan = finder, keys, plan
         self.complete = True
+        self._cells: dict[int, dict[str, list[BlockName]]] = {}
 
-    def ways_on(self, position: int) -> Iterator[Step]:
+    def ways_on(self, position: int) -> Iterator[Stretch]:
         """The blocks that begin at a position, each with as many rows as may be used."""
         store = self.finder.store
         wanted = list(self.keys.tokens[position : cell_end(position)])
@@ -187,18 +189,48 @@ class _Walk:
             return
         whole = ""
         if len(wanted) == CELL:  # by name alone: the usual way through a long prefix
-            whole = str(BlockName(self.keys[position], wanted[0], self.keys[position + CELL]))
+            name = BlockName(
+                shard(self.keys[position]),
+                self.keys[position],
+                wanted[0],
+                self.keys[position + CELL],
+            )
+            whole = str(name)
             if store.exists(BLOCKS, whole):
                 yield from self._step(whole, position, wanted)
-        for stem in store.beginning(BLOCKS, f"{self.keys[position]}-{wanted[0]}-"):
-            if stem != whole:
-                yield from self._step(stem, position, wanted)
+        for name in self._cell(position).get(self.keys[position], []):
+            if name.first_token == wanted[0] and str(name) != whole:
+                for step in self._step(str(name), position, wanted):
+                    yield step
+                    yield from self._branches(step)
 
-    def _step(self, stem: str, position: int, wanted: list[int]) -> Iterator[Step]:
+    def _cell(self, position: int) -> dict[str, list[BlockName]]:
+        """The blocks of a position's cell (and of others in its directory) by their start keys."""
+        start = cell_start(position)
+        if start not in self._cells:
+            by_key: dict[str, list[BlockName]] = {}
+            for stem in self.finder.store.beginning(BLOCKS, f"{shard(self.keys[start])}/"):
+                name = BlockName.parse(stem)
+                if name is not None:
+                    by_key.setdefault(name.start_key, []).append(name)
+            self._cells[start] = by_key
+        return self._cells[start]
+
+    def _branches(self, step: Stretch) -> Iterator[Stretch]:
+        """Where blocks begin among the rows of a step: a run may have used a part of it only, and
+        gone on with a row of its own for the next token.
+        """
+        begins = self._cell(step.start)
+        for position in range(step.start + 1, step.end):
+            names = begins.get(self.keys[position], ())
+            if any(name.first_token == self.keys.tokens[position] for name in names):
+                yield step._replace(rows=position - step.start)
+
+    def _step(self, stem: str, position: int, wanted: list[int]) -> Iterator[Stretch]:
         if stem in self.finder.bad:
             return
         try:
-            header = catalog.block_header(self.finder.store, stem)
+            header = headers.block_header(self.finder.store, stem)
             rows = self._agreeing(header, position, wanted)
         except PromptCacheError as exc:
             self.finder.bad.set_aside(BLOCKS, stem, exc)
@@ -207,7 +239,7 @@ class _Walk:
         if self.plan is not None:
             rows = self.plan.rows(record_of(header), position, rows)
         if rows:
-            yield Step(stem, position, rows)
+            yield Stretch(stem, position, rows)
 
     def _agreeing(self, header: Header, position: int, wanted: list[int]) -> int:
         content = header.content

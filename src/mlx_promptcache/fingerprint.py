@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlx_promptcache import models
+from mlx_promptcache import models, places
 from mlx_promptcache.errors import ModelError
 from mlx_promptcache.tree import KEY_BYTES
 
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FORMAT = "1"  # of the states, not of the container: raised when old states must not be used
-PAGE_BYTES = 4096
-PAGES_A_TENSOR = 4
-LARGEST_HEADER_BYTES = 100_000_000
+PIECE_BYTES = 1 << 24
 HUB_BLOB = re.compile(r"[0-9a-f]{64}")  # large files of the Hub's cache are named by their sha256
+
+BITS = (2, 3, 4, 5, 6, 8)  # what mlx.core.quantize takes
+GROUP_SIZES = (32, 64, 128)
 
 PLAIN = ""
 QUANTISED = "quantised"
@@ -52,6 +54,14 @@ class KVSettings:
     group_size: int = 64
     quantized_start: int = 5000
     max_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and self.bits not in BITS:
+            raise ValueError(f"KV caches can be quantised to {BITS} bits, not to {self.bits}")
+        if self.group_size not in GROUP_SIZES:
+            raise ValueError(f"groups of KV caches have {GROUP_SIZES} items, not {self.group_size}")
+        if self.quantized_start < 0 or (self.max_size is not None and self.max_size < 1):
+            raise ValueError("numbers of tokens must be positive")
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -160,19 +170,22 @@ class Memo:
         memo = cls()
         try:
             checksum, _, text = path.read_text("utf-8").partition("\n")
-            if checksum == _hash(text.encode()):
-                memo.known = json.loads(text)
-        except (OSError, ValueError):
-            pass
+            known = json.loads(text) if checksum == _hash(text.encode()) else {}
+        except (OSError, ValueError, RecursionError):
+            return memo
+        if isinstance(known, dict):
+            memo.known = {name: row for name, row in known.items() if isinstance(row, list)}
         return memo
 
     def save(self, path: Path) -> None:
         """Write the memo if it changed. Failing is no matter: it is computed again."""
         if not self.changed:
             return
-        text = json.dumps(self.known, separators=(",", ":"))
+        there = {name: row for name, row in self.known.items() if os.path.exists(name)}  # noqa: PTH110
+        text = json.dumps(there, separators=(",", ":"))
         temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
         try:
+            path.parent.mkdir(0o700, parents=True, exist_ok=True)
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(fd, "w", encoding="utf-8") as file:
                 file.write(f"{_hash(text.encode())}\n{text}")
@@ -184,23 +197,17 @@ class Memo:
 
 
 def remembered(
-    model: Path,
-    memo_file: Path,
-    *,
-    adapter: Path | None,
-    kv: KVSettings,
-    salt: str,
-    read_only: bool = False,
+    model: Path, *, adapter: Path | None = None, kv: KVSettings | None = None, salt: str = ""
 ) -> Fingerprint:
-    """The fingerprint of a model directory, with the memo that is kept in `memo_file`.
+    """The fingerprint of a model directory; this user's memo keeps the identity of large files.
 
     Raises:
         ModelError: see `Fingerprint.of_model`.
     """
+    memo_file = places.weights_memo()
     memo = Memo.load(memo_file)
     fingerprint = Fingerprint.of_model(model, adapter=adapter, kv=kv, salt=salt, memo=memo)
-    if not read_only:
-        memo.save(memo_file)
+    memo.save(memo_file)
     return fingerprint
 
 
@@ -220,46 +227,25 @@ def _file(path: Path, memo: Memo) -> str:
     blob = path.resolve().name
     if path.is_symlink() and HUB_BLOB.fullmatch(blob):
         return blob
-    return memo.identity(path, _safetensors)
+    return memo.identity(path, _whole_file)
 
 
-def _safetensors(path: Path) -> str:
-    """Identity of a safetensors file: its header, and some pages of every tensor.
+def _whole_file(path: Path) -> str:
+    """Identity of a file: a hash of all of it, in pieces that threads hash at once.
 
-    Reading all of a large model takes seconds; training and conversion change every tensor.
+    Samples would be faster, once: but rows that were trained on, an expert, a patched tensor can
+    lie between them, and what is remembered costs nothing the next time.
     """
-    digest = hashlib.blake2b(digest_size=KEY_BYTES)
-    with path.open("rb", buffering=0) as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(LARGEST_HEADER_BYTES, path.stat().st_size):
-            raise ModelError(f"{path} is not a safetensors file")
-        header = file.read(length)
-        digest.update(header)
-        for begin, end in _tensors(header, path):
-            for offset in _pages(begin, end):
-                digest.update(
-                    os.pread(file.fileno(), min(PAGE_BYTES, end - offset), 8 + length + offset)
-                )
+    size = path.stat().st_size
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor() as pool:
+
+        def piece(offset: int) -> bytes:
+            return hashlib.sha256(os.pread(file.fileno(), PIECE_BYTES, offset)).digest()
+
+        digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=KEY_BYTES)
+        for found in pool.map(piece, range(0, size, PIECE_BYTES)):
+            digest.update(found)
     return digest.hexdigest()
-
-
-def _tensors(header: bytes, path: Path) -> list[tuple[int, int]]:
-    try:
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        return sorted(
-            (int(e["data_offsets"][0]), int(e["data_offsets"][1])) for e in entries.values()
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as exc:
-        raise ModelError(f"{path} is not a safetensors file") from exc
-
-
-def _pages(begin: int, end: int) -> list[int]:
-    """Offsets of pages spread over `[begin, end)`, the first and the last among them."""
-    last = max(begin, end - PAGE_BYTES)
-    return sorted(
-        {begin + (last - begin) * k // (PAGES_A_TENSOR - 1) for k in range(PAGES_A_TENSOR)}
-    )
 
 
 def _config(model: Path) -> str:
@@ -275,12 +261,3 @@ def _adapter(adapter: Path, memo: Memo) -> str:
     if not weights.is_file():
         raise ModelError(f"{adapter} holds no adapter: it has no adapters.safetensors")
     return _hash(config + b"\0" + memo.identity(weights, _whole_file).encode())
-
-
-def _whole_file(path: Path) -> str:
-    """Identity of a small file: all of it. An adapter that was trained on differs little."""
-    digest = hashlib.blake2b(digest_size=KEY_BYTES)
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

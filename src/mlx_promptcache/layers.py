@@ -30,7 +30,7 @@ TOKEN_AXIS = 2  # of [batch, heads, tokens, head_dim]
 SLICEABLE = (mlx_cache.KVCache, mlx_cache.QuantizedKVCache)
 ROWS = ("keys", "values")
 PROBE_TOKENS = 2
-LARGEST_UNKNOWN_BYTES = 1 << 28
+LARGEST_UNKNOWN_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,13 @@ def is_sliceable(layer: Any, n_past: int) -> bool:
     return type(layer) in SLICEABLE and layer.keys is not None and layer.offset == n_past
 
 
+def to_be_quantised(layers: Iterable[Any], kv: KVSettings) -> bool:
+    """Whether `quantise` would replace any of these layers."""
+    return kv.bits is not None and any(
+        hasattr(layer, "to_quantized") and layer.offset >= kv.quantized_start for layer in layers
+    )
+
+
 def quantise(layers: list[Any], kv: KVSettings) -> None:
     """Replace layers by quantised ones where mlx-lm would: in place, after a pass.
 
@@ -102,6 +109,8 @@ def quantise(layers: list[Any], kv: KVSettings) -> None:
                 raise UnsupportedLayer(
                     f"mlx-lm cannot quantise a {type(layer).__name__}: leave --kv-bits out"
                 ) from None
+            except ValueError as exc:
+                raise UnsupportedLayer(f"these layers cannot be quantised so: {exc}") from exc
 
 
 def live_arrays(layers: Iterable[Any]) -> list[mx.array]:
@@ -208,7 +217,7 @@ def fill(layers: list[Any], contents: Sequence[Layer], n_past: int, kv: KVSettin
     for path, layer in live.items():
         content = by_path[path]
         if not content.sliceable:
-            _fill_opaque(layer, content)
+            _fill_opaque(layer, content, n_past)
             continue
         if type(layer) not in SLICEABLE:
             raise UnsupportedLayer(f"layer {path} is a {type(layer).__name__} and takes no rows")
@@ -243,25 +252,32 @@ def _with_room(rows: mx.array) -> mx.array:
     return mx.concatenate([rows, mx.zeros(shape, rows.dtype)], axis=TOKEN_AXIS)
 
 
-def _fill_opaque(layer: Any, content: Layer) -> None:
-    known = vars(layer)
+def _fill_opaque(layer: Any, content: Layer, n_past: int) -> None:
+    """Set the attributes that the live layer has, each to a value of its own kind, nothing else."""
+    where = f"layer {content.path} ({type(layer).__name__})"
     for name, value in (content.attributes or {}).items():
-        if name not in known and value is not None:
-            raise UnsupportedLayer(
-                f"layer {content.path}: a {type(layer).__name__} of this mlx-lm has no {name!r}"
-            )
-        setattr(layer, name, _build(value, content))
+        if name not in vars(layer):
+            if value is None:  # another release of mlx-lm had it, and did not use it
+                continue
+            raise UnsupportedLayer(f"{where} of this mlx-lm has no {name!r}")
+        built = _build(value, content)
+        default = vars(layer)[name]
+        if default is not None and built is not None and type(built) is not type(default):
+            raise UnsupportedLayer(f"{where} cannot hold a {type(built).__name__} in {name!r}")
+        if name == "offset" and built not in {0, n_past}:
+            raise UnsupportedLayer(f"{where} does not hold {n_past} tokens")
+        setattr(layer, name, built)
 
 
 def _build(value: Any, content: Layer) -> Any:
     if not isinstance(value, dict):
         return value
-    if "array" in value:
-        return mx.array(content.arrays[value["array"]])
-    if "tuple" in value:
-        return tuple(_build(item, content) for item in value["tuple"])
-    if "list" in value:
-        return [_build(item, content) for item in value["list"]]
+    array = content.arrays.get(str(value.get("array")))
+    if array is not None:
+        return mx.array(array)
+    for name, sequence in (("tuple", tuple), ("list", list)):
+        if isinstance(value.get(name), list):
+            return sequence(_build(item, content) for item in value[name])
     raise UnsupportedLayer(f"layer {content.path} has an attribute that makes no sense")
 
 
@@ -285,6 +301,7 @@ class Blueprint:
 
     rows: Mapping[str, Mapping[str, Shape]]
     opaque: Mapping[str, Mapping[str, Shape]]
+    logits: Shape
 
     @property
     def sliceable(self) -> bool:
@@ -295,7 +312,7 @@ class Blueprint:
     def of(cls, model: Any, kv: KVSettings, *, quantised: bool = False) -> Blueprint:
         """Read it off a forward call over two tokens that is built, but never evaluated."""
         layers = make_layers(model, kv)
-        model(mx.zeros((1, PROBE_TOKENS), mx.int32), cache=layers)
+        logits = model(mx.zeros((1, PROBE_TOKENS), mx.int32), cache=layers)
         if quantised:
             quantise(layers, _from_the_start(kv))
         rows: dict[str, dict[str, Shape]] = {}
@@ -306,11 +323,12 @@ class Blueprint:
                 rows[path] = {name: _shape(a, any_tokens=True) for name, a in content.rows.items()}
             else:
                 opaque[path] = {name: _shape(a) for name, a in content.arrays.items()}
-        return cls(rows, opaque)
+        return cls(rows, opaque, Shape(dtype_name(logits), (logits.shape[-1],)))
 
     def __or__(self, other: Blueprint) -> Blueprint:
         """What either may look like: the same layers before and after they are quantised."""
-        return Blueprint(_merged(self.rows, other.rows), _merged(self.opaque, other.opaque))
+        rows, opaque = _merged(self.rows, other.rows), _merged(self.opaque, other.opaque)
+        return Blueprint(rows, opaque, self.logits)
 
     def check_rows(self, path: str, name: str, dtype: str, shape: Sequence[int]) -> None:
         """Raise UnsupportedLayer unless this layer has such rows."""

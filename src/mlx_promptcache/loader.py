@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import secrets
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_promptcache import arithmetic, catalog, container
-from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError
+from mlx_promptcache import arithmetic, container, headers
+from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError, UnsupportedLayer
 from mlx_promptcache.finder import record_of
 from mlx_promptcache.layers import from_array
 from mlx_promptcache.passes import Lineage
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from mlx_promptcache.container import Array, Header
     from mlx_promptcache.finder import Finder, Found
-    from mlx_promptcache.layers import Blueprint
+    from mlx_promptcache.layers import Blueprint, Layer
 
 READERS = 4  # threads that read, check and decompress blocks: all three release the GIL
 
@@ -82,6 +82,7 @@ class Loader:
             embedding=None,
             rng=fresh_key(),
             kv=self._finder.kv,
+            fingerprint=self._finder.fingerprint.digest,
             lineage=lineage.at(found.position),
             trail=_trail(refs, blocks),
         )
@@ -112,23 +113,42 @@ class Loader:
         if key != content["key"] or (tokens is not None and held != list(tokens[: len(held)])):
             wrong = DamagedFile("its tokens are not those of its name")
             raise self._bad.set_aside(SNAPSHOTS, stem, wrong)
+        try:
+            sampling = Sampling.from_json(content["sampling"])
+        except (TypeError, ValueError):
+            wrong = DamagedFile("its sampling settings make no sense")
+            raise self._bad.set_aside(SNAPSHOTS, stem, wrong) from None
         return State(
             tokens=tuple(held),
-            contents=join_layers(self._rows(refs, blocks), content, arrays),
+            contents=self._joined(stem, refs, blocks, content, arrays),
             logits=arrays.get(LOGITS),
             embedding=arrays.get(EMBEDDING),
             rng=arrays.get(RNG, fresh_key()),
-            sampling=Sampling.from_json(content["sampling"]),
+            sampling=sampling,
             kv=self._finder.kv,
+            fingerprint=self._finder.fingerprint.digest,
             lineage=str(header.notes.get("lineage")),
             origin=Origin.from_json(content["origin"]),
             trail=_trail(refs, blocks),
         )
 
+    def _joined(
+        self,
+        stem: str,
+        refs: Sequence[Ref],
+        blocks: Sequence[_Block],
+        content: Mapping[str, Any],
+        arrays: Mapping[str, mx.array],
+    ) -> tuple[Layer, ...]:
+        try:
+            return join_layers(self._rows(refs, blocks), content, arrays)
+        except UnsupportedLayer as exc:
+            raise self._bad.set_aside(SNAPSHOTS, stem, exc) from exc
+
     def _snapshot_file(self, stem: str) -> tuple[Header, dict[str, mx.array]]:
         with self._store.reader(SNAPSHOTS, stem) as reader:
-            header = catalog.checked_snapshot(reader.header(), stem)
-            check_snapshot(header.content, header.entries, self._blueprint)
+            header = headers.checked_snapshot(reader.header(), stem)
+            check_snapshot(header, self._blueprint)
             arrays = {
                 name: from_array(container.read_array(reader.read, entry))
                 for name, entry in header.entries.items()
@@ -152,7 +172,7 @@ class Loader:
 
     def _block_file(self, ref: Ref) -> _Block:
         with self._store.reader(BLOCKS, ref.stem) as reader:
-            header = catalog.checked_block(reader.header(), ref.stem)
+            header = headers.checked_block(reader.header(), ref.stem)
             if header.content["start"] != ref.start or len(header.content["tokens"]) < ref.rows:
                 raise DamagedFile("it is not at the position where its name was found")
             if ref.digest and header.digest != ref.digest:
@@ -176,12 +196,8 @@ class Loader:
 
 
 def _trail(refs: Sequence[Ref], blocks: Sequence[_Block]) -> Trail:
-    rates = [block.header.notes.get("seconds_per_token") for block in blocks]
-    seconds = sum(
-        float(rate) * ref.rows
-        for ref, rate in zip(refs, rates, strict=True)
-        if isinstance(rate, (int, float))
-    )
+    rates = [headers.noted_number(block.header, "seconds_per_token") for block in blocks]
+    seconds = sum(rate * ref.rows for ref, rate in zip(refs, rates, strict=True))
     return Trail(tuple(refs), (), seconds / max(1, refs[-1].end if refs else 0))
 
 

@@ -26,7 +26,7 @@ CONTEXT_KEYS = (
 )
 
 
-def find(path_or_repo: str) -> Path:
+def find(path_or_repo: str, *, download: bool = True) -> Path:
     """The directory of a model: a local one, or a Hugging Face repo's, downloaded if need be.
 
     Raises:
@@ -39,10 +39,10 @@ def find(path_or_repo: str) -> Path:
         raise ModelError(f"{path_or_repo} is a file: give the directory that holds the model")
     if path.is_absolute() or path_or_repo.startswith((".", "~")) or path_or_repo.count("/") != 1:
         raise ModelError(f"there is no model directory {path_or_repo}")
-    return _from_hub(path_or_repo)
+    return _from_hub(path_or_repo, download=download)
 
 
-def _from_hub(repo: str) -> Path:
+def _from_hub(repo: str, *, download: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -52,6 +52,8 @@ def _from_hub(repo: str) -> Path:
         raise ModelError(f"{repo!r} is neither a directory nor the name of a repo") from exc
     except Exception:  # noqa: BLE001, S110 - not there yet, or not whole: whatever it is, download
         pass
+    if not download:
+        raise ModelError(f"there is no directory {repo}, and no such repo has been downloaded yet")
     try:
         return Path(snapshot_download(repo, allow_patterns=FILES))
     except Exception as exc:
@@ -80,9 +82,20 @@ def config(model: Path) -> dict[str, Any]:
 
 def context_length(settings: dict[str, Any]) -> int | None:
     """How many tokens the model was made for; None where its configuration does not say."""
-    for part in (settings, settings.get("text_config") or {}):
-        for key in CONTEXT_KEYS:
-            length = part.get(key)
+    for part in (settings, settings.get("text_config")):
+        for key in CONTEXT_KEYS if isinstance(part, dict) else ():
+            length = part.get(key)  # type: ignore[union-attr]
             if isinstance(length, int) and length > 0:
-                return length
+                return max(length, _scaled(part))
     return None
+
+
+def _scaled(settings: Any) -> int:
+    """The context that a scaled rotary embedding reaches; 0 where there is none."""
+    scaling = settings.get("rope_scaling") or settings.get("rope_parameters")
+    if not isinstance(scaling, dict):
+        return 0
+    original, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
+    if not isinstance(original, int) or not isinstance(factor, (int, float)):
+        return 0
+    return int(original * factor)

@@ -54,7 +54,7 @@ def store_directory(model: Path, cache_dir: str | None = None) -> Path:
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
     beside = model_store(model)
-    if beside.is_dir() or is_writable(model):
+    if is_writable(beside):
         return beside
     other = user_store(model)
     log.warning("%s cannot be written: prompt caches are kept in %s", model, other)
@@ -81,6 +81,11 @@ def remember_store(directory: Path) -> None:
         file.parent.mkdir(0o700, parents=True, exist_ok=True)
         temporary.write_text("".join(f"{line}\n" for line in [*known, path]), "utf-8")
         temporary.replace(file)
+
+
+def weights_memo() -> Path:
+    """Where the identities of weight files are remembered, for this user on this machine."""
+    return user_cache() / "weights.json"
 
 
 def _stores_file() -> Path:

@@ -8,7 +8,7 @@ continuations: it ends where they begin to differ.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache.errors import PromptError
@@ -69,7 +69,7 @@ class Prompter:
         tokens = self._stable(origin)
         if not tokens or not (origin.text or origin.messages):
             raise PromptError("the prompt is empty: give some text with --prompt")
-        return Prompt(tuple(tokens), (), origin)
+        return Prompt(tuple(tokens), (), replace(origin, open=True))
 
     def _stable(self, origin: Origin) -> list[int]:
         tokens: list[int] | None = None
@@ -129,8 +129,12 @@ def continued(origin: Origin, text: str) -> Origin:
 
 def answered(origin: Origin, text: str) -> Origin:
     """The origin of a prompt and its answer."""
-    if origin.messages is None and not origin.template:
-        return Origin((origin.text or "") + text)
+    if origin.text is None and origin.messages is None:
+        return origin
+    if origin.messages is None and (origin.open or not origin.template):
+        return replace(origin, text=(origin.text or "") + text)
+    if origin.open:
+        return Origin()  # what was generated stands between the messages: no rendering gives it
     messages = _messages(origin)
     if messages and messages[-1].get("role") == "assistant":
         last = {**messages[-1], "content": f"{messages[-1].get('content', '')}{text}"}

@@ -38,8 +38,8 @@ class Quarantine:
         What was moved aside leaves its name to the next sound file. What only cannot be read (a
         drive's error, a missing permission) stays: it may be sound.
         """
-        damaged = isinstance(why, DamagedFile)
-        moved = damaged and not self._read_only and self._store.quarantine(kind, stem)
+        damaged = isinstance(why, DamagedFile) and not self._read_only
+        moved = damaged and self._store.quarantine(kind, stem)
         if not moved:
             self._stems.add(stem)
         what = "block" if kind == BLOCKS else "snapshot"

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_promptcache.layers import capture, live_arrays, quantise
+from mlx_promptcache.layers import capture, live_arrays, quantise, to_be_quantised
 from mlx_promptcache.passes import Pass, extended, next_end
-from mlx_promptcache.prompt import TextStream
+from mlx_promptcache.prompt import TextStream, answered
 from mlx_promptcache.sampling import Sampling
 from mlx_promptcache.state import Mark, Origin, State, Trail
 
@@ -46,10 +46,12 @@ class Step:
 class Run:
     """A sequence that grows: mlx-lm's cache objects, and all that a `State` takes down of them."""
 
-    def __init__(self, runner: Runner, state: State | None, start_lineage: str) -> None:
+    def __init__(
+        self, runner: Runner, layers: list[Any], state: State | None, start_lineage: str
+    ) -> None:
         self._runner = runner
+        self._layers = layers
         self._tokens: list[int] = list(state.tokens) if state else []
-        self._layers = state.layers(runner.model) if state else runner.make_layers()
         self._logits = state.logits if state else None
         self._embedding = state.embedding if state else None
         self._lineage = state.lineage if state else start_lineage
@@ -64,7 +66,8 @@ class Run:
         self.origin: Origin = state.origin if state else Origin()
         self.match: Match | None = None
         self.cached_tokens = self._held
-        self.prefilled_tokens = 0
+        self._prompt_tokens = self._held
+        self._text = ""
         self.load_seconds = 0.0
         self.prefill_seconds = 0.0
 
@@ -78,6 +81,7 @@ class Run:
         Passes end at multiples of `prefill_step`, at boundaries and at the end of the tokens.
         """
         began = time.perf_counter()
+        self._prompt_tokens = len(tokens)
         while self._held < len(tokens):
             if progress:
                 progress(self._held, len(tokens))
@@ -92,7 +96,6 @@ class Run:
             else:
                 mx.eval(arrays)
             mx.clear_cache()
-        self.prefilled_tokens = self._held - self.cached_tokens
         self.prefill_seconds = time.perf_counter() - began
         if progress:
             progress(self._held, len(tokens))
@@ -103,11 +106,13 @@ class Run:
             self._mark()
 
     @property
-    def prefilled_tokens_so_far(self) -> int:
-        """Tokens fed since the run began; of use where its prefill was interrupted."""
-        return self._held - self.cached_tokens
+    def prefilled_tokens(self) -> int:
+        """Tokens of the prompt that were fed; fewer than all where the prefill was interrupted."""
+        return min(self._held, self._prompt_tokens) - self.cached_tokens
 
     def _mark(self) -> None:
+        if not self._runner.capturable:
+            return
         contents = capture(self._layers, self._held) if not self._runner.sliceable else ()
         opaque = tuple(layer for layer in contents if not layer.sliceable)
         self._marks.append(
@@ -119,11 +124,35 @@ class Run:
         logits, hidden = self._runner.forward(inputs, self._layers)
         self._logits = logits[0, -1]
         self._embedding = None if hidden is None else hidden[0, -1]
-        quantise(self._layers, self._runner.kv)
         end = self._held + count
         self._passes.append(Pass(self._held, end, self._lineage))
         self._lineage = extended(self._lineage, self._held, end)
         self._held = end
+        if to_be_quantised(self._layers, self._runner.kv):
+            self._quantise()
+
+    def _quantise(self) -> None:
+        """Quantise layers. Marks keep the rows that they were taken with, and what is stored of the
+        rows until now is not what the layers hold from now on.
+        """
+        if self._marks and self._runner.cache is not None:
+            contents = capture(self._layers, self._held)
+            rows = [layer for layer in contents if layer.sliceable]
+            trail = replace(self._trail, passes=tuple(self._passes))
+            self._marks = [
+                mark
+                if mark.trail is not None
+                else replace(
+                    mark,
+                    layers=(*mark.layers, *(layer.cut(mark.position) for layer in rows)),
+                    trail=trail,
+                )
+                for mark in self._marks
+            ]
+        else:
+            self._marks = []
+        quantise(self._layers, self._runner.kv)
+        self._trail = replace(self._trail, refs=())
 
     # Decode
 
@@ -132,6 +161,7 @@ class Run:
 
         At each step `state()` is the state that holds the tokens yielded so far.
         """
+        self._settle()
         tokenizer = self._runner.tokenizer
         ends = set(tokenizer.eos_token_ids) if tokenizer is not None else set()
         text = TextStream(tokenizer, stop)
@@ -166,6 +196,7 @@ class Run:
         reason = "stop" if ended or text.stopped else "length" if last else None
         if reason:
             shown += text.finish()
+        self._text += shown
         return Step(value, shown, reason)
 
     def _feed(self, token: mx.array) -> None:
@@ -198,10 +229,16 @@ class Run:
         """The state at the end of the prompt, also after tokens were generated."""
         whole = self._take_down()
         mark = self._marks[-1]
-        if mark.position == whole.n_past:
-            return whole
         earlier = tuple(m for m in self._marks if m.position < mark.position)
         return replace(whole.at(mark), origin=self.origin, marks=earlier)
+
+    def _whole_origin(self) -> Origin:
+        """How the tokens held were made: the prompt, and the text that was generated after it."""
+        if self._held < self._prompt_tokens:
+            return Origin()  # the prefill was interrupted
+        return (
+            answered(self.origin, self._text) if self._held > self._prompt_tokens else self.origin
+        )
 
     def _take_down(self) -> State:
         if self._unread is not None:
@@ -216,8 +253,9 @@ class Run:
             rng=self.key,
             sampling=replace(self.sampling, seed=None),
             kv=self._runner.kv,
+            fingerprint=self._runner.fingerprint,
             lineage=self._lineage,
-            origin=self.origin,
+            origin=self._whole_origin(),
             marks=tuple(m for m in self._marks if m.position < self._held),
             trail=replace(self._trail, passes=tuple(self._passes)),
         )

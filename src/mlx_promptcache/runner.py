@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from dataclasses import replace
@@ -21,7 +22,7 @@ from mlx_promptcache.prompt import Prompt, Prompter
 from mlx_promptcache.run import Run, Step
 from mlx_promptcache.sampling import Sampling
 from mlx_promptcache.state import Origin, State
-from mlx_promptcache.store import WEIGHTS, Store
+from mlx_promptcache.store import Store
 from mlx_promptcache.tree import CELL
 from mlx_promptcache.trunk import Trunk
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from mlx_promptcache.run import Progress
 
     PromptLike = str | Sequence[Mapping[str, Any]] | Sequence[int] | Prompt
+
+log = logging.getLogger("mlx_promptcache")
 
 PREFILL_STEP = 512
 
@@ -66,11 +69,10 @@ class Runner:
         self.forward_passes = 0
         """Forward calls so far; `tokens_fed` is how many tokens went through them."""
         self.tokens_fed = 0
-        self._blueprint = Blueprint.of(model, self.kv)
-        self._quantised = (
-            None if self.kv.bits is None else Blueprint.of(model, self.kv, quantised=True)
-        )
         self._trunk = Trunk.of(model, self._probe)
+        self._blueprint = self._look()
+        if self.cache is not None:
+            self.cache.blueprint = self._blueprint
         self._run: Run | None = None
 
     @classmethod
@@ -102,17 +104,10 @@ class Runner:
         if use_cache:
             directory = places.store_directory(path, cache_dir)
             Store(directory).check()
-            fingerprint = remembered(
-                path,
-                directory / WEIGHTS,
-                adapter=adapter,
-                kv=kv,
-                salt=salt,
-                read_only=read_only,
-            )
+            fingerprint = remembered(path, adapter=adapter, kv=kv, salt=salt)
             cache = PromptCache(directory, fingerprint, kv=kv, read_only=read_only)
         model, tokenizer = _load(path, adapter)
-        length = models.context_length(settings)
+        length = None if max_kv_size is not None else models.context_length(settings)
         return cls(model, tokenizer, cache, kv=kv, context_length=length)
 
     @property
@@ -120,15 +115,33 @@ class Runner:
         """Whether the final hidden state can be read from this architecture."""
         return self._trunk.found
 
+    def _look(self) -> Blueprint | None:
+        """What the model's layers look like; None, and no cache, where they cannot be taken down."""
+        try:
+            blueprint = Blueprint.of(self.model, self.kv)
+            if self.kv.bits is not None:
+                blueprint |= Blueprint.of(self.model, self.kv, quantised=True)
+        except UnsupportedLayer as exc:
+            if self.cache is not None:
+                log.warning("prompts of this model are not kept: %s", exc)
+            self.cache = None
+            return None
+        return blueprint
+
+    @property
+    def capturable(self) -> bool:
+        """Whether the layers can be taken down: else states can neither be kept nor read off."""
+        return self._blueprint is not None
+
     @property
     def sliceable(self) -> bool:
         """Whether every layer is: then any position of what is stored can be resumed."""
-        return self._blueprint.sliceable
+        return self._blueprint is not None and self._blueprint.sliceable
 
     @property
-    def blueprint(self) -> Blueprint:
-        """What the model's layers look like."""
-        return self._blueprint if self._quantised is None else self._blueprint | self._quantised
+    def fingerprint(self) -> str:
+        """What this runner computes states as; empty where it has no cache to tell."""
+        return "" if self.cache is None else self.cache.fingerprint.digest
 
     def make_layers(self) -> list[Any]:
         """Empty mlx-lm cache objects for this model."""
@@ -176,8 +189,8 @@ class Runner:
         """
         made = self._prompt(prompt, boundaries)
         began = time.perf_counter()
-        state, match = self._resume(made, exact=exact) if reuse else (None, None)
-        run = Run(self, state, arithmetic.lineage())
+        state, layers, match = self._resume(made, exact=exact) if reuse else (None, None, None)
+        run = Run(self, layers or self.make_layers(), state, arithmetic.lineage())
         run.load_seconds = time.perf_counter() - began
         run.match = match
         run.origin = made.origin
@@ -200,7 +213,11 @@ class Runner:
             raise UnsupportedLayer(
                 "this state holds no logits to go on from: give its prompt instead"
             )
-        run = Run(self, state, arithmetic.lineage())
+        if state.fingerprint and self.fingerprint not in {"", state.fingerprint}:
+            raise UnsupportedLayer(
+                "this state was computed by another model, or with other settings"
+            )
+        run = Run(self, state.layers(self.model), state, arithmetic.lineage())
         if sampling is not None:
             run.sampling = sampling
             if sampling.seed is not None:
@@ -227,7 +244,10 @@ class Runner:
         if prompt and isinstance(prompt[0], dict):
             messages: list[Any] = list(prompt)
             return self.prompter.whole(Origin(messages=tuple(messages)))
-        return Prompt(tuple(int(token) for token in prompt))
+        tokens = tuple(int(token) for token in prompt)
+        if any(not 0 <= token < 1 << 32 for token in tokens):
+            raise PromptError("token ids must be numbers from 0 on")
+        return Prompt(tokens)
 
     @property
     def prompter(self) -> Prompter:
@@ -240,15 +260,17 @@ class Runner:
             raise PromptError("there is no tokenizer: give the prompt as token ids")
         return Prompter(self.tokenizer)
 
-    def _resume(self, prompt: Prompt, *, exact: bool) -> tuple[State | None, Match | None]:
+    def _resume(
+        self, prompt: Prompt, *, exact: bool
+    ) -> tuple[State | None, list[Any] | None, Match | None]:
         if self.cache is None:
-            return None, None
+            return None, None, None
         plan = None
         if exact:
             plan = Plan(
                 arithmetic.lineage(), len(prompt.tokens), self.prefill_step, prompt.boundaries
             )
-        return self.cache.resume(prompt.tokens, plan=plan, blueprint=self.blueprint)
+        return self.cache.resume(prompt.tokens, self.model, plan=plan)
 
     # For programs
 

@@ -7,6 +7,7 @@ every draw takes a key that the caller split off, so a state can carry it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -40,13 +41,14 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temp < 0:
+        if not 0 <= self.temp < math.inf:
             raise ValueError("the temperature must be 0 or more")
         if not 0 <= self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise ValueError("top-p and min-p must be between 0 and 1")
         if self.top_k < 0:
             raise ValueError("top-k must be 0 or more")
-        if self.repetition_penalty is not None and self.repetition_penalty <= 0:
+        penalty = self.repetition_penalty
+        if penalty is not None and not 0 < penalty < math.inf:
             raise ValueError("the repetition penalty must be more than 0")
         if self.repetition_context_size < 1:
             raise ValueError("the repetition context must be 1 token or more")
@@ -62,7 +64,11 @@ class Sampling:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Sampling:
-        """The settings from JSON; what this version does not know is left out."""
+        """The settings from JSON; what this version does not know is left out.
+
+        Raises:
+            ValueError, TypeError: they make no sense.
+        """
         known = {f.name for f in fields(cls)}
         return cls(**{name: v for name, v in value.items() if name in known})
 

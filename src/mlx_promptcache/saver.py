@@ -7,13 +7,13 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlx_promptcache import arithmetic, catalog, container
+from mlx_promptcache import arithmetic, container, headers
 from mlx_promptcache.errors import CacheMiss, PromptCacheError, StoreError
 from mlx_promptcache.finder import record_of
 from mlx_promptcache.passes import PassRecord
 from mlx_promptcache.state import Ref, State, split_rest, split_rows
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS
-from mlx_promptcache.tree import BlockName, Keys, SnapshotName, cell_start, pieces
+from mlx_promptcache.tree import BlockName, Keys, SnapshotName, cell_start, pieces, shard
 
 if TYPE_CHECKING:
     from mlx_promptcache.finder import Finder
@@ -55,8 +55,10 @@ class Saver:
         self._keys = Keys(finder.root(state.phase), state.tokens)
         self._written = self._shared = self._bytes = 0
 
-    def save(self, name: str | None, *, replace: bool) -> Saved:
+    def save(self, name: str | None, *, replace: bool = False, share: bool = False) -> Saved:
         """Write what is missing. The caller holds the shared lock.
+
+        With `share` a snapshot of the same tokens serves, whatever its key and sampling.
 
         Raises:
             StoreError: the name is taken or cannot be one, or the file system refuses.
@@ -65,15 +67,27 @@ class Saver:
             self._check_free(name)
         state = self._state
         refs = self._rows()
-        for mark in state.marks:
-            if mark.position < state.n_past and self._snapshot_there(state.at(mark)) is None:
-                self._snapshot(state.at(mark), refs)
-        stem = self._snapshot_there(state) if name is None else None
+        for earlier in (state.at(mark) for mark in state.marks if mark.position < state.n_past):
+            if earlier.phase != state.phase:  # its rows were quantised since: they are others
+                self._count(Saver(self._finder, earlier, sync=self._sync, exact=self._exact))
+            elif self._snapshot_there(earlier) is None:
+                self._snapshot(earlier, refs)
+        stem = self._snapshot_there(state) if share else None
         if stem is None:
             stem = self._snapshot(state, refs)
+        if self._sync:
+            for ref in refs:
+                self._store.sync(BLOCKS, ref.stem)
+            self._store.sync(SNAPSHOTS, stem)
         if name is not None:
             self._store.write_name(name, stem, sync=self._sync)
         return Saved(name, stem.rpartition("-")[2], self._written, self._shared, self._bytes)
+
+    def _count(self, other: Saver) -> None:
+        saved = other.save(None, share=True)
+        self._written += saved.blocks_written
+        self._shared += saved.blocks_shared
+        self._bytes += saved.bytes_written
 
     def _check_free(self, name: str) -> None:
         try:
@@ -107,9 +121,12 @@ class Saver:
                 refs.append(self._block(begin, end))
         return refs
 
+    def _shard(self, position: int) -> str:
+        return shard(self._keys[cell_start(position)])
+
     def _is_there(self, ref: Ref) -> bool:
         try:
-            return catalog.block_header(self._store, ref.stem).digest == ref.digest
+            return headers.block_header(self._store, ref.stem).digest == ref.digest
         except PromptCacheError:
             return False
 
@@ -122,7 +139,9 @@ class Saver:
         keys, tokens = self._keys, self._state.tokens
         if begin >= end:
             return None
-        stems = self._store.beginning(BLOCKS, f"{keys[begin]}-{tokens[begin]}-")
+        stems = self._store.beginning(
+            BLOCKS, f"{self._shard(begin)}/{keys[begin]}-{tokens[begin]}-"
+        )
         if not stems:
             return None
         known = {keys[stop]: stop for stop in range(begin + 1, end)}
@@ -143,8 +162,8 @@ class Saver:
             "stacks": stacks,
         }
         notes = self._notes() | {"passes": record.to_json()}
-        packed = container.pack(catalog.BLOCK, content, notes, arrays)
-        name = BlockName(keys[begin], state.tokens[begin], keys[end])
+        packed = container.pack(headers.BLOCK, content, notes, arrays)
+        name = BlockName(self._shard(begin), keys[begin], state.tokens[begin], keys[end])
         return Ref(self._write(name, packed, record), packed.digest, begin, end - begin)
 
     def _write(self, name: BlockName, packed: container.Packed, record: PassRecord) -> str:
@@ -158,7 +177,7 @@ class Saver:
                     self._bytes += packed.size
                     return stem
                 try:
-                    there = catalog.block_header(self._store, stem)
+                    there = headers.block_header(self._store, stem)
                 except PromptCacheError as exc:
                     self._bad.set_aside(BLOCKS, stem, exc)
                     continue
@@ -190,7 +209,7 @@ class Saver:
             "lineage": state.lineage,
             "boundaries": [mark.position for mark in state.marks],
         }
-        packed = container.pack(catalog.SNAPSHOT, content, notes, arrays)
+        packed = container.pack(headers.SNAPSHOT, content, notes, arrays)
         name = str(
             SnapshotName(keys[cell_start(n)], n - cell_start(n), keys[n], packed.digest[:ID_DIGITS])
         )

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_promptcache.container import Array, raw_bytes
-from mlx_promptcache.errors import DamagedFile, UnsupportedLayer
+from mlx_promptcache.container import Array
+from mlx_promptcache.errors import UnsupportedLayer
 from mlx_promptcache.fingerprint import PLAIN, QUANTISED, KVSettings
 from mlx_promptcache.layers import (
     TOKEN_AXIS,
     Blueprint,
     Layer,
+    Shape,
     fill,
     from_array,
     make_layers,
@@ -29,7 +30,7 @@ from mlx_promptcache.sampling import Sampling
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mlx_promptcache.container import Entry, Header
+    from mlx_promptcache.container import Header
     from mlx_promptcache.passes import Pass
 
 LOGITS = "logits"
@@ -42,13 +43,15 @@ class Origin:
     """How a prompt was made, so that a continuation can be rendered whole.
 
     `text` for a prompt that is text (inside a user message after `system` where `template` is
-    set), else `messages`. Neither where only tokens were given.
+    set), else `messages`. Neither where only tokens were given. An `open` text has not been closed:
+    what comes next goes on with it, inside its message.
     """
 
     text: str | None = None
     messages: tuple[Mapping[str, Any], ...] | None = None
     system: str | None = None
     template: bool = False
+    open: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The origin as JSON."""
@@ -58,6 +61,7 @@ class Origin:
             "messages": messages,
             "system": self.system,
             "template": self.template,
+            "open": self.open,
         }
 
     @classmethod
@@ -69,6 +73,7 @@ class Origin:
             None if messages is None else tuple(messages),
             value.get("system"),
             bool(value.get("template")),
+            bool(value.get("open")),
         )
 
 
@@ -111,6 +116,9 @@ class Mark:
     embedding: mx.array | None
     rng: mx.array
     lineage: str
+    trail: Trail | None = (
+        None  # its own, where its rows were quantised since: `layers` are then all
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +138,8 @@ class State:
     sampling: Sampling = field(default_factory=Sampling)
     kv: KVSettings = field(default_factory=KVSettings, repr=False)
     lineage: str = field(default="", repr=False)
+    fingerprint: str = field(default="", repr=False)
+    """Of what computed it; empty where that is not known."""
     origin: Origin = field(default_factory=Origin, repr=False)
     marks: tuple[Mark, ...] = field(default=(), repr=False)
     trail: Trail = field(default_factory=Trail, repr=False)
@@ -166,11 +176,12 @@ class State:
     def at(self, mark: Mark) -> State:
         """The state at one of its marks."""
         rows = {x.path: x.cut(mark.position) for x in self.contents if x.sliceable}
-        opaque = {x.path: x for x in mark.layers}
+        own = {x.path: x for x in mark.layers}
         return replace(
             self,
             tokens=self.tokens[: mark.position],
-            contents=tuple(rows.get(x.path) or opaque[x.path] for x in self.contents),
+            contents=tuple(own.get(x.path) or rows[x.path] for x in self.contents),
+            trail=mark.trail or self.trail,
             logits=mark.logits,
             embedding=mark.embedding,
             rng=mark.rng,
@@ -228,22 +239,21 @@ def split_rest(state: State) -> tuple[dict[str, Array], dict[str, Any]]:
 
 
 def check_block(header: Header, blueprint: Blueprint | None) -> None:
-    """Compare what a block says it holds with what its name and the model say.
+    """Compare what a block says it holds with the model's layers.
 
     Raises:
-        DamagedFile, UnsupportedLayer: they do not agree.
+        UnsupportedLayer: they do not agree.
     """
-    stacks, rows = header.content["stacks"], len(header.content["tokens"])
-    if set(stacks) != set(header.entries):
-        raise DamagedFile("its stacks are not its arrays")
+    if blueprint is None:
+        return
+    held: set[str] = set()
     for label, entry in header.entries.items():
-        paths, name = stacks[label], label.partition("/")[0]
-        held = entry.shape[TOKEN_AXIS + 1] if len(entry.shape) > TOKEN_AXIS + 1 else 0
-        if len(paths) != entry.shape[0] or held != rows:
-            raise DamagedFile("an array is not as long as it has layers or tokens")
-        if blueprint is not None:
-            for path in paths:
-                blueprint.check_rows(path, name, entry.dtype, entry.shape[1:])
+        name = label.partition("/")[0]
+        for path in header.content["stacks"][label]:
+            blueprint.check_rows(path, name, entry.dtype, entry.shape[1:])
+            held.add(path)
+    if held != set(blueprint.rows):
+        raise UnsupportedLayer("it does not hold the layers of this model")
 
 
 def unstack(
@@ -279,25 +289,29 @@ def join_rows(
     return joined
 
 
-def check_snapshot(
-    content: Mapping[str, Any], entries: Mapping[str, Entry], blueprint: Blueprint | None
-) -> None:
+def check_snapshot(header: Header, blueprint: Blueprint | None) -> None:
     """Compare what a snapshot says it holds with what the model's layers can hold.
 
     Raises:
         UnsupportedLayer: they do not agree.
     """
-    if blueprint is None:
-        return
-    opaque = content["opaque"]
-    if set(opaque) != set(blueprint.opaque):
+    content = header.content
+    if blueprint is not None and set(content["opaque"]) != set(blueprint.opaque):
         raise UnsupportedLayer("it has opaque layers that are not those of this model")
-    for name, entry in entries.items():
+    for name, entry in header.entries.items():
         path, _, array = name.partition("/")
-        if array:
+        if array and blueprint is not None:
             blueprint.check_opaque(path, array, entry.dtype, entry.shape, content["n_past"])
-        elif raw_bytes(entry.dtype, entry.shape) > 1 << 26 or len(entry.shape) != 1:
-            raise UnsupportedLayer(f"its {name} cannot be of this model")
+        elif not array and not _is_head(Shape(entry.dtype, entry.shape), name, blueprint):
+            raise UnsupportedLayer(f"its {name} cannot be those of this model")
+
+
+def _is_head(shape: Shape, name: str, blueprint: Blueprint | None) -> bool:
+    if name == RNG:
+        return shape == Shape("uint32", (2,))
+    if name == LOGITS and blueprint is not None:
+        return shape == blueprint.logits
+    return name in {LOGITS, EMBEDDING} and len(shape.lengths) == 1 and shape.lengths[0] > 0
 
 
 def join_layers(

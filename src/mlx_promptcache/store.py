@@ -1,12 +1,11 @@
 """A directory of write-once containers: atomic, locked, private.
 
     <directory>/               0700, every file 0600
-      blocks/3f/<stem>.safetensors
-      snapshots/9a/<stem>.safetensors
+      blocks/<stem>.safetensors       the stem says the directory, too: 3f/...
+      snapshots/<stem>.safetensors
       names/<name>             one line: the stem of a snapshot
       quarantine/              files found damaged, moved aside
       uses.jsonl               one line a hit; statistics only
-      weights.json             identities of weight files, so that they are not read each time
       lock                     flock: shared to read and write, exclusive to delete
 
 A file appears whole or not at all, under a name that nothing else is ever written to, and is never
@@ -24,6 +23,8 @@ import json
 import os
 import re
 import secrets
+import shutil
+import stat
 import sys
 import time
 import unicodedata
@@ -47,14 +48,17 @@ SNAPSHOTS = "snapshots"
 NAMES = "names"
 QUARANTINE = "quarantine"
 USES = "uses.jsonl"
-WEIGHTS = "weights.json"
 LOCK = "lock"
 
 SUFFIX = ".safetensors"
 TEMPORARY = ".tmp-"
-SHARD = 2  # leading characters of a stem that name its directory
+STEM = re.compile(r"[0-9a-f]{2}/[0-9a-f-]{1,200}")
 LOCK_SECONDS = 30.0
 LONGEST_NAME_BYTES = 200
+NO_LINKS = {
+    errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EINVAL,
+    errno.EACCES,
+}  # fmt: skip
 NO_ATIME: int = getattr(os, "O_NOATIME", 0)  # Linux only
 FULL_FSYNC = 51  # F_FULLFSYNC of macOS's <fcntl.h>: the drive's own cache too
 
@@ -76,6 +80,8 @@ class Store:
         """
         with _told(f"the store {self.directory} cannot be made"):
             self.directory.mkdir(0o700, parents=True, exist_ok=True)
+            with contextlib.suppress(OSError):  # of another owner: not ours to change
+                self.directory.chmod(0o700)
             for kind in (BLOCKS, SNAPSHOTS, NAMES):
                 (self.directory / kind).mkdir(0o700, exist_ok=True)
             os.close(os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600))
@@ -94,7 +100,8 @@ class Store:
             raise StoreError(f"{self.directory} is a file, not a store of prompt caches") from None
         except OSError as exc:
             raise StoreError(f"the store {self.directory} cannot be read: {exc.strerror}") from exc
-        if BLOCKS not in names and SNAPSHOTS not in names and set(names) - {LOCK, USES, WEIGHTS}:
+        foreign = [name for name in names if not name.startswith(".") and name not in {LOCK, USES}]
+        if foreign and BLOCKS not in names and SNAPSHOTS not in names:
             raise StoreError(
                 f"{self.directory} is not a store of prompt caches: choose another --cache-dir, "
                 "or an empty or new directory"
@@ -104,24 +111,28 @@ class Store:
     # Containers
 
     def path(self, kind: str, stem: str) -> Path:
-        """Where the file of this stem is, or would be."""
-        return self.directory / kind / stem[:SHARD] / (stem + SUFFIX)
+        """Where the file of this stem is, or would be.
+
+        Raises:
+            DamagedFile: it is no stem. Stems stand in files, too, and files are deleted by them.
+        """
+        if not STEM.fullmatch(stem):
+            raise DamagedFile("it names a file that no store has")
+        return self.directory / kind / (stem + SUFFIX)
 
     def exists(self, kind: str, stem: str) -> bool:
         """Whether the file is there; says nothing of its content."""
         return self.path(kind, stem).exists()
 
     def beginning(self, kind: str, start: str) -> list[str]:
-        """The stems that begin with `start`, which must be at least as long as a shard's name."""
+        """The stems that begin with `start`, which must have a whole directory: `3f/`, `3f/ab`."""
+        directory = start.partition("/")[0]
         try:
-            names = os.listdir(self.directory / kind / start[:SHARD])  # noqa: PTH208
+            names = os.listdir(self.directory / kind / directory)  # noqa: PTH208
         except OSError:
             return []
-        return sorted(
-            name[: -len(SUFFIX)]
-            for name in names
-            if name.startswith(start) and name.endswith(SUFFIX)
-        )
+        stems = (f"{directory}/{name[: -len(SUFFIX)]}" for name in names if name.endswith(SUFFIX))
+        return sorted(stem for stem in stems if stem.startswith(start) and STEM.fullmatch(stem))
 
     def stems(self, kind: str) -> list[str]:
         """All stems of a kind, in order."""
@@ -129,7 +140,7 @@ class Store:
             shards = sorted(os.listdir(self.directory / kind))  # noqa: PTH208
         except OSError:
             return []
-        return [s for shard in shards if len(shard) == SHARD for s in self.beginning(kind, shard)]
+        return [stem for shard in shards for stem in self.beginning(kind, f"{shard}/")]
 
     def write(self, kind: str, stem: str, packed: container.Packed, *, sync: bool = False) -> bool:
         """Write a file under a name that is not taken; return whether it was not taken.
@@ -143,6 +154,22 @@ class Store:
         with _told(f"cannot write to the store {self.directory}"):
             path.parent.mkdir(0o700, parents=True, exist_ok=True)
             return _write_once(path, packed.chunks, sync=sync, replace=False)
+
+    def sync(self, kind: str, stem: str) -> None:
+        """Return when a file that was written before, and its name, are on the drive.
+
+        Raises:
+            StoreError: the file system refuses, or the file is not there any more.
+        """
+        path = self.path(kind, stem)
+        with _told(f"cannot write to the store {self.directory}"):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                _sync(fd)
+            finally:
+                os.close(fd)
+            for directory in (path.parent, path.parent.parent, self.directory):
+                _sync_directory(directory)
 
     def reader(self, kind: str, stem: str) -> contextlib.closing[Reader]:
         """Open a file for reading; close it when done (`with store.reader(...) as reader`).
@@ -203,12 +230,24 @@ class Store:
         target = self.directory / QUARANTINE / kind
         try:
             target.mkdir(0o700, parents=True, exist_ok=True)
-            self.path(kind, stem).rename(target / f"{stem}.{secrets.token_hex(4)}{SUFFIX}")
-        except OSError:
+            path = self.path(kind, stem)
+            path.rename(target / f"{path.stem}.{secrets.token_hex(4)}{SUFFIX}")
+        except (OSError, DamagedFile):
             return False
         return True
 
     # Names
+
+    def clear_traces(self) -> None:
+        """Delete what is no state: quarantined files, statistics, leftovers of crashes.
+
+        The caller holds `exclusive()`. Failing is no matter.
+        """
+        shutil.rmtree(self.directory / QUARANTINE, ignore_errors=True)
+        leftovers = [*self.directory.rglob(f"{TEMPORARY}*"), self.directory / USES]
+        for path in leftovers:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
     def names(self) -> dict[str, str]:
         """Every name and the stem that it stands for (empty if its file cannot be read)."""
@@ -218,11 +257,14 @@ class Store:
             return {}
         found: dict[str, str] = {}
         for name in names:
-            if not name.startswith(TEMPORARY):
-                try:
-                    found[name] = self.read_name(name)
-                except PromptCacheError:
-                    found[name] = ""
+            try:
+                check_name(name)
+            except StoreError:  # a leftover of a crash, or something that a file manager put there
+                continue
+            try:
+                found[name] = self.read_name(name)
+            except PromptCacheError:
+                found[name] = ""
         return found
 
     def read_name(self, name: str) -> str:
@@ -233,16 +275,15 @@ class Store:
         """
         path = self.directory / NAMES / check_name(name)
         try:
-            stem = path.read_bytes().decode("ascii").rstrip("\n")
-        except FileNotFoundError:
+            with contextlib.closing(Reader(path)) as reader:
+                stem = reader.read(0, LONGEST_NAME_BYTES * 2).decode("ascii").rstrip("\n")
+        except CacheMiss:
             raise CacheMiss(
                 f"there is no state named {name!r}; `list` shows those that are"
             ) from None
         except UnicodeDecodeError:
             raise DamagedFile(f"the name {name!r} is damaged") from None
-        except OSError as exc:
-            raise StoreError(f"the name {name!r} cannot be read: {exc.strerror}") from exc
-        if not re.fullmatch(r"[0-9a-f-]{1,200}", stem):
+        if not STEM.fullmatch(stem):
             raise DamagedFile(f"the name {name!r} is damaged")
         return stem
 
@@ -312,15 +353,26 @@ class Store:
     @contextlib.contextmanager
     def _locked(self, how: int) -> Iterator[None]:
         try:
-            fd = os.open(self.directory / LOCK, os.O_RDONLY)
-        except OSError:  # no store yet, or one that was copied without its lock: nobody deletes
-            yield
+            fd = self._lock_file(how)
+        except OSError as exc:
+            if how == fcntl.LOCK_EX:
+                raise StoreError(f"{self.directory} cannot be locked: {exc.strerror}") from exc
+            yield  # no store yet, or one that cannot be written: nobody deletes from it
             return
         try:
             _flock(fd, how, self.directory)
             yield
         finally:
             os.close(fd)
+
+    def _lock_file(self, how: int) -> int:
+        path = self.directory / LOCK
+        try:
+            return os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # a store that was copied without its lock
+            if how == fcntl.LOCK_SH:
+                raise
+            return os.open(path, os.O_RDONLY | os.O_CREAT, 0o600)
 
 
 class Reader:
@@ -335,6 +387,9 @@ class Reader:
             raise StoreError(f"a file of the store cannot be read: {exc.strerror}") from exc
         self._status = os.fstat(self._fd)
         self.size = self._status.st_size
+        if not stat.S_ISREG(self._status.st_mode):  # a pipe would be waited for without end
+            os.close(self._fd)
+            raise StoreError("a file of the store is something else than a file")
 
     def close(self) -> None:
         """Close the file."""
@@ -390,7 +445,7 @@ def check_name(name: str) -> str:
 
 def _open_unnoticed(path: Path) -> int:
     """Open a file to read, and let its atime be."""
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         return os.open(path, flags | NO_ATIME)
     except PermissionError:  # only the owner may leave no trace
@@ -435,7 +490,7 @@ def _link(temporary: Path, path: Path) -> bool:
     except FileExistsError:
         return False
     except OSError as exc:
-        if exc.errno not in {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}:
+        if exc.errno not in NO_LINKS:
             raise
         # A file system without hard links. Between these two lines another writer may win the
         # name and be replaced by a file of equal worth.

@@ -11,14 +11,18 @@ stored joins again at the next cell.
 The names of files carry the keys, and so the file system is a radix tree: from the key of a
 position, the blocks whose names begin with it are the ways on.
 
-    block     K(a) - first token - K(b) [- variant]       rows [a, b) of one cell
-    snapshot  K(g) - (n - g) - K(n) - id                   g the start of n's cell
+    block     xx / K(a) - first token - K(b) [- variant]   rows [a, b) of one cell
+    snapshot  xx / K(g) - (n - g) - K(n) - id
+
+where `g` is the start of the cell, and `xx`, a directory, the first two digits of `K(g)`: one
+listing shows all that there is of a cell.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
+import re
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,6 +31,14 @@ if TYPE_CHECKING:
 
 CELL = 256
 KEY_BYTES = 16
+
+_NUMBER = r"(0|[1-9][0-9]{0,9})"
+_BLOCK = re.compile(
+    r"([0-9a-f]{2})/([0-9a-f]{32})-" + _NUMBER + r"-([0-9a-f]{32})(?:-([0-9a-f]{16}))?"
+)
+_SNAPSHOT = re.compile(
+    r"([0-9a-f]{2})/([0-9a-f]{32})-" + _NUMBER + r"-([0-9a-f]{32})-([0-9a-f]{16})"
+)
 
 
 def cell_start(position: int) -> int:
@@ -37,6 +49,11 @@ def cell_start(position: int) -> int:
 def cell_end(position: int) -> int:
     """The end of the cell that a position is in."""
     return cell_start(position) + CELL
+
+
+def shard(cell_key: str) -> str:
+    """The directory of all that there is of a cell."""
+    return cell_key[:2]
 
 
 def root_key(fingerprint: str, phase: str = "") -> str:
@@ -71,24 +88,23 @@ def _hash(parent: str, tokens: Sequence[int]) -> str:
 
 
 class BlockName(NamedTuple):
-    """What a block's stem says."""
+    """What a block's stem says; `shard` is the directory of its cell."""
 
+    shard: str
     start_key: str
     first_token: int
     end_key: str
     variant: str = ""
 
     def __str__(self) -> str:
-        stem = f"{self.start_key}-{self.first_token}-{self.end_key}"
+        stem = f"{self.shard}/{self.start_key}-{self.first_token}-{self.end_key}"
         return f"{stem}-{self.variant}" if self.variant else stem
 
     @classmethod
     def parse(cls, stem: str) -> BlockName | None:
         """The parts of a stem, or None if it is not a block's."""
-        parts = stem.split("-")
-        if len(parts) not in {3, 4} or not parts[1].isdecimal():
-            return None
-        return cls(parts[0], int(parts[1]), *parts[2:])
+        found = _BLOCK.fullmatch(stem)
+        return found and cls(found[1], found[2], int(found[3]), found[4], found[5] or "")
 
 
 class SnapshotName(NamedTuple):
@@ -100,18 +116,18 @@ class SnapshotName(NamedTuple):
     id: str
 
     def __str__(self) -> str:
-        return f"{self.cell_key}-{self.offset}-{self.key}-{self.id}"
+        return f"{shard(self.cell_key)}/{self.cell_key}-{self.offset}-{self.key}-{self.id}"
 
     @classmethod
     def parse(cls, stem: str) -> SnapshotName | None:
         """The parts of a stem, or None if it is not a snapshot's."""
-        parts = stem.split("-")
-        if len(parts) != 4 or not parts[1].isdecimal():
+        found = _SNAPSHOT.fullmatch(stem)
+        if found is None or found[1] != shard(found[2]):
             return None
-        return cls(parts[0], int(parts[1]), parts[2], parts[3])
+        return cls(found[2], int(found[3]), found[4], found[5])
 
 
-class Step(NamedTuple):
+class Stretch(NamedTuple):
     """Rows `[start, start + rows)`, taken from the first rows of one block."""
 
     stem: str
@@ -124,7 +140,7 @@ class Step(NamedTuple):
         return self.start + self.rows
 
 
-def longest_match(ways_on: Callable[[int], Iterable[Step]]) -> list[Step]:
+def longest_match(ways_on: Callable[[int], Iterable[Stretch]]) -> list[Stretch]:
     """Return the steps from position 0 to the furthest position that can be reached.
 
     `ways_on(p)` yields the steps that begin at `p`: of each block there, as many rows as may be
@@ -132,7 +148,7 @@ def longest_match(ways_on: Callable[[int], Iterable[Step]]) -> list[Step]:
     each position reached is tried, not only the furthest. A step to the end of its cell ends the
     search in that cell: every way on goes through there.
     """
-    came_by: dict[int, Step | None] = {0: None}
+    came_by: dict[int, Stretch | None] = {0: None}
     waiting = [0]
     while waiting:
         position = heapq.heappop(waiting)
@@ -146,8 +162,8 @@ def longest_match(ways_on: Callable[[int], Iterable[Step]]) -> list[Step]:
     return _path(came_by)
 
 
-def _path(came_by: dict[int, Step | None]) -> list[Step]:
-    steps: list[Step] = []
+def _path(came_by: dict[int, Stretch | None]) -> list[Stretch]:
+    steps: list[Stretch] = []
     step = came_by[max(came_by)]
     while step is not None:
         steps.append(step)
@@ -155,7 +171,7 @@ def _path(came_by: dict[int, Step | None]) -> list[Step]:
     return steps[::-1]
 
 
-def cut(steps: Iterable[Step], position: int) -> list[Step]:
+def cut(steps: Iterable[Stretch], position: int) -> list[Stretch]:
     """The part of a path that leads to `position`, which it must reach."""
     return [
         step._replace(rows=min(step.end, position) - step.start)

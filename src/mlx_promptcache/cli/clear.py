@@ -43,7 +43,7 @@ def command(**options: Any) -> int:
     store = choice.store()
     if not _anything(options):
         raise click.UsageError("say what to delete: names, or --all, --stale, --damaged, ...")
-    fingerprint = choice.fingerprint(store) if options["stale"] else None
+    fingerprint = choice.fingerprint() if options["stale"] else None
     if options["stale"] and fingerprint is None:
         raise click.UsageError("--stale needs the model: give --model")
     with store.shared():
@@ -56,15 +56,15 @@ def command(**options: Any) -> int:
         with store.exclusive():
             plan = _plan(store, options, fingerprint)  # others may have written since
             freed = catalog.execute(store, plan)
+            if options["everything"]:
+                store.clear_traces()
     if options["as_json"]:
-        removed = [*plan.names, *plan.snapshots] if done or options["dry_run"] else []
-        freed = plan.freed_bytes if options["dry_run"] else freed
+        told = done or options["dry_run"]
+        snapshots = [stem.rpartition("-")[2] for stem in plan.snapshots]
         output.print_json(
             {
-                "removed": [*plan.names, *(s.rpartition("-")[2] for s in plan.snapshots)]
-                if removed
-                else [],
-                "freed_bytes": freed,
+                "removed": [*plan.names, *snapshots] if told else [],
+                "freed_bytes": plan.freed_bytes if options["dry_run"] else freed,
                 "dry_run": options["dry_run"],
             }
         )
@@ -78,7 +78,7 @@ def _anything(options: dict[str, Any]) -> bool:
     return any(options[flag] for flag in flags) or options["older_than"] is not None
 
 
-def _plan(store: Any, options: dict[str, Any], fingerprint: Any) -> catalog.Plan:
+def _plan(store: Any, options: dict[str, Any], fingerprint: Any) -> catalog.Deletion:
     doomed = catalog.named(store, options["names"])
     for entry in catalog.entries(store, fingerprint):
         idle = time.time() - entry.last_used
@@ -100,7 +100,7 @@ def _agreed(options: dict[str, Any]) -> bool:
     return click.confirm("Delete?", default=False, err=True)
 
 
-def _print(plan: catalog.Plan, dry_run: bool) -> None:
+def _print(plan: catalog.Deletion, dry_run: bool) -> None:
     if not plan:
         click.echo("there is nothing to delete")
         return

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_promptcache import catalog
+from mlx_promptcache import catalog, headers
 from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import (
     ModelChoice,
@@ -17,7 +17,7 @@ from mlx_promptcache.cli.options import (
     sampling_options,
     take,
 )
-from mlx_promptcache.errors import CacheMiss
+from mlx_promptcache.errors import CacheMiss, PromptCacheError
 from mlx_promptcache.store import check_name
 
 if TYPE_CHECKING:
@@ -74,9 +74,13 @@ def command(**options: Any) -> int:
             session.finish_reason = session.finish_reason or "length"
         except Interrupted:
             session.finish_reason = "interrupted"
-        _keep(session, run, options)
+        failed = _keep(session, run, options)
+    if session.broken_pipe is not None:
+        raise session.broken_pipe
     if options["as_json"]:
-        output.print_json(session.answer(run))
+        output.print_json(session.answer(run or runner.run_in_progress))
+    if failed is not None:
+        raise failed
     return 130 if session.finish_reason == "interrupted" else 0
 
 
@@ -106,7 +110,7 @@ def _prompt(runner: Runner, prompts: PromptChoice, choice: ModelChoice, name: st
     tokens: list[int] = []
     if origin.text is None and origin.messages is None:
         try:
-            tokens = catalog.tokens_of(store, header)
+            tokens = headers.tokens_of(store, header)
         except CacheMiss as exc:
             raise CacheMiss(f"the state {name!r} is damaged: {exc}; save it again") from exc
     return continuation_of(prompts, runner.prompter, origin, tokens)
@@ -124,19 +128,24 @@ def sampling_of(options: dict[str, Any], seed: int | None) -> Any:
         raise click.UsageError(str(exc)) from exc
 
 
-def _keep(session: Session, run: Run | None, options: dict[str, Any]) -> None:
-    """Keep the prompt, and what was generated after it if that is wanted."""
-    from mlx_promptcache.prompt import answered
+def _keep(session: Session, run: Run | None, options: dict[str, Any]) -> PromptCacheError | None:
+    """Keep the prompt, and what was generated after it if that is wanted.
 
-    exact = options["exact"]
+    Returns the error of a save that was asked for: the answer comes first.
+    """
+    exact, name = options["exact"], options["save_as"]
     if session.runner.cache is None:
-        return
+        return None
     if run is None:  # interrupted in the prompt: keep what is computed of it
         partial = session.runner.run_in_progress
-        if partial is not None and partial.prefilled_tokens_so_far:
+        if partial is not None and partial.prefilled_tokens:
             session.keep(None, partial.state(), exact=exact)
-        return
+        return None
+    interrupted = session.finish_reason == "interrupted"
     session.keep(None, run.prompt_state(), exact=exact)
-    if options["prompt_cache_all"] or options["save_as"] is not None:
-        run.origin = answered(run.origin, session.text)
-        session.keep(options["save_as"], run.state(), exact=exact)
+    if options["prompt_cache_all"] or name is not None or (interrupted and session.tokens):
+        try:
+            session.keep(name, run.state(), exact=exact)
+        except PromptCacheError as exc:
+            return exc
+    return None

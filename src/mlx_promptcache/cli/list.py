@@ -23,7 +23,7 @@ def command(**options: Any) -> int:
         found = [(store, None) for store in map(Store, places.known_stores())]
     else:
         store = choice.store()
-        found = [(store, choice.fingerprint(store))]  # type: ignore[list-item]
+        found = [(store, choice.fingerprint())]  # type: ignore[list-item]
     entries: list[dict[str, Any]] = []
     total = blocks = 0
     for store, fingerprint in found:

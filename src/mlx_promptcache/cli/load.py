@@ -40,7 +40,6 @@ def command(**options: Any) -> int:
     catalog.find(choice.store(), options["name"])  # before the model, which takes long
 
     from mlx_promptcache.cli.session import Session
-    from mlx_promptcache.prompt import answered
 
     runner = choice.runner()
     assert runner.cache is not None  # noqa: S101 - it was asked for
@@ -48,16 +47,18 @@ def command(**options: Any) -> int:
         runner, as_json=options["as_json"], quiet=options["quiet"], seed=options["seed"]
     )
     began = time.perf_counter()
-    state = runner.cache.load(options["name"], blueprint=runner.blueprint)
+    state = runner.cache.load(options["name"])
     run = runner.resume(state, _sampling(options, state))
     run.load_seconds = time.perf_counter() - began
     likeliest = _likeliest(runner, state)
     with session.interrupt:
         if options["max_tokens"]:
             session.generate(run, options["max_tokens"], options["stop"])
-            if options["prompt_cache_all"] or options["save_as"] is not None:
-                run.origin = answered(run.origin, session.text)
+            interrupted = session.finish_reason == "interrupted"
+            if options["prompt_cache_all"] or options["save_as"] is not None or interrupted:
                 session.keep(options["save_as"], run.state())
+    if session.broken_pipe is not None:
+        raise session.broken_pipe
     if options["as_json"]:
         answer = session.answer(run) | {"source": options["name"], "next_tokens": likeliest}
         answer["seed"] = options["seed"]

@@ -14,7 +14,7 @@ from mlx_promptcache import models, places
 from mlx_promptcache.cli import output
 from mlx_promptcache.errors import ModelError, PromptError
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings, remembered
-from mlx_promptcache.store import WEIGHTS, Store
+from mlx_promptcache.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,7 +78,11 @@ sampling_options = _options(
     click.option("--top-p", type=float, help="Nucleus sampling."),
     click.option("--top-k", type=int),
     click.option("--min-p", type=float),
-    click.option("--seed", type=int, help="Where the draws begin; afresh by default."),
+    click.option(
+        "--seed",
+        type=click.IntRange(0, 2**64 - 1),
+        help="Where the draws begin; afresh by default.",
+    ),
     click.option("--repetition-penalty", type=float),
     click.option("--repetition-context-size", type=int),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable."),
@@ -98,6 +102,12 @@ class ModelChoice:
     max_kv_size: int | None
     salt: str
 
+    def __post_init__(self) -> None:
+        try:
+            KVSettings(self.kv_bits, self.kv_group_size, self.quantized_kv_start, self.max_kv_size)
+        except ValueError as exc:
+            raise click.UsageError(str(exc)) from exc
+
     @property
     def kv(self) -> KVSettings:
         """How K/V are kept."""
@@ -105,41 +115,44 @@ class ModelChoice:
             self.kv_bits, self.kv_group_size, self.quantized_kv_start, self.max_kv_size
         )
 
-    def path(self) -> Path:
+    def path(self, *, download: bool = True) -> Path:
         """The model's directory.
 
         Raises:
             ModelError: there is no such model, or none is chosen.
         """
         if self.model is not None:
-            return models.find(self.model)
+            return models.find(self.model, download=download)
         demo = places.demo_model()
         if demo is None:
             raise ModelError("no model is chosen: give one with --model PATH_OR_REPO")
         return demo
 
-    def store(self) -> Store:
+    def store(self, *, download: bool = False) -> Store:
         """The store, checked to be one. Needs no model if `--cache-dir` is given."""
         directory = Path(self.cache_dir).expanduser() if self.cache_dir else None
-        store = Store(directory or places.store_directory(self.path()))
+        store = Store(directory or places.store_directory(self.path(download=download)))
         store.check()
         return store
 
-    def fingerprint(self, store: Store) -> Fingerprint | None:
+    def fingerprint(self) -> Fingerprint | None:
         """The fingerprint of the model, to tell stale states; None where no model is chosen."""
         if self.model is None and self.cache_dir is not None:
             return None
         adapter = Path(self.adapter_path) if self.adapter_path else None
-        memo = store.directory / WEIGHTS
-        return remembered(
-            self.path(), memo, adapter=adapter, kv=self.kv, salt=self.salt, read_only=True
-        )
+        try:
+            path = self.path(download=False)
+            return remembered(path, adapter=adapter, kv=self.kv, salt=self.salt)
+        except ModelError:
+            if self.cache_dir is None:
+                raise
+            return None
 
     def runner(self, *, read_only: bool = False, use_cache: bool = True) -> Runner:
         """Load the model."""
         path = self.path()
         if use_cache:
-            self.store()  # before the model, which takes long
+            self.store(download=True)  # before the model, which takes long
         from mlx_promptcache.runner import Runner
 
         return Runner.load(
@@ -173,11 +186,19 @@ class PromptChoice:
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 flags = [f"--{name.replace('_', '-')}" for name in (one, other)]
                 raise click.UsageError(f"give {flags[0]} or {flags[1]}, not both")
+        if self.messages is not None and (self.prefix is not None or self.prefix_file is not None):
+            raise click.UsageError("--prefix stands before a prompt of text, not before messages")
+        for text in (self.prompt, self.prefix, self.system_prompt):
+            if text is not None and not _is_text(text):
+                raise click.UsageError("a prompt on the command line must be UTF-8 text")
 
     def text(self) -> str:
         """The prompt itself."""
         if self.prompt == "-":
-            return sys.stdin.read()
+            try:
+                return sys.stdin.read()
+            except UnicodeDecodeError as exc:
+                raise PromptError("standard input is not UTF-8 text") from exc
         return self.prompt if self.prompt is not None else _file(self.prompt_file)
 
     def prefix_text(self) -> str:
@@ -198,9 +219,17 @@ class PromptChoice:
             raise PromptError(f"{self.messages} must be a list of messages, each with a role")
         if self.system_prompt is not None:
             chat.insert(0, {"role": "system", "content": self.system_prompt})
-        if text := self.prefix_text() + self.text():
+        if text := self.text():
             chat.append({"role": "user", "content": text})
         return chat
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes that were no text came in as lone surrogates
+        return False
+    return True
 
 
 def _file(name: str | None) -> str:

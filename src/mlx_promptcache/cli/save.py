@@ -32,6 +32,7 @@ def command(**options: Any) -> int:
 
     from mlx_promptcache.cli.prompts import origin_of
     from mlx_promptcache.cli.session import Interrupted, Session, saved_json
+    from mlx_promptcache.sampling import Sampling
 
     runner = choice.runner()
     session = Session(runner, as_json=options["as_json"], quiet=options["quiet"], seed=0)
@@ -40,10 +41,14 @@ def command(**options: Any) -> int:
     with session.interrupt:
         try:
             with session.progress() as progress:
-                run = runner.start(prompt, exact=options["exact"], progress=progress)
+                # A key of its own for each save would make another state of each.
+                sampling = Sampling(seed=0)
+                run = runner.start(
+                    prompt, exact=options["exact"], sampling=sampling, progress=progress
+                )
         except Interrupted:
             partial = runner.run_in_progress
-            if partial is not None and partial.prefilled_tokens_so_far:
+            if partial is not None and partial.prefilled_tokens:
                 session.keep(None, partial.state())
             output.error("interrupted: what was computed is kept, without a name")
             return 130

@@ -44,6 +44,7 @@ class Session:
         self.first_token_seconds: float | None = None
         self.generation_seconds = 0.0
         self.saved: Saved | None = None
+        self.broken_pipe: BrokenPipeError | None = None
         self._bar = sys.stderr.isatty() and not quiet and not as_json
 
     @contextlib.contextmanager
@@ -69,16 +70,19 @@ class Session:
     def generate(self, run: Run, max_tokens: int, stop: tuple[str, ...]) -> None:
         """Generate, and print the text as it comes."""
         first: float | None = None
-        for step in run.steps(max_tokens, stop):
-            self._take(step)
-            now = time.perf_counter()
-            first = now if first is None else first
-            self.generation_seconds = now - first
-            if self.interrupt.wanted and not step.finish_reason:
-                self.finish_reason = "interrupted"
-                break
-        if not self.as_json:
-            click.echo()
+        try:
+            for step in run.steps(max_tokens, stop):
+                self._take(step)
+                now = time.perf_counter()
+                first = now if first is None else first
+                self.generation_seconds = now - first
+                if self.interrupt.wanted and not step.finish_reason:
+                    self.finish_reason = "interrupted"
+                    break
+            if not self.as_json:
+                click.echo()
+        except BrokenPipeError as exc:  # whoever reads has seen enough: keep what was computed
+            self.finish_reason, self.broken_pipe = "interrupted", exc
 
     def _take(self, step: Step) -> None:
         if self.first_token_seconds is None:
@@ -100,7 +104,10 @@ class Session:
         if cache is None or cache.read_only:
             return
         try:
-            saved = cache.save(name, state, replace=True, sync=name is not None, exact=exact)
+            if name is None:
+                saved = cache.keep(state, exact=exact)
+            else:
+                saved = cache.save(name, state, replace=True, exact=exact)
         except PromptCacheError as exc:
             if name is not None:
                 raise

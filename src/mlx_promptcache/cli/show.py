@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_promptcache import catalog
+from mlx_promptcache import catalog, headers
 from mlx_promptcache.cli import output
 from mlx_promptcache.cli.list import entry_json
 from mlx_promptcache.cli.options import ModelChoice, model_options, output_options, take
@@ -28,17 +28,14 @@ def command(**options: Any) -> int:
     choice = take(ModelChoice, options)
     store = choice.store()
     with store.shared():
-        _, header = catalog.find(store, options["name"])
-        entry = next(
-            e
-            for e in catalog.entries(store, choice.fingerprint(store))
-            if options["name"] in {e.name, e.snapshot}
-        )
-        tokens = catalog.tokens_of(store, header) if options["with_tokens"] else []
+        stem, header = catalog.find(store, options["name"])
+        found = [e for e in catalog.entries(store, choice.fingerprint()) if e.stem == stem]
+        entry = next((e for e in found if e.name == options["name"]), found[0])
+        tokens = headers.tokens_of(store, header) if options["with_tokens"] else []
         arrays = _arrays(store, header)
     origin = header.content["origin"]
     answer = entry_json(entry) | {
-        "fingerprint": dict(catalog.fingerprint_parts(header)),
+        "fingerprint": dict(headers.fingerprint_parts(header)),
         "versions": header.notes.get("versions"),
         "boundaries": header.notes.get("boundaries"),
         "sampling": header.content["sampling"],
@@ -65,7 +62,7 @@ def _arrays(store: Store, snapshot: Header) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for stem, _, _, _ in snapshot.content["refs"][:1]:
         try:
-            block = catalog.block_header(store, stem)
+            block = headers.block_header(store, stem)
         except PromptCacheError:
             continue
         for label, entry in block.entries.items():

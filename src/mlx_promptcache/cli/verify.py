@@ -6,10 +6,9 @@ from typing import Any
 
 import click
 
-from mlx_promptcache import catalog
+from mlx_promptcache import verification
 from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import ModelChoice, model_options, output_options, take
-from mlx_promptcache.store import NAMES
 
 DAMAGE_FOUND = 3
 
@@ -23,15 +22,11 @@ def command(**options: Any) -> int:
     """Parse, read, report."""
     store = take(ModelChoice, options).store()
     with store.shared():
-        report = catalog.verify(store, options["names"])
+        report = verification.verify(store, options["names"])
     moved = 0
     if options["quarantine"]:
         with store.exclusive():
-            moved = sum(
-                store.quarantine(damage.kind, damage.stem)
-                for damage in report.damaged
-                if damage.kind != NAMES
-            )
+            moved = verification.set_aside(store, report)
     if options["as_json"]:
         output.print_json(
             {

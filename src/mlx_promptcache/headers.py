@@ -1,0 +1,232 @@
+"""The headers of blocks and snapshots, checked against their names and against sense.
+
+A file with sound checksums may have been renamed, swapped with another, or made by somebody who
+means harm. What passes here has the types and the sizes that the rest of the program relies on.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+from mlx_promptcache.errors import DamagedFile
+from mlx_promptcache.fingerprint import PHASES
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
+from mlx_promptcache.tree import (
+    CELL,
+    BlockName,
+    Keys,
+    SnapshotName,
+    cell_end,
+    cell_start,
+    root_key,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mlx_promptcache.container import Header
+
+BLOCK = "block"
+SNAPSHOT = "snapshot"
+LAYER_PATH = re.compile(r"(0|[1-9][0-9]{0,5})(\.(0|[1-9][0-9]{0,5}))*")
+ROW_LABEL = re.compile(r"(keys|values)(\.[0-9])?/[0-9]{1,4}")
+ROW_DIMENSIONS = 5  # [layers, batch, heads, tokens, ...]
+ROWS_AXIS = 3
+TEXTS = ("text", "system")
+
+
+def block_header(store: Store, stem: str) -> Header:
+    """Read the header of a block.
+
+    Raises:
+        CacheMiss: it is not there, or of another version; DamagedFile if it is damaged.
+    """
+    with store.reader(BLOCKS, stem) as reader:
+        return checked_block(reader.header(), stem)
+
+
+def checked_block(header: Header, stem: str) -> Header:
+    """Return the header if it is that of the block of this name.
+
+    Raises:
+        DamagedFile: it is not.
+    """
+    name = BlockName.parse(stem)
+    content = header.content
+    tokens, start = content.get("tokens"), content.get("start")
+    sound = (
+        header.kind == BLOCK
+        and name is not None
+        and isinstance(tokens, list)
+        and 0 < len(tokens) <= CELL
+        and all(type(token) is int and 0 <= token < 1 << 32 for token in tokens)
+        and type(start) is int
+        and 0 <= start < 1 << 40
+        and start + len(tokens) <= cell_end(start)
+        and (content.get("start_key"), tokens[0], content.get("end_key")) == name[1:4]
+        and _is_key(content.get("fingerprint"))
+        and type(content.get("complete")) is bool
+        and _are_stacks(content.get("stacks"), header, len(tokens))
+    )
+    if not sound:
+        raise DamagedFile("it is not the block that its name says")
+    return header
+
+
+def _are_stacks(stacks: Any, header: Header, rows: int) -> bool:
+    if not isinstance(stacks, dict) or set(stacks) != set(header.entries):
+        return False
+    for label, entry in header.entries.items():
+        paths, shape = stacks[label], entry.shape
+        if (
+            ROW_LABEL.fullmatch(label) is None
+            or not isinstance(paths, list)
+            or not all(isinstance(p, str) and LAYER_PATH.fullmatch(p) for p in paths)
+            or len(shape) < ROW_DIMENSIONS
+            or (shape[0], shape[ROWS_AXIS]) != (len(paths), rows)
+        ):
+            return False
+    return True
+
+
+def snapshot_header(store: Store, stem: str) -> Header:
+    """Read the header of a snapshot.
+
+    Raises:
+        CacheMiss: it is not there, or of another version; DamagedFile if it is damaged.
+    """
+    with store.reader(SNAPSHOTS, stem) as reader:
+        return checked_snapshot(reader.header(), stem)
+
+
+def checked_snapshot(header: Header, stem: str) -> Header:
+    """Return the header if it is that of the snapshot of this name.
+
+    Raises:
+        DamagedFile: it is not.
+    """
+    name = SnapshotName.parse(stem)
+    content = header.content
+    n_past, refs = content.get("n_past"), content.get("refs")
+    sound = (
+        header.kind == SNAPSHOT
+        and name is not None
+        and type(n_past) is int
+        and 0 < n_past < 1 << 40
+        and n_past - cell_start(n_past) == name.offset
+        and (content.get("cell_key"), content.get("key")) == (name.cell_key, name.key)
+        and header.digest.startswith(name.id)
+        and _is_key(content.get("fingerprint"))
+        and content.get("phase") in PHASES
+        and isinstance(refs, list)
+        and all(map(_is_ref, refs))
+        and _follow_one_another(refs, n_past)
+        and isinstance(content.get("sampling"), dict)
+        and _is_origin(content.get("origin"))
+        and _are_layers(content.get("opaque"), header)
+    )
+    if not sound:
+        raise DamagedFile("it is not the snapshot that its name says")
+    return header
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32}", value) is not None
+
+
+def _is_ref(ref: Any) -> bool:
+    return (
+        isinstance(ref, list)
+        and [type(part) for part in ref] == [str, str, int, int]
+        and BlockName.parse(ref[0]) is not None
+        and 0 < ref[3] <= CELL
+    )
+
+
+def _follow_one_another(refs: Sequence[Sequence[Any]], n_past: int) -> bool:
+    position = 0
+    for _, _, start, rows in refs:
+        if start != position:
+            return False
+        position += rows
+    return position == n_past
+
+
+def _is_origin(origin: Any) -> bool:
+    if not isinstance(origin, dict):
+        return False
+    messages = origin.get("messages")
+    return all(isinstance(origin.get(name), (str, type(None))) for name in TEXTS) and (
+        messages is None
+        or (isinstance(messages, list) and all(isinstance(message, dict) for message in messages))
+    )
+
+
+def _are_layers(opaque: Any, header: Header) -> bool:
+    """Whether the opaque layers are told as such, and refer to just the arrays that there are."""
+    if not isinstance(opaque, dict):
+        return False
+    arrays: list[str] = []
+    for path, layer in opaque.items():
+        if not (
+            LAYER_PATH.fullmatch(path)
+            and isinstance(layer, dict)
+            and isinstance(layer.get("kind"), str)
+            and isinstance(layer.get("attributes"), dict)
+        ):
+            return False
+        arrays += [f"{path}/{name}" for name in _arrays_in(layer["attributes"])]
+    named = [name for name in header.entries if "/" in name]
+    return sorted(arrays) == sorted(named)
+
+
+def _arrays_in(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        if isinstance(value.get("array"), str):
+            return [value["array"]]
+        return [name for item in value.values() for name in _arrays_in(item)]
+    if isinstance(value, list):
+        return [name for item in value for name in _arrays_in(item)]
+    return []
+
+
+def tokens_of(store: Store, snapshot: Header) -> list[int]:
+    """The tokens of a snapshot, from its blocks, checked against its key.
+
+    Raises:
+        CacheMiss: a block is not there; DamagedFile if it is not the one that the snapshot used.
+    """
+    tokens: list[int] = []
+    for stem, digest, start, rows in snapshot.content["refs"]:
+        header = block_header(store, stem)
+        if header.digest != digest or header.content["start"] != start:
+            raise DamagedFile("a block that it needs was replaced by another")
+        tokens += header.content["tokens"][:rows]
+    if Keys(root_of(snapshot), tokens)[len(tokens)] != snapshot.content["key"]:
+        raise DamagedFile("its tokens are not those of its name")
+    return tokens
+
+
+def root_of(snapshot: Header) -> str:
+    """The key of position 0 of a snapshot's tokens."""
+    return root_key(snapshot.content["fingerprint"], snapshot.content["phase"])
+
+
+def fingerprint_parts(header: Header) -> Mapping[str, Any]:
+    """The parts of the fingerprint that a file was written under."""
+    parts = header.notes.get("fingerprint")
+    return parts if isinstance(parts, dict) else {}
+
+
+def noted_number(header: Header, name: str) -> float:
+    """A number of the notes, which nothing depends on: 0 where it makes no sense."""
+    value = header.notes.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return 0.0
+    try:
+        number = float(value)
+    except OverflowError:
+        return 0.0
+    return number if math.isfinite(number) else 0.0
