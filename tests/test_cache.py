@@ -32,7 +32,7 @@ from mlx_promptcache.errors import (
     UnsupportedLayer,
 )
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings
-from mlx_promptcache.layers import Layer, make_layers
+from mlx_promptcache.layers import Blueprint, Layer, make_layers
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from tiny import bits, digest, random_tokens
 
@@ -64,6 +64,7 @@ def with_store(kind: str, directory: Path, **more: Any) -> Runner:
     """The runner with a new look at a store, as a new process has it."""
     runner = runner_of(kind)
     runner.cache = PromptCache(directory, kind, **more)
+    runner.cache.blueprint = Blueprint.of(runner.model, runner.kv)
     return runner
 
 
@@ -80,13 +81,16 @@ def keep(
     runner = with_store(kind, directory)
     state = runner.prefill(prompt, **more)
     assert runner.cache is not None
-    runner.cache.save(name, state, sync=False)
+    if name is None:
+        runner.cache.keep(state)
+    else:
+        runner.cache.save(name, state, sync=False)
     return state
 
 
 def keep_with(runner: Runner, prompt: Sequence[int]) -> None:
     assert runner.cache is not None
-    runner.cache.save(None, runner.prefill(prompt, boundaries=(20,)), sync=False)
+    runner.cache.keep(runner.prefill(prompt, boundaries=(20,)))
 
 
 def run_of(kind: str, directory: Path, prompt: Sequence[int], **more: Any) -> Run:
@@ -148,9 +152,8 @@ def test_a_named_state_is_loaded_as_it_was_saved(kind: str, tmp_path: Path) -> N
     saved = runner.cache.save("mine", state)
     assert saved.name == "mine"
     for cache in (runner.cache, PromptCache(tmp_path, kind)):
-        for blueprint in (None, runner.blueprint):
-            assert digest(cache.load("mine", blueprint=blueprint)) == digest(state)
-            assert digest(cache.load(saved.snapshot, blueprint=blueprint)) == digest(state)
+        assert digest(cache.load("mine")) == digest(state)
+        assert digest(cache.load(saved.snapshot)) == digest(state)
 
 
 def test_a_name_that_is_not_there_is_a_miss_in_words(tmp_path: Path) -> None:
@@ -195,15 +198,15 @@ def test_states_of_another_model_are_not_loaded_and_the_miss_says_why(tmp_path: 
     assert (match.position, match.exact, match.source) == (0, False, None)
     assert match.reason == "what is stored of it was made with another model"
     assert [entry.status for entry in cache.list()] == ["stale"]
-    assert cache.resume([1, 2, 3]) == (None, match)
+    assert cache.resume([1, 2, 3], model_of("plain")) == (None, None, match)
 
 
 def test_a_salt_is_a_namespace_of_its_own(tmp_path: Path) -> None:
-    state = keep("plain", tmp_path, [1, 2, 3], "mine")
+    keep("plain", tmp_path, [1, 2, 3], "mine")
     parts = Fingerprint.of_text("plain").parts
     salted = [PromptCache(tmp_path, Fingerprint({**parts, "salt": s})) for s in ("a", "b")]
     assert salted[0].match([1, 2, 3]).position == 0
-    salted[0].save("theirs", state)
+    salted[0].save("theirs", Runner(model_of("plain"), None, salted[0]).prefill([1, 2, 3]))
     assert salted[0].match([1, 2, 3]).exact
     match = salted[1].match([1, 2, 3])
     assert match.position == 0
@@ -256,7 +259,7 @@ def test_with_a_limit_no_more_is_resumed(tmp_path: Path) -> None:
         keep(kind, tmp_path / kind, whole, boundaries=(200,))
         cache = PromptCache(tmp_path / kind, kind)
         for limit, held in zip([299, 300, 10, 0], expected, strict=True):
-            state, match = cache.resume(whole, limit=limit)
+            state, _, match = cache.resume(whole, model_of(kind), limit=limit)
             assert (state.n_past if state else 0) == match.position == held
             assert not match.exact
 
@@ -267,7 +270,7 @@ def test_nothing_is_found_of_no_tokens(kind: str, tmp_path: Path) -> None:
         cache = PromptCache(tmp_path, kind)
         match = cache.match([])
         assert (match.position, match.exact, match.source) == (0, False, None)
-        assert cache.resume([])[0] is None
+        assert cache.resume([], model_of(kind)).state is None
         layers, rest = cache.fetch(model_of(kind), [])
         assert (len(layers), rest) == (len(make_layers(model_of(kind), KVSettings())), [])
         keep(kind, tmp_path, [1, 2, 3])
@@ -341,7 +344,7 @@ def test_a_hundred_prompts_after_one_prefix_store_its_rows_once(
         before = written_once(tmp_path)
         run = run_of("plain", tmp_path, prompt, boundaries=(300,) if declared else ())
         assert run.cached_tokens >= 300 or number == 0
-        saved = PromptCache(tmp_path, "plain").save(None, run.state(), sync=False)
+        saved = PromptCache(tmp_path, "plain").keep(run.state())
         after = written_once(tmp_path)
         assert before.items() <= after.items()
         assert saved.bytes_written == size_of(after) - size_of(before)
@@ -366,7 +369,7 @@ def test_where_layers_cannot_be_cut_a_prefix_that_was_kept_is_stored_once_as_wel
         before = written_once(tmp_path)
         run = run_of(kind, tmp_path, [*prefix, number, 1, 2], boundaries=(300,) if declared else ())
         assert run.cached_tokens == (0 if declared and number == 0 else 300)
-        PromptCache(tmp_path, kind).save(None, run.state(), sync=False)
+        PromptCache(tmp_path, kind).keep(run.state())
         assert before.items() <= written_once(tmp_path).items()
         assert stored_rows(tmp_path) == 300 + 3 * (number + 1)
 
@@ -386,7 +389,7 @@ def test_saving_a_state_again_writes_nothing(tmp_path: Path) -> None:
         before = written_once(tmp_path / kind)
         cache = PromptCache(tmp_path / kind, kind)
         for cached in (state, run_of(kind, tmp_path / kind, state.tokens).state()):
-            saved = cache.save(None, cached)
+            saved = cache.keep(cached)
             assert (saved.blocks_written, saved.bytes_written) == (0, 0)
         assert written_once(tmp_path / kind) == before
 
@@ -424,11 +427,11 @@ def test_a_run_that_is_kept_more_than_once_stores_only_its_new_rows(tmp_path: Pa
     runner = with_store("plain", tmp_path)
     assert runner.cache is not None
     run = runner.start(random_tokens(250, seed=10), sampling=SAMPLED)
-    runner.cache.save(None, run.state())
+    runner.cache.keep(run.state())
     for _ in range(4):
         before = written_once(tmp_path)
         list(run.steps(3))
-        runner.cache.save(None, run.prompt_state())
+        runner.cache.keep(run.prompt_state())
         saved = runner.cache.save("mine", run.state(), replace=True)
         assert saved.blocks_shared > 0
         assert before.items() <= written_once(tmp_path).items()
@@ -454,7 +457,7 @@ def test_rows_whose_blocks_were_replaced_meanwhile_are_written_again(tmp_path: P
     keep("plain", tmp_path, whole[:550])
     run = run_of("plain", tmp_path, whole)
     shutil.rmtree(tmp_path)
-    PromptCache(tmp_path, "plain").save(None, with_other_bits(cold("plain", whole[:550])))
+    PromptCache(tmp_path, "plain").keep(with_other_bits(cold("plain", whole[:550])))
     state = run.state()
     PromptCache(tmp_path, "plain").save("mine", state)
     assert digest(PromptCache(tmp_path, "plain").load("mine")) == digest(state)
@@ -492,7 +495,7 @@ def survives(kind: str, directory: Path, prompt: Sequence[int], expected: list[i
     run = runner.start(prompt, sampling=Sampling(seed=1))
     assert [step.token for step in run.steps(len(expected))] == expected
     assert runner.cache is not None
-    runner.cache.save(None, run.prompt_state(), sync=False)
+    runner.cache.keep(run.prompt_state())
     again = run_of(kind, directory, prompt)
     assert again.prefilled_tokens == 0
     assert likeliest(again.state()) == expected[0]
@@ -659,7 +662,7 @@ def test_garbage_in_the_files_that_are_not_containers_is_no_matter(
     assert Runner.load(str(model)).start("Hello, world!").prefilled_tokens == 0
     store = model / "prompt_cache"
     names = {path.name for path in store.iterdir() if path.is_file()}
-    assert names == {"lock", "uses.jsonl", "weights.json"}
+    assert names == {"lock", "uses.jsonl"}
     for name in names:
         (store / name).write_bytes(garbage)
     again = Runner.load(str(model))
@@ -679,7 +682,7 @@ def test_a_process_that_found_a_file_bad_uses_it_again_after_it_was_healed(
     prompt = random_tokens(300, seed=18)
     pristine, directory = tmp_path / "pristine", tmp_path / "store"
     seeded = Sampling(seed=1)  # what is kept again has the same name
-    PromptCache(pristine, kind).save(None, run_of(kind, pristine, prompt, sampling=seeded).state())
+    PromptCache(pristine, kind).keep(run_of(kind, pristine, prompt, sampling=seeded).state())
     for original in written_once(pristine):
         path = copied(pristine, directory) / original.relative_to(pristine)
         runner = with_store(kind, directory)
@@ -691,7 +694,7 @@ def test_a_process_that_found_a_file_bad_uses_it_again_after_it_was_healed(
             path.unlink()
         run = runner.start(prompt, sampling=seeded)
         assert run.prefilled_tokens > 0
-        runner.cache.save(None, run.state())
+        runner.cache.keep(run.state())
         assert runner.start(prompt).prefilled_tokens == 0
         assert run_of(kind, directory, prompt).prefilled_tokens == 0
 
@@ -1102,7 +1105,7 @@ def test_storing_refuses_what_the_layers_do_not_hold(tmp_path: Path) -> None:
     mx.eval(model(mx.array(prompt)[None], cache=layers))
     cache = PromptCache(tmp_path, "plain")
     for tokens in (prompt[:-1], [*prompt, 1]):
-        with pytest.raises(UnsupportedLayer, match="hold 40 tokens"):
+        with pytest.raises(UnsupportedLayer, match="hold 40: give"):
             cache.store(model, tokens, layers)
     with pytest.raises(UnsupportedLayer):
         cache.store(model, prompt, layers[:1])

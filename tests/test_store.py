@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 FIXED = settings(derandomize=True, deadline=None, max_examples=200)
 STEM = "3f/3f00-7-9a00"
-OTHER = "3f00-8-9a01"
+OTHER = "3f/3f00-8-9a01"
 LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="O_NOATIME is Linux's")
 
 
@@ -489,7 +489,7 @@ def test_a_name_that_is_not_there_is_a_miss_that_says_what_to_do(store: Store) -
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\n", b"\xff\xfe", b"../../up\n", b"3f/9a", b"3F-7-9A\n", b"3f-7\n9a", b"a" * 300],
+    [b"", b"\n", b"\xff\xfe", b"../../up\n", b"3f-9a", b"3F-7-9A\n", b"3f-7\n9a", b"a" * 300],
 )
 def test_a_name_whose_file_is_damaged_says_so(store: Store, content: bytes) -> None:
     store.write_name("sound", STEM)
@@ -511,10 +511,17 @@ def test_foreign_files_among_the_names_are_listed_as_lost_or_not_at_all(store: S
 def test_foreign_files_are_not_stems(store: Store) -> None:
     store.write(BLOCKS, STEM, packed())
     shard = store.path(BLOCKS, STEM).parent
-    foreign = (".DS_Store", ".tmp-17-00ab", "README", f"{OTHER}.json", "3f00-7", "._x.safetensors")
+    foreign = (
+        ".DS_Store",
+        ".tmp-17-00ab",
+        "README",
+        "3f00-8-9a01.json",
+        "3f00-7",
+        "GG.safetensors",
+        "._x.safetensors",
+    )
     for name in foreign:
         (shard / name).write_bytes(b"x")
-    (shard / "ff00-1-ff01.safetensors").write_bytes(b"in the directory of others")
     (store.directory / BLOCKS / "9a").write_bytes(b"a file, not a directory")
     (store.directory / BLOCKS / ".DS_Store").write_bytes(b"x")
     (store.directory / BLOCKS / "long").mkdir()
@@ -526,12 +533,13 @@ def test_foreign_files_are_not_stems(store: Store) -> None:
 
 
 def test_beginning_finds_those_that_begin_so_in_order(store: Store) -> None:
-    stems = ["3f00-7-9a00", "3f00-7-9a01", "3f00-70-9a00", "3f01-7-9a00", "4000-7-9a00"]
+    names = ["3f00-7-9a00", "3f00-7-9a01", "3f00-70-9a00", "3f01-7-9a00"]
+    stems = [*(f"3f/{name}" for name in names), "40/4000-7-9a00"]
     for stem in reversed(stems):
         store.write(BLOCKS, stem, packed())
     assert store.stems(BLOCKS) == stems
     assert store.beginning(BLOCKS, "3f/") == stems[:4]
-    assert store.beginning(BLOCKS, "3f00-7-") == stems[:2]
+    assert store.beginning(BLOCKS, "3f/3f00-7-") == stems[:2]
 
 
 # What is a store

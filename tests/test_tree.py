@@ -25,6 +25,7 @@ from mlx_promptcache.tree import (
     longest_match,
     pieces,
     root_key,
+    shard,
 )
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ short_hex = st.text("0123456789abcdef", min_size=16, max_size=16)
 @FIXED
 @given(hex_digits, st.integers(0, (1 << 32) - 1), hex_digits, short_hex | st.just(""))
 def test_a_block_name_comes_back_from_its_stem(a: str, token: int, b: str, variant: str) -> None:
-    name = BlockName(a, token, b, variant)
+    name = BlockName(b[:2], a, token, b, variant)
     assert BlockName.parse(str(name)) == name
     assert str(name).count("-") == (3 if variant else 2)
 
@@ -144,26 +145,31 @@ def test_a_snapshot_name_comes_back_from_its_stem(a: str, n: int, b: str, snapsh
 
 A, B, V = "a" * 32, "b" * 32, "c" * 16
 JUNK = [
-    "", "-", "--", "---", "----", "block", f"{A}-{B}", f"{A}--{B}", f"{A}-x-{B}", f"{A}-1.5-{B}",
-    f"{A}--1-{B}", f"{A}-1-{B}-{V}-{V}", f"{A}- 1-{B}", f"{A}-0x1-{B}", f"{A}-1-",
-    f"-1-{B}", f"{A}-1-{B}-",
+    "", "/", "aa/", "-", "--", "---", "----", "block", f"aa/{A}-{B}", f"aa/{A}--{B}",
+    f"aa/{A}-x-{B}", f"aa/{A}-1.5-{B}",
+    f"aa/{A}--1-{B}", f"aa/{A}-1-{B}-{V}-{V}", f"aa/{A}- 1-{B}", f"aa/{A}-0x1-{B}", f"aa/{A}-1-",
+    f"-1-{B}", f"aa/{A}-1-{B}-",
 ]  # fmt: skip
 HOSTILE = {
+    "no directory": f"{A}-1-{B}",
+    "a directory up": f"../{A}-1-{B}",
+    "a directory of three digits": f"aaa/{A}-1-{B}",
+    "two directories": f"aa/aa/{A}-1-{B}",
     "a path up": f"../model-00001-{B}",
     "a weights file": "../model-00001-of-00002",
-    "a path down": f"{A}-1-{B}/x",
-    "a key that is a path": f"{A}-1-../../{B}",
-    "a variant that is a path": f"{A}-1-{B}-../../x",
+    "a path down": f"aa/{A}-1-{B}/x",
+    "a key that is a path": f"aa/{A}-1-../../{B}",
+    "a variant that is a path": f"aa/{A}-1-{B}-../../x",
     "an absolute path": f"/{A}-1-{B}",
-    "a key that is too short": f"{A[:-1]}-1-{B}",
-    "a key that is too long": f"{A}-1-{B}b",
-    "a key that is not hexadecimal": f"{'g' * 32}-1-{B}",
-    "a key in capitals": f"{A.upper()}-1-{B}",
-    "digits of another script": f"{A}-\u0661-{B}",
-    "a zero before a number": f"{A}-01-{B}",
-    "a number that no number may be as long as": f"{A}-{'1' * 5000}-{B}",
-    "a line end": f"{A}-1-{B}\n",
-    "a NUL": f"{A}-1-{B}\0",
+    "a key that is too short": f"aa/{A[:-1]}-1-{B}",
+    "a key that is too long": f"aa/{A}-1-{B}b",
+    "a key that is not hexadecimal": f"aa/{'g' * 32}-1-{B}",
+    "a key in capitals": f"aa/{A.upper()}-1-{B}",
+    "digits of another script": f"aa/{A}-\u0661-{B}",
+    "a zero before a number": f"aa/{A}-01-{B}",
+    "a number that no number may be as long as": f"aa/{A}-{'1' * 5000}-{B}",
+    "a line end": f"aa/{A}-1-{B}\n",
+    "a NUL": f"aa/{A}-1-{B}\0",
 }
 
 
@@ -182,15 +188,16 @@ def test_a_stem_that_would_lead_out_of_the_store_is_none(stem: str) -> None:
 
 
 def test_names_that_are_what_they_should_be_are_taken() -> None:
-    assert BlockName.parse(f"{A}-1-{B}") == BlockName(A, 1, B)
-    assert BlockName.parse(f"{A}-0-{B}-{V}") == BlockName(A, 0, B, V)
-    assert SnapshotName.parse(f"{A}-255-{B}-{V}") == SnapshotName(A, 255, B, V)
+    assert BlockName.parse(f"aa/{A}-1-{B}") == BlockName("aa", A, 1, B)
+    assert BlockName.parse(f"aa/{A}-0-{B}-{V}") == BlockName("aa", A, 0, B, V)
+    assert SnapshotName.parse(f"aa/{A}-255-{B}-{V}") == SnapshotName(A, 255, B, V)
 
 
 @pytest.mark.parametrize("parse", [BlockName.parse, SnapshotName.parse])
 @FIXED
 @given(
-    stem=st.text("0a-\n/.", max_size=12) | st.from_regex(r"[0-9a-f]{30,33}-\d{1,3}-[0-9a-f]{32}")
+    stem=st.text("0a-\n/.", max_size=12)
+    | st.from_regex(r"a{2}/[0-9a-f]{30,33}-\d{1,3}-[0-9a-f]{32}")
 )
 def test_a_stem_that_is_taken_is_the_only_one_for_its_name(
     parse: Callable[[str], object], stem: str
@@ -228,7 +235,8 @@ class Blocks:
     def add(self, tokens: Sequence[int], begin: int, end: int) -> None:
         """Write the rows `[begin, end)` of a sequence; the first writer of a name wins."""
         keys = Keys(ROOT, tokens)
-        stem = str(BlockName(keys[begin], tokens[begin], keys[end]))
+        directory = shard(keys[cell_start(begin)])
+        stem = str(BlockName(directory, keys[begin], tokens[begin], keys[end]))
         self.sequences.setdefault(stem, (begin, list(tokens[:end])))
 
     def held(self, stem: str) -> list[int]:
@@ -245,11 +253,20 @@ class Blocks:
         def ways_on(position: int) -> Iterator[Stretch]:
             wanted = tokens[position : cell_end(position)]
             if wanted:
-                start = f"{keys[position]}-{wanted[0]}-"
-                for stem in sorted(stem for stem in self.sequences if stem.startswith(start)):
-                    yield Stretch(stem, position, agreeing(self.held(stem), wanted))
+                for stem in self.beginning(keys, position):
+                    rows = agreeing(self.held(stem), wanted)
+                    yield Stretch(stem, position, rows)
+                    for k in range(1, rows):  # blocks may begin among these rows
+                        if any(self.beginning(keys, position + k)):
+                            yield Stretch(stem, position, k)
 
         return ways_on
+
+    def beginning(self, keys: Keys, position: int) -> list[str]:
+        """The blocks that begin at a position of the keys' tokens, with the next one of them."""
+        directory, token = shard(keys[cell_start(position)]), keys.tokens[position]
+        start = f"{directory}/{keys[position]}-{token}-"
+        return sorted(stem for stem in self.sequences if stem.startswith(start))
 
     def furthest(self, query: Sequence[int]) -> int:
         """Where the longest chain of blocks ends, each cut anywhere. Knows nothing of keys."""
@@ -268,7 +285,7 @@ class Blocks:
         for step in path:
             held = self.held(step.stem)
             assert step.start == position
-            assert step.stem.startswith(f"{keys[position]}-")
+            assert f"/{keys[position]}-" in step.stem
             assert 0 < step.rows <= len(held)
             assert held[: step.rows] == list(tokens[position : step.end])
             assert step.end <= cell_end(position)

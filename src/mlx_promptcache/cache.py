@@ -14,19 +14,20 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import mlx.core as mx
+
 from mlx_promptcache import catalog, headers, verification
 from mlx_promptcache.errors import (
     CacheMiss,
     DamagedFile,
     PromptCacheError,
-    PromptError,
     StoreError,
     UnsupportedLayer,
 )
 from mlx_promptcache.finder import Finder
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings
-from mlx_promptcache.layers import Blueprint, capture, leaves, make_layers
-from mlx_promptcache.loader import Loader, fresh_key
+from mlx_promptcache.layers import Blueprint, capture, check_quantised, leaves, make_layers
+from mlx_promptcache.loader import Loader
 from mlx_promptcache.passes import UNKNOWN
 from mlx_promptcache.quarantine import BadFile, Quarantine
 from mlx_promptcache.saver import Saved, Saver
@@ -247,8 +248,8 @@ class PromptCache:
     def keep(self, state: State, *, exact: bool = False) -> Saved:
         """Store a state for prompts to come, without a name, and leave the syncing to the system.
 
-        Where a state of the same tokens is stored, that one serves: its logits are the same, and its
-        key and sampling are not used by prompts. Raises as `save` does.
+        Where a state of the same tokens is stored, that one serves: its logits are the same, and
+        its key and sampling are not used by prompts. Raises as `save` does.
         """
         with self._writing(state):
             return Saver(self._finder, state, sync=False, exact=exact).save(None, share=True)
@@ -271,7 +272,7 @@ class PromptCache:
         """
         tokens = [int(token) for token in tokens]
         if not tokens:
-            raise PromptError("there are no tokens to fetch anything for")
+            return make_layers(model, self.kv), tokens
         self.blueprint = Blueprint.of(model, self.kv)
         state, layers, _ = self.resume(tokens, model, limit=len(tokens) - 1)
         if state is None or layers is None:
@@ -298,14 +299,16 @@ class PromptCache:
         held = offsets - {0} or offsets  # a model may make layers that it never writes to
         if held - {len(tokens)}:
             raise UnsupportedLayer(
-                f"the layers hold {max(held - {len(tokens)})} tokens, and {len(tokens)} were given: give those held"
+                f"{len(tokens)} tokens were given, and the layers hold "
+                f"{max(held - {len(tokens)})}: give those that they hold"
             )
+        check_quantised(prompt_cache, len(tokens), self.kv)
         state = State(
             tokens=tokens,
             contents=capture(prompt_cache, len(tokens)),
             logits=None,
             embedding=None,
-            rng=fresh_key(),
+            rng=mx.random.key(0),  # nothing was drawn: the same layers are the same state
             kv=self.kv,
             lineage=UNKNOWN,
             trail=Trail(self._refs_of(prompt_cache, tokens)),
@@ -334,7 +337,10 @@ class PromptCache:
         Raises:
             CacheMiss: there is no such name; nothing was deleted.
             CacheLocked: others read or write, and do not come to an end.
+            StoreError: the cache is read-only, or the file system refuses.
         """
+        if self.read_only:
+            raise StoreError("this prompt cache is read-only")
         with self._store.exclusive():
             plan = catalog.plan_clear(self._store, catalog.named(self._store, names))
             catalog.execute(self._store, plan)

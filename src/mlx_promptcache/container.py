@@ -39,6 +39,7 @@ VERSION = "1"
 SEAL = "header_sha256"
 SEAL_BYTES = 32
 LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+MOST_DIMENSIONS = 16
 LARGEST_GAIN = 256  # times that an array may be larger in memory than in the file ...
 ALWAYS_BYTES = 1 << 26  # ... unless it is smaller than this
 FIRST_READ_BYTES = 1 << 16  # most headers come whole with the first read
@@ -203,6 +204,8 @@ def _parse(head: bytes, size: int) -> Header:
     metadata = tensors.pop("__metadata__")
     if metadata["format"] != FORMAT:
         raise DamagedFile("it is a safetensors file, but not one of ours")
+    if not isinstance(metadata["version"], str):
+        raise DamagedFile("it has no version")
     if metadata["version"] != VERSION:
         raise ForeignFile(
             f"it has format version {metadata['version']!r}, and this program reads {VERSION}"
@@ -231,6 +234,8 @@ def _stored_bytes(row: Json) -> int:
 
 def _entry(row: Json, offset: int) -> Entry:
     dtype = row["dtype"]
+    if len(row["shape"]) > MOST_DIMENSIONS:
+        raise DamagedFile("an array has too many dimensions")
     shape = tuple(_natural(n) for n in row["shape"])
     planes = tuple((str(name), _natural(size)) for name, size in row["planes"])
     entry = Entry(dtype, shape, planes, str(row["sha256"]), offset)

@@ -30,7 +30,7 @@ from mlx_promptcache.tree import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from mlx_promptcache.container import Header
     from mlx_promptcache.fingerprint import Fingerprint, KVSettings
@@ -92,7 +92,8 @@ class Finder:
         steps = longest_match(walk.ways_on)
         reached = steps[-1].end if steps else 0
         if limit is None and reached == len(tokens):
-            stem = self.snapshot_at(keys, reached, plan.lineages[reached] if plan else None)
+            lineage = plan.lineages[reached] if plan else None
+            stem = self.snapshot_at(keys, reached, lineage, walk.digests)
             if stem is not None:
                 return Found(reached, tuple(steps), stem, True, phase)
         last = min(reached, len(tokens) - 1 if limit is None else limit)
@@ -124,18 +125,30 @@ class Finder:
                     here.append((at, stem))
         return sorted(here, reverse=True)
 
-    def snapshot_at(self, keys: Keys, position: int, lineage: str | None = None) -> str | None:
-        """A snapshot with logits at this very position; of this lineage, if one is given."""
+    def snapshot_at(
+        self, keys: Keys, position: int, lineage: str | None, digests: Mapping[str, str]
+    ) -> str | None:
+        """A snapshot with logits at this very position; of this lineage, if one is given.
+
+        Its blocks are there, and are those that it was made with: `digests` are known already.
+        """
         for at, stem in self._snapshots_in_cell(keys, cell_start(position), position):
             header = self.header(stem) if at == position else None
             if (
                 header is not None
                 and LOGITS in header.entries
                 and lineage in {None, header.notes.get("lineage")}
-                and all(self.store.exists(BLOCKS, ref[0]) for ref in header.content["refs"])
+                and all(self._is_there(ref[0], ref[1], digests) for ref in header.content["refs"])
             ):
                 return stem
         return None
+
+    def _is_there(self, stem: str, digest: str, digests: Mapping[str, str]) -> bool:
+        try:
+            known = digests.get(stem) or headers.block_header(self.store, stem).digest
+        except PromptCacheError:
+            return False
+        return known == digest
 
     def header(self, stem: str) -> Header | None:
         """The header of a snapshot of this fingerprint; one that is damaged is set aside."""
@@ -179,6 +192,7 @@ class _Walk:
     def __init__(self, finder: Finder, keys: Keys, plan: Plan | None) -> None:
         self.finder, self.keys, self.plan = finder, keys, plan
         self.complete = True
+        self.digests: dict[str, str] = {}
         self._cells: dict[int, dict[str, list[BlockName]]] = {}
 
     def ways_on(self, position: int) -> Iterator[Stretch]:
@@ -235,6 +249,7 @@ class _Walk:
         except PromptCacheError as exc:
             self.finder.bad.set_aside(BLOCKS, stem, exc)
             return
+        self.digests[stem] = header.digest
         self.complete = self.complete and header.content.get("complete") is True
         if self.plan is not None:
             rows = self.plan.rows(record_of(header), position, rows)

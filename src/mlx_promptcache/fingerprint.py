@@ -197,14 +197,19 @@ class Memo:
 
 
 def remembered(
-    model: Path, *, adapter: Path | None = None, kv: KVSettings | None = None, salt: str = ""
+    model: Path,
+    *,
+    adapter: Path | None = None,
+    kv: KVSettings | None = None,
+    salt: str = "",
+    memo_file: Path | None = None,
 ) -> Fingerprint:
     """The fingerprint of a model directory; this user's memo keeps the identity of large files.
 
     Raises:
         ModelError: see `Fingerprint.of_model`.
     """
-    memo_file = places.weights_memo()
+    memo_file = memo_file or places.weights_memo()
     memo = Memo.load(memo_file)
     fingerprint = Fingerprint.of_model(model, adapter=adapter, kv=kv, salt=salt, memo=memo)
     memo.save(memo_file)

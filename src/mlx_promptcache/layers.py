@@ -19,6 +19,7 @@ from mlx_lm.models import cache as mlx_cache
 
 from mlx_promptcache.container import ITEMSIZE, Array
 from mlx_promptcache.errors import UnsupportedLayer
+from mlx_promptcache.fingerprint import PLAIN
 from mlx_promptcache.tree import CELL
 
 if TYPE_CHECKING:
@@ -111,6 +112,17 @@ def quantise(layers: list[Any], kv: KVSettings) -> None:
                 ) from None
             except ValueError as exc:
                 raise UnsupportedLayer(f"these layers cannot be quantised so: {exc}") from exc
+
+
+def check_quantised(layers: Iterable[Any], n_past: int, kv: KVSettings) -> None:
+    """Raise UnsupportedLayer unless layers of `n_past` tokens are as these settings make them."""
+    for path, layer in leaves(layers):
+        if type(layer) is mlx_cache.QuantizedKVCache:
+            sound = (layer.bits, layer.group_size) == (kv.bits, kv.group_size)
+        else:
+            sound = not is_sliceable(layer, n_past) or kv.phase_at(n_past) == PLAIN
+        if not sound:
+            raise UnsupportedLayer(f"layer {path} was made with other KV cache settings than these")
 
 
 def live_arrays(layers: Iterable[Any]) -> list[mx.array]:
@@ -255,6 +267,9 @@ def _with_room(rows: mx.array) -> mx.array:
 def _fill_opaque(layer: Any, content: Layer, n_past: int) -> None:
     """Set the attributes that the live layer has, each to a value of its own kind, nothing else."""
     where = f"layer {content.path} ({type(layer).__name__})"
+    unknown = vars(layer).keys() - (content.attributes or {}).keys()
+    if unknown:
+        raise UnsupportedLayer(f"{where} of this mlx-lm has {min(unknown)!r}, which the file lacks")
     for name, value in (content.attributes or {}).items():
         if name not in vars(layer):
             if value is None:  # another release of mlx-lm had it, and did not use it
@@ -309,8 +324,16 @@ class Blueprint:
         return not self.opaque
 
     @classmethod
-    def of(cls, model: Any, kv: KVSettings, *, quantised: bool = False) -> Blueprint:
-        """Read it off a forward call over two tokens that is built, but never evaluated."""
+    def of(cls, model: Any, kv: KVSettings) -> Blueprint:
+        """Read it off a forward call over two tokens that is built, but never evaluated.
+
+        Where layers may be quantised, they may look like either.
+        """
+        blueprint = cls._of(model, kv, quantised=False)
+        return blueprint if kv.bits is None else blueprint | cls._of(model, kv, quantised=True)
+
+    @classmethod
+    def _of(cls, model: Any, kv: KVSettings, *, quantised: bool) -> Blueprint:
         layers = make_layers(model, kv)
         logits = model(mx.zeros((1, PROBE_TOKENS), mx.int32), cache=layers)
         if quantised:
@@ -348,16 +371,24 @@ class Blueprint:
                 size *= length
             if size <= LARGEST_UNKNOWN_BYTES:
                 return
-        elif expected is not None and (
-            dtype == expected.dtype
-            and len(shape) == len(expected.lengths)
-            and all(
-                length <= max(known, n_past + CELL)
-                for length, known in zip(shape, expected.lengths, strict=True)
-            )
+        elif (
+            expected is not None
+            and dtype == expected.dtype
+            and _differs_by_tokens(name, shape, expected.lengths, n_past)
         ):
             return
         raise UnsupportedLayer(f"{name!r} of layer {path} is not of this model")
+
+
+def _differs_by_tokens(
+    name: str, shape: Sequence[int], expected: Sequence[int], n_past: int
+) -> bool:
+    """Whether a shape differs at most in its number of tokens, and that is a possible one."""
+    if len(shape) != len(expected):
+        return False
+    axes = [axis for axis in range(len(shape)) if shape[axis] != expected[axis]]
+    possible = not axes or (len(axes) == 1 and shape[axes[0]] <= n_past + CELL)
+    return possible and (name not in ROWS or axes in ([], [TOKEN_AXIS]))
 
 
 def _merged(

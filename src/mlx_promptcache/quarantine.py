@@ -32,6 +32,10 @@ class Quarantine:
         """Do not read this file again in this process; it stays where it is."""
         self._stems.add(stem)
 
+    def trust(self, stem: str) -> None:
+        """Read this file again: it has just been written."""
+        self._stems.discard(stem)
+
     def set_aside(self, kind: str, stem: str, why: PromptCacheError) -> BadFile:
         """Give notice of a file that cannot be used; move it aside if it is damaged.
 

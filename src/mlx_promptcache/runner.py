@@ -116,11 +116,9 @@ class Runner:
         return self._trunk.found
 
     def _look(self) -> Blueprint | None:
-        """What the model's layers look like; None, and no cache, where they cannot be taken down."""
+        """What the model's layers look like; None, and no cache, if they cannot be taken down."""
         try:
             blueprint = Blueprint.of(self.model, self.kv)
-            if self.kv.bits is not None:
-                blueprint |= Blueprint.of(self.model, self.kv, quantised=True)
         except UnsupportedLayer as exc:
             if self.cache is not None:
                 log.warning("prompts of this model are not kept: %s", exc)

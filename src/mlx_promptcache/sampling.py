@@ -50,6 +50,10 @@ class Sampling:
         penalty = self.repetition_penalty
         if penalty is not None and not 0 < penalty < math.inf:
             raise ValueError("the repetition penalty must be more than 0")
+        if self.min_tokens_to_keep < 1:
+            raise ValueError("at least 1 token must be kept")
+        if self.seed is not None and not 0 <= self.seed < 1 << 64:
+            raise ValueError("the seed must be a number of 64 bits, from 0 on")
         if self.repetition_context_size < 1:
             raise ValueError("the repetition context must be 1 token or more")
 

@@ -70,9 +70,9 @@ class Saver:
         for earlier in (state.at(mark) for mark in state.marks if mark.position < state.n_past):
             if earlier.phase != state.phase:  # its rows were quantised since: they are others
                 self._count(Saver(self._finder, earlier, sync=self._sync, exact=self._exact))
-            elif self._snapshot_there(earlier) is None:
+            elif self._snapshot_there(earlier, refs) is None:
                 self._snapshot(earlier, refs)
-        stem = self._snapshot_there(state) if share else None
+        stem = self._snapshot_there(state, refs) if share else None
         if stem is None:
             stem = self._snapshot(state, refs)
         if self._sync:
@@ -91,18 +91,22 @@ class Saver:
 
     def _check_free(self, name: str) -> None:
         try:
-            there = SnapshotName.parse(self._store.read_name(name))
+            stem = self._store.read_name(name)
         except CacheMiss:
             return
-        if there is None or there.key != self._keys[self._state.n_past]:
+        there = SnapshotName.parse(stem)
+        if there is None or not self._store.exists(SNAPSHOTS, stem):
+            return  # damaged, or lost: the name is of no more use to anybody
+        if there.key != self._keys[self._state.n_past]:
             raise StoreError(
                 f"there is another state named {name!r}; choose another name, or replace it "
                 "(--force)"
             )
 
-    def _snapshot_there(self, state: State) -> str | None:
+    def _snapshot_there(self, state: State, refs: list[Ref]) -> str | None:
         lineage = state.lineage if self._exact else None
-        return self._finder.snapshot_at(self._keys, state.n_past, lineage)
+        digests = {ref.stem: ref.digest for ref in refs}
+        return self._finder.snapshot_at(self._keys, state.n_past, lineage, digests)
 
     def _rows(self) -> list[Ref]:
         """Store the rows that no block has, and return the blocks of all rows."""
@@ -175,6 +179,7 @@ class Saver:
                 if self._store.write(BLOCKS, stem, packed, sync=self._sync):
                     self._written += 1
                     self._bytes += packed.size
+                    self._bad.trust(stem)
                     return stem
                 try:
                     there = headers.block_header(self._store, stem)
@@ -215,6 +220,7 @@ class Saver:
         )
         if self._store.write(SNAPSHOTS, name, packed, sync=self._sync):
             self._bytes += packed.size
+        self._bad.trust(name)
         return name
 
     def _notes(self) -> dict[str, Any]:

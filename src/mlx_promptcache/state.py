@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_promptcache.container import Array
 from mlx_promptcache.errors import UnsupportedLayer
 from mlx_promptcache.fingerprint import PLAIN, QUANTISED, KVSettings
 from mlx_promptcache.layers import (
@@ -30,7 +29,7 @@ from mlx_promptcache.sampling import Sampling
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mlx_promptcache.container import Header
+    from mlx_promptcache.container import Array, Header
     from mlx_promptcache.passes import Pass
 
 LOGITS = "logits"

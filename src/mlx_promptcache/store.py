@@ -78,6 +78,7 @@ class Store:
         Raises:
             StoreError: it cannot be made, or is something else than a store.
         """
+        self.check()
         with _told(f"the store {self.directory} cannot be made"):
             self.directory.mkdir(0o700, parents=True, exist_ok=True)
             with contextlib.suppress(OSError):  # of another owner: not ours to change
@@ -229,7 +230,8 @@ class Store:
         """Move a damaged file aside, so that a sound one can be written in its place."""
         target = self.directory / QUARANTINE / kind
         try:
-            target.mkdir(0o700, parents=True, exist_ok=True)
+            for directory in (target.parent, target):
+                directory.mkdir(0o700, exist_ok=True)
             path = self.path(kind, stem)
             path.rename(target / f"{path.stem}.{secrets.token_hex(4)}{SUFFIX}")
         except (OSError, DamagedFile):
@@ -352,12 +354,9 @@ class Store:
 
     @contextlib.contextmanager
     def _locked(self, how: int) -> Iterator[None]:
-        try:
-            fd = self._lock_file(how)
-        except OSError as exc:
-            if how == fcntl.LOCK_EX:
-                raise StoreError(f"{self.directory} cannot be locked: {exc.strerror}") from exc
-            yield  # no store yet, or one that cannot be written: nobody deletes from it
+        fd = self._lock_file(how)
+        if fd is None:
+            yield
             return
         try:
             _flock(fd, how, self.directory)
@@ -365,14 +364,15 @@ class Store:
         finally:
             os.close(fd)
 
-    def _lock_file(self, how: int) -> int:
-        path = self.directory / LOCK
+    def _lock_file(self, how: int) -> int | None:
+        """Open the lock; None where there is nothing to lock, or nobody can delete anything."""
+        make = how == fcntl.LOCK_EX and self.directory.is_dir()  # it was copied without its lock
         try:
-            return os.open(path, os.O_RDONLY)
-        except FileNotFoundError:  # a store that was copied without its lock
-            if how == fcntl.LOCK_SH:
-                raise
-            return os.open(path, os.O_RDONLY | os.O_CREAT, 0o600)
+            return os.open(self.directory / LOCK, os.O_RDONLY | (os.O_CREAT if make else 0), 0o600)
+        except OSError as exc:
+            if make:
+                raise StoreError(f"{self.directory} cannot be locked: {exc.strerror}") from exc
+            return None
 
 
 class Reader:
