@@ -88,8 +88,7 @@ class PromptCache:
         self.kv = kv or KVSettings()
         self.fingerprint = fingerprint.with_kv(self.kv)
         self.read_only = read_only
-        self.blueprint: Blueprint | None = None
-        """What the model's layers look like, once a runner has told: files are compared with it."""
+        self._blueprint: Blueprint | None = None
         self._store = Store(directory)
         self._bad = Quarantine(self._store, read_only=read_only)
         self._finder = Finder(self._store, self.fingerprint, self.kv, self._bad)
@@ -102,6 +101,16 @@ class PromptCache:
     def directory(self) -> Path:
         """Where the store is."""
         return self._store.directory
+
+    @property
+    def blueprint(self) -> Blueprint | None:
+        """What the model's layers look like, once that is known: files are compared with it."""
+        return self._blueprint
+
+    @blueprint.setter
+    def blueprint(self, blueprint: Blueprint | None) -> None:
+        self._blueprint = blueprint
+        self._finder.quantises = blueprint is None or blueprint.quantises
 
     def with_kv(self, kv: KVSettings) -> PromptCache:
         """The same store for the same model with other KV settings."""
@@ -302,6 +311,8 @@ class PromptCache:
                 f"{len(tokens)} tokens were given, and the layers hold "
                 f"{max(held - {len(tokens)})}: give those that they hold"
             )
+        if not tokens:
+            raise UnsupportedLayer("no tokens were given: give those that the layers hold")
         check_quantised(prompt_cache, len(tokens), self.kv)
         state = State(
             tokens=tokens,

@@ -63,6 +63,8 @@ class Finder:
         self, store: Store, fingerprint: Fingerprint, kv: KVSettings, bad: Quarantine
     ) -> None:
         self.store, self.fingerprint, self.kv, self.bad = store, fingerprint, kv, bad
+        self.quantises = True
+        """Whether the model has layers that are quantised where the settings ask for it."""
 
     def root(self, phase: str) -> str:
         """The key of position 0 in a namespace."""
@@ -80,9 +82,12 @@ class Finder:
         for phase in self.kv.phases:
             found = self._find_in(phase, tokens, plan, limit)
             better = (found.position, found.exact) > (best.position, best.exact)
-            if better and self.kv.phase_at(found.position) == phase:
+            if better and self._phase_at(found.position) == phase:
                 best = found
         return best
+
+    def _phase_at(self, position: int) -> str:
+        return self.kv.phase_at(position) if self.quantises else PLAIN
 
     def _find_in(
         self, phase: str, tokens: Sequence[int], plan: Plan | None, limit: int | None

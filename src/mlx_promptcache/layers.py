@@ -116,7 +116,7 @@ def quantise(layers: list[Any], kv: KVSettings) -> None:
 
 def check_quantised(layers: Iterable[Any], n_past: int, kv: KVSettings) -> None:
     """Raise UnsupportedLayer unless layers of `n_past` tokens are as these settings make them."""
-    for path, layer in leaves(layers):
+    for path, layer in enumerate(layers):  # those inside others are never quantised
         if type(layer) is mlx_cache.QuantizedKVCache:
             sound = (layer.bits, layer.group_size) == (kv.bits, kv.group_size)
         else:
@@ -322,6 +322,11 @@ class Blueprint:
     def sliceable(self) -> bool:
         """Whether every layer is: then any position of what is stored can be resumed."""
         return not self.opaque
+
+    @property
+    def quantises(self) -> bool:
+        """Whether there are layers that may be quantised."""
+        return any("keys.0" in rows for rows in self.rows.values())
 
     @classmethod
     def of(cls, model: Any, kv: KVSettings) -> Blueprint:

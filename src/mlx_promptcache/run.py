@@ -135,22 +135,19 @@ class Run:
         """Quantise layers. Marks keep the rows that they were taken with, and what is stored of the
         rows until now is not what the layers hold from now on.
         """
-        if self._marks and self._runner.cache is not None:
-            contents = capture(self._layers, self._held)
-            rows = [layer for layer in contents if layer.sliceable]
-            trail = replace(self._trail, passes=tuple(self._passes))
-            self._marks = [
-                mark
-                if mark.trail is not None
-                else replace(
-                    mark,
-                    layers=(*mark.layers, *(layer.cut(mark.position) for layer in rows)),
-                    trail=trail,
-                )
-                for mark in self._marks
-            ]
-        else:
-            self._marks = []
+        contents = capture(self._layers, self._held) if self._marks else ()
+        rows = [layer for layer in contents if layer.sliceable]
+        trail = replace(self._trail, passes=tuple(self._passes))
+        self._marks = [
+            mark
+            if mark.trail is not None
+            else replace(
+                mark,
+                layers=(*mark.layers, *(layer.cut(mark.position) for layer in rows)),
+                trail=trail,
+            )
+            for mark in self._marks
+        ]
         quantise(self._layers, self._runner.kv)
         self._trail = replace(self._trail, refs=())
 

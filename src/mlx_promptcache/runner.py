@@ -220,6 +220,7 @@ class Runner:
             run.sampling = sampling
             if sampling.seed is not None:
                 run.key = mx.random.key(sampling.seed)
+        run.prefill(state.tokens, ())  # there is nothing to feed: the state is its own prompt
         self._run = run
         return run
 
