@@ -598,3 +598,99 @@ def test_list_all_knows_every_store_that_was_written_to(program: Program, tmp_pa
     shutil.rmtree(tmp_path / "second")
     names = {e["name"] for e in program("list", "--all", "--json").json["entries"]}
     assert "more" not in names
+
+
+def test_a_reader_that_goes_away_does_not_lose_what_was_computed(program: Program) -> None:
+    chosen = ("-m", program.model, "--cache-dir", program.directory)
+    process = processes.start("generate", *chosen, "-p", PROMPT, "-n", "-1", "--temp", "1")
+    with process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert process.wait(timeout=120) == 1
+    assert "Traceback" not in said
+    assert program.generate("-p", PROMPT)["hit"] == "exact"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--kv-bits", "7"), ("--kv-bits", "0"), ("--kv-bits", "8", "--kv-group-size", "0"),
+        ("--seed", "-1"), ("--seed", str(2**64)), ("--temp", "nan"), ("--max-kv-size", "0"),
+        ("--repetition-penalty", "nan"), ("--top-p", "2"),
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_wrong_usage(
+    options: tuple[str, ...], program: Program
+) -> None:
+    ended = program("generate", *GREEDY, "-p", PROMPT, *options)
+    assert (ended.code, ended.out) == (2, "")
+    assert "Error" in ended.err
+
+
+def test_kv_bits_that_the_model_cannot_take_are_one_sentence(program: Program) -> None:
+    options = ("--kv-bits", "8", "--quantized-kv-start", "0")  # groups of 64, heads of 32
+    assert "cannot be quantised" in one_line(program("generate", "-p", PROMPT, *options))
+
+
+def test_prompts_that_are_no_text_are_told(program: Program) -> None:
+    assert program("generate", "-p", "\udcff").code == 2
+    chosen = ["-m", str(program.model), "--cache-dir", str(program.directory)]
+    piped = subprocess.run(
+        [sys.executable, "-m", "mlx_promptcache", "generate", "-p", "-", *chosen],
+        input=b"\xff\xfe", capture_output=True, env=processes.environment(), check=False,
+    )  # fmt: skip
+    assert piped.returncode == 1
+    assert b"not UTF-8" in piped.stderr
+
+
+def test_an_interrupted_run_tells_what_it_did(program: Program) -> None:
+    from mlx_promptcache.cli.session import Interrupted, Session
+
+    class Impatient(Session):
+        """Ctrl-C comes after the first pass of the prompt."""
+
+        def progress(self) -> Any:
+            import contextlib
+
+            def show(done: int, total: int) -> None:
+                if 0 < done < total:
+                    raise Interrupted
+
+            return contextlib.nullcontext(show)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_promptcache.cli.session.Session", Impatient)
+        ended = program("generate", *GREEDY, "--json", "-p", PROMPT * 6)
+    assert ended.code == 130
+    answer = json.loads(ended.out)
+    assert (answer["finish_reason"], answer["prefilled_tokens"]) == ("interrupted", 512)
+    assert answer["cached_tokens"] + answer["prefilled_tokens"] == answer["prompt_tokens"]
+    assert answer["saved"]["blocks_written"] == 2
+    assert program.generate("-p", PROMPT * 6)["cached_tokens"] == 512
+
+
+def test_states_of_another_format_are_left_where_they_are(program: Program) -> None:
+    program("save", "few", "-p", PROMPT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_promptcache.container.VERSION", "2")
+        assert program.generate("-p", PROMPT, "--prompt-cache-ro")["hit"] == "none"
+        answer = program.generate("-p", "Something else")
+        assert answer["hit"] == "none"
+        assert program("verify").code == 0
+        entries = {e["name"]: e for e in program("list", "--json").json["entries"]}
+        assert entries["few"]["status"] == "stale"
+        assert "format version" in one_line(program("load", "few"))
+    assert program("load", "few").code == 0
+
+
+def test_saving_the_same_again_changes_nothing(program: Program) -> None:
+    program("save", "few", "-p", PROMPT)
+    before = snapshot_of(program.directory)
+    saved = program("save", "few", "-p", PROMPT, "--json").json
+    assert (saved["bytes_written"], saved["prefilled_tokens"]) == (0, 0)
+    after = snapshot_of(program.directory)
+    containers = {path for path in after if path.endswith(".safetensors")}
+    assert {path: after[path] for path in containers} == {path: before[path] for path in containers}

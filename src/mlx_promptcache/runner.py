@@ -120,6 +120,8 @@ class Runner:
         try:
             blueprint = Blueprint.of(self.model, self.kv)
         except UnsupportedLayer as exc:
+            if self.kv.bits is not None:
+                raise
             if self.cache is not None:
                 log.warning("prompts of this model are not kept: %s", exc)
             self.cache = None

@@ -196,7 +196,7 @@ class PromptChoice:
         """The prompt itself."""
         if self.prompt == "-":
             try:
-                return sys.stdin.read()
+                return sys.stdin.buffer.read().decode()
             except UnicodeDecodeError as exc:
                 raise PromptError("standard input is not UTF-8 text") from exc
         return self.prompt if self.prompt is not None else _file(self.prompt_file)
