@@ -702,7 +702,7 @@ def test_an_empty_prompt_is_refused(prompt: Any, tiny_model: Path) -> None:
             runner_of("plain").prefill(prompt)
 
 
-@pytest.mark.parametrize("token", [-1, 1 << 32, 1 << 70])
+@pytest.mark.parametrize("token", [-1, tiny.VOCAB, 5000, 1 << 32, 1 << 70])
 def test_what_cannot_be_a_token_is_refused(token: int, tmp_path: Path) -> None:
     with pytest.raises(PromptError, match="token"):
         runner_of("plain", tmp_path).prefill([1, token, 2])

@@ -69,6 +69,7 @@ class Runner:
         self.forward_passes = 0
         """Forward calls so far; `tokens_fed` is how many tokens went through them."""
         self.tokens_fed = 0
+        self._vocabulary = 0
         self._trunk = Trunk.of(model, self._probe)
         self._blueprint = self._look()
         if self.cache is not None:
@@ -149,7 +150,9 @@ class Runner:
 
     def _probe(self) -> mx.array:
         tokens = mx.zeros((1, PROBE_TOKENS), mx.int32)
-        return self.model(tokens, cache=self.make_layers())  # type: ignore[no-any-return]
+        logits: mx.array = self.model(tokens, cache=self.make_layers())
+        self._vocabulary = logits.shape[-1]
+        return logits
 
     def forward(self, inputs: mx.array, layers: list[Any]) -> tuple[mx.array, mx.array | None]:
         """One forward call over `inputs` `[1, tokens]`: logits `[1, 1 or tokens, vocab]`, and the
@@ -231,6 +234,11 @@ class Runner:
             prompt = self._made(prompt)
         if not prompt.tokens:
             raise PromptError("the prompt is empty: give some text or tokens")
+        for token in prompt.tokens:
+            if not 0 <= token < self._vocabulary:  # MLX would read beyond the embeddings
+                raise PromptError(
+                    f"{token} is no token of this model, which has {self._vocabulary} of them"
+                )
         if self.context_length is not None and len(prompt.tokens) > self.context_length:
             raise PromptError(
                 f"the prompt has {len(prompt.tokens)} tokens, more than the {self.context_length} "
@@ -245,10 +253,7 @@ class Runner:
         if prompt and isinstance(prompt[0], dict):
             messages: list[Any] = list(prompt)
             return self.prompter.whole(Origin(messages=tuple(messages)))
-        tokens = tuple(int(token) for token in prompt)
-        if any(not 0 <= token < 1 << 32 for token in tokens):
-            raise PromptError("token ids must be numbers from 0 on")
-        return Prompt(tokens)
+        return Prompt(tuple(int(token) for token in prompt))
 
     @property
     def prompter(self) -> Prompter:
