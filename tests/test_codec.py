@@ -153,6 +153,14 @@ def test_a_plane_that_shrinks_by_less_than_a_sixty_fourth_is_kept_raw() -> None:
         assert plane.codec == codec_name
 
 
+def test_a_plane_that_would_be_as_long_as_before_is_kept_raw() -> None:
+    short = [bytes(n - k) + bytes(range(k)) for n in range(1, 64) for k in range(n)]
+    level = [part for part in short if len(zstd(part)) == len(part)]
+    assert level
+    for part in level:
+        assert encode(part, 1) == [Plane(RAW, part)]
+
+
 def test_noise_takes_no_byte_more_than_before() -> None:
     raw = noise(1 << 16)
     planes = encode(raw, 4)
@@ -187,6 +195,7 @@ def test_bfloat16_like_keys_shrink_by_a_quarter() -> None:
         ([Plane(RAW, b"a")], 0),
         ([Plane(RAW, b"ab"), Plane(RAW, b"a")], 4),
         ([Plane(RAW, b"ab"), Plane(RAW, b"ab")], 3),
+        ([Plane(RAW, b"a"), Plane(RAW, b"a")], 3),
         ([Plane(ZSTD, zstd(b"a" * 100))], 99),
         ([Plane(ZSTD, zstd(b"a" * 100))], 101),
     ],

@@ -318,8 +318,17 @@ def test_the_forger_forges_well() -> None:
 
 @pytest.mark.parametrize("length", [1, 9_999, 1 << 20, 100_000_001, 1 << 40, (1 << 64) - 1])
 def test_a_header_that_claims_to_be_longer_than_its_file_is_refused(length: int) -> None:
-    data = small_file()
-    refuse(length.to_bytes(8, "little") + data[8:])
+    data = length.to_bytes(8, "little") + small_file()[8:]
+    refuse(data)
+    asked = []
+
+    def read(offset: int, length: int) -> bytes:
+        asked.append(length)
+        return data[offset : offset + length]
+
+    with pytest.raises(DamagedFile):
+        read_header(read, len(data))
+    assert max(asked) <= max(len(data), FIRST_READ_BYTES)
 
 
 @pytest.mark.parametrize(
@@ -389,6 +398,11 @@ def test_a_header_without_one_of_its_keys_is_refused(key: str) -> None:
 @pytest.mark.parametrize("key", ["dtype", "shape", "planes", "sha256"])
 def test_an_array_without_one_of_its_keys_is_refused(key: str) -> None:
     refuse(forged(lambda _, inner: inner["arrays"]["a"].pop(key)))
+
+
+@pytest.mark.parametrize("value", [None, 7, True, [], {}, ["block"]], ids=repr)
+def test_a_kind_that_is_no_text_is_refused(value: object) -> None:
+    refuse(forged(lambda _, inner: inner.update(kind=value)))
 
 
 @pytest.mark.parametrize("value", [None, 7, "text", [], [[]], ["ab"], [["kind", 1]]], ids=repr)
@@ -487,6 +501,14 @@ LAYOUTS: dict[str, Change] = {
     "an array is not in the table": lambda _, inner: inner["arrays"].pop("b"),
     "an array of the table is not there": lambda outer, _: outer.pop("b"),
     "there is a tensor more": lambda outer, _: outer.update(c=outer["b"]),
+    "a tensor has another dtype": lambda outer, _: outer["a"].update(dtype="F32"),
+    "a tensor has another shape": lambda outer, _: outer["b"].update(shape=[1, 3]),
+    "an offset is a float": lambda outer, _: outer["b"]["data_offsets"].append(3.0),
+    "the seal is elsewhere": offsets_changed(SEAL, 32, 64),
+    "the seal has another dtype": lambda outer, _: outer[SEAL].update(dtype="I8"),
+    "an array is named as the seal is": lambda _, inner: inner["arrays"].update(
+        {SEAL: inner["arrays"].pop("b")}
+    ),
     "there is no seal": lambda outer, _: outer.pop(SEAL),
     "a tensor has no offsets": lambda outer, _: outer["a"].pop("data_offsets"),
     "a tensor is a list": lambda outer, _: outer.update(a=[]),

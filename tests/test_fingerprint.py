@@ -252,6 +252,19 @@ def test_all_that_differs_is_told_and_what_is_not_known_differs(model: Path) -> 
     assert Fingerprint.of_text("a").explain(Fingerprint.of_text("b").parts) == "another model"
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"bits": 0}, {"bits": 7}, {"bits": 16}, {"bits": -1}, {"group_size": 0}, {"group_size": 48},
+        {"quantized_start": -1}, {"max_size": 0}, {"max_size": -5},
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_kv_settings_that_cannot_be_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"bits|items|tokens"):
+        KVSettings(**wrong)
+
+
 def test_a_namespace_is_for_the_rows_that_a_cold_run_holds() -> None:
     plain, later = KVSettings(), KVSettings(8, 64, 100)
     assert plain.phases == (PLAIN,)
@@ -361,6 +374,18 @@ def test_a_memo_that_cannot_be_written_is_no_matter(model: Path, tmp_path: Path)
     assert remembered(model, memo_file=missing, adapter=None, kv=KVSettings(), salt="") == (
         Fingerprint.of_model(model)
     )
+
+
+def test_a_memo_makes_its_directory_and_forgets_files_that_are_gone(
+    model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "caches" / "mine" / "weights.json"
+    remembered(model, memo_file=path)
+    assert len(Memo.load(path).known) == 2
+    (model / "model-00002-of-00002.safetensors").unlink()
+    write_weights(model / "model-00001-of-00002.safetensors", a=np.ones(3))
+    remembered(model, memo_file=path)
+    assert list(Memo.load(path).known) == [str(model / "model-00001-of-00002.safetensors")]
 
 
 def test_a_memo_that_is_damaged_is_forgotten_and_made_anew(model: Path, tmp_path: Path) -> None:
@@ -524,6 +549,16 @@ def test_a_configuration_that_does_not_tell_the_context_tells_none(
     settings: dict[str, Any],
 ) -> None:
     assert models.context_length(settings) is None
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_a_scaled_embedding_reaches_further_than_the_position_embeddings_say(key: str) -> None:
+    scaling = {"original_max_position_embeddings": 4096, "factor": 32.0}
+    assert models.context_length({"n_ctx": 4096, key: scaling}) == 131_072
+    assert models.context_length({"n_ctx": 200_000, key: scaling}) == 200_000
+    assert models.context_length({"n_ctx": 4096, key: {"factor": 32.0}}) == 4096
+    assert models.context_length({"n_ctx": 4096, key: "linear"}) == 4096
+    assert models.context_length({"text_config": {"n_ctx": 4096, key: scaling}}) == 131_072
 
 
 def test_the_model_s_own_context_comes_before_that_of_its_text_part() -> None:

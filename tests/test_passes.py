@@ -262,6 +262,34 @@ def test_rows_of_two_runs_never_have_the_lineage_of_one(data: st.DataObject) -> 
     assert joined.at(length + 9) not in pure
 
 
+@FIXED
+@given(runs(), runs(), st.data())
+def test_blocks_of_two_runs_have_the_lineage_of_one_just_where_their_passes_are_the_same(
+    one: list[Pass], other: list[Pass], data: st.DataObject
+) -> None:
+    length = min(one[-1].end, other[-1].end)
+    if data.draw(st.booleans()):  # runs that began alike
+        shared = [p.end for p in one if p.end < length]
+        other = run_of([*shared[: data.draw(st.integers(0, len(shared)))], length + 7])
+    blocks = data.draw(cuts_of(length))
+    mixed, same = Lineage(ROOT), True
+    for begin, end in blocks:
+        passes = data.draw(st.sampled_from([one, other]))
+        mixed = mixed.along(PassRecord.of(passes, begin, end), begin, end)
+        used = [(p.start, p.end) for p in passes if p.start < end]
+        same = same and used == [(p.start, p.end) for p in one if p.start < end]
+    assert (mixed.at(length) == composed(one, blocks).at(length)) == same
+
+
+def test_the_same_rows_after_different_ones_have_different_lineages() -> None:
+    foreign = PassRecord.of(run_of([20], start=10, lineage="another"), 10, 20)
+    lineages = set()
+    for ends in ([10], [4, 10], [12]):
+        before = Lineage(ROOT).along(PassRecord.of(run_of(ends), 0, 10), 0, 10)
+        lineages.add(before.along(foreign, 10, 20).at(20))
+    assert len(lineages) == 3
+
+
 def test_a_run_that_went_on_where_a_pass_ended_continues_its_lineage() -> None:
     first = run_of([16, 30])
     second = run_of([32, 40], start=30, lineage=after(first))
@@ -322,6 +350,12 @@ def test_rows_count_up_to_the_first_pass_that_a_cold_run_would_not_make(
             agreed = mine[1]
     wanted = max(0, min(agreed, begin + rows) - begin)
     assert plan.rows(PassRecord.of(passes, begin, end), begin, rows) == wanted
+
+
+def test_passes_that_ended_before_a_block_began_make_no_rows_of_it() -> None:
+    plan = Plan(ROOT, 60, 16, [])
+    assert plan.rows(PassRecord(0, (16, 40), ROOT), 20, 10) == 0
+    assert plan.rows(PassRecord(0, (16, 32), ROOT), 20, 10) == 10
 
 
 def test_rows_of_unknown_lineage_are_never_those_of_a_cold_run() -> None:

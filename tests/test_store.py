@@ -158,6 +158,15 @@ def test_of_writers_that_all_saw_the_name_free_one_wins(
     assert files(store.directory) == [f"blocks/{STEM}.safetensors"]
 
 
+def test_nothing_is_written_where_the_name_is_taken(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write(BLOCKS, STEM, packed())
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda *_: pytest.fail("bytes were written in vain"))
+        assert not store.write(BLOCKS, STEM, packed("second"))
+
+
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
 def test_a_file_system_without_hard_links_will_do(
     store: Store, monkeypatch: pytest.MonkeyPatch, number: int
@@ -168,8 +177,50 @@ def test_a_file_system_without_hard_links_will_do(
     monkeypatch.setattr(os, "link", refuse)
     assert store.write(BLOCKS, STEM, packed("first"))
     assert not store.write(BLOCKS, STEM, packed("second"))
+    exists, seen = Path.exists, []
+
+    def at_first_not(path: Path) -> bool:
+        seen.append(path)
+        return len(seen) > 1 and exists(path)
+
+    monkeypatch.setattr(Path, "exists", at_first_not)
+    assert not store.write(BLOCKS, STEM, packed("third"))
+    assert len(seen) == 2
     assert store.header(BLOCKS, STEM).content == {"text": "first"}
     assert files(store.directory) == [f"blocks/{STEM}.safetensors"]
+
+
+def test_any_other_error_in_giving_the_name_is_told(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(StoreError, match="cannot write"):
+        store.write(BLOCKS, STEM, packed())
+    assert files(store.directory) == []
+
+
+def test_what_was_written_before_can_be_brought_to_the_drive(
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    synced: list[os.stat_result] = []
+    monkeypatch.setattr(store_module, "_sync", lambda fd: synced.append(os.fstat(fd)))
+    monkeypatch.setattr(store_module, "_sync_directory", lambda path: synced.append(path.stat()))
+    store.write(BLOCKS, STEM, packed())
+    assert synced == []
+    store.sync(BLOCKS, STEM)
+    path = store.path(BLOCKS, STEM)
+    wanted = (path, path.parent, path.parent.parent, store.directory)
+    assert [status.st_ino for status in synced] == [path.stat().st_ino for path in wanted]
+    path.rename(tmp_path / "elsewhere")
+    with pytest.raises(StoreError) as caught:
+        store.sync(BLOCKS, STEM)
+    assert one_sentence(caught.value)
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError):
+        store.sync(BLOCKS, STEM)
 
 
 # A write that fails leaves nothing
@@ -330,6 +381,48 @@ def test_a_directory_in_the_place_of_a_file_is_an_error_and_no_traceback(store: 
     assert one_sentence(caught.value)
 
 
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(store: Store) -> None:
+    path = store.path(BLOCKS, STEM)
+    path.parent.mkdir()
+    os.mkfifo(path)
+    os.mkfifo(store.directory / NAMES / "pipe")
+    waited: list[Path] = []
+
+    def write_if_somebody_waits() -> None:
+        for pipe in (path, store.directory / NAMES / "pipe"):
+            with contextlib.suppress(OSError):
+                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+                waited.append(pipe)
+
+    for read in (lambda: store.header(BLOCKS, STEM), lambda: store.read_name("pipe")):
+        timer = threading.Timer(5, write_if_somebody_waits)
+        timer.start()
+        with pytest.raises(StoreError) as caught:
+            read()
+        timer.cancel()
+        timer.join()
+        assert one_sentence(caught.value)
+    assert waited == []
+
+
+BAD_STEMS = [
+    "", "/", "3f", "3f/", "3f00-7-9a00", "../model", "../../model", "3f/../model", "3f/../../up",
+    "/etc/model", "3f//a", "3f/a/b", "3F/a", "gg/a", "3fa/a", "3f/a b", "3f/a.b", "3f/a\n",
+    "3f/a\0", "3f/" + "a" * 201, "..", "./a", "~/a",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stem", BAD_STEMS, ids=ascii)
+def test_no_stem_leads_out_of_the_store(store: Store, stem: str) -> None:
+    """Stems stand in files that may come from anywhere, and files are deleted by them."""
+    for use in (store.header, store.size, store.last_use, store.touch, store.remove, store.exists):
+        with pytest.raises(DamagedFile, match="a file that no store has"):
+            use(BLOCKS, stem)
+    assert not store.quarantine(BLOCKS, stem)
+    with pytest.raises(DamagedFile):
+        store.write(BLOCKS, stem, packed())
+
+
 # Use
 
 
@@ -419,6 +512,20 @@ def test_what_is_set_aside_leaves_its_name_to_the_next(store: Store) -> None:
     assert not store.quarantine(BLOCKS, STEM)
 
 
+def test_traces_are_what_is_no_state(store: Store) -> None:
+    store.write(BLOCKS, STEM, packed())
+    store.write_name("prefix", STEM)
+    store.write(BLOCKS, OTHER, packed())
+    store.quarantine(BLOCKS, OTHER)
+    store.record_use({"what": "a"})
+    (store.path(BLOCKS, STEM).parent / ".tmp-7-ab").write_bytes(b"half")
+    (store.directory / NAMES / ".tmp-7-ab").write_bytes(b"half")
+    store.clear_traces()
+    assert files(store.directory) == [f"blocks/{STEM}.safetensors", "names/prefix"]
+    assert not (store.directory / QUARANTINE).exists()
+    store.clear_traces()
+
+
 # Names
 
 GOOD_NAMES = ["a", "prefix", "A b.c_d-e", "7", "Grüße", "日本語", "x" * LONGEST_NAME_BYTES]
@@ -500,7 +607,8 @@ def test_a_name_whose_file_is_damaged_says_so(store: Store, content: bytes) -> N
 
 
 def test_foreign_files_among_the_names_are_listed_as_lost_or_not_at_all(store: Store) -> None:
-    (store.directory / NAMES / ".tmp-1-ab").write_bytes(b"half")
+    for foreign in (".tmp-1-ab", ".DS_Store", "-x", "a:b"):
+        (store.directory / NAMES / foreign).write_bytes(b"half")
     (store.directory / NAMES / "directory").mkdir()
     assert store.names() == {"directory": ""}
 
@@ -556,8 +664,10 @@ def test_a_store_that_is_not_there_is_no_store_and_no_error(tmp_path: Path) -> N
 
 def test_an_empty_directory_may_become_a_store(tmp_path: Path) -> None:
     assert Store(tmp_path).check() is False
+    tmp_path.chmod(0o755)
     Store(tmp_path).create()
     assert Store(tmp_path).check() is True
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o700
     Store(tmp_path).create()
 
 
@@ -613,6 +723,9 @@ def test_a_store_that_is_copied_elsewhere_is_the_same_store(store: Store, tmp_pa
     (copied.directory / LOCK).unlink()
     with copied.shared():
         assert copied.header(BLOCKS, STEM).digest == packed().digest
+    with copied.exclusive():
+        assert (copied.directory / LOCK).is_file()
+        assert stat.S_IMODE((copied.directory / LOCK).stat().st_mode) == 0o600
 
 
 # Locks, between processes

@@ -117,6 +117,7 @@ def test_keys_are_pinned_as_files_are_named_by_them() -> None:
 
 def test_each_fingerprint_and_each_phase_has_a_root_of_its_own() -> None:
     assert root_key(ROOT) == ROOT
+    assert root_key(ROOT, "quantised") == "a361b60dde8ca3be813cd7fe578b1d86"
     roots = {root_key(f, phase) for f in (ROOT, "ab" * KEY_BYTES) for phase in ("", "quantised")}
     assert len(roots) == 4
     assert all(len(root) == 2 * KEY_BYTES for root in roots)
@@ -191,6 +192,7 @@ def test_names_that_are_what_they_should_be_are_taken() -> None:
     assert BlockName.parse(f"aa/{A}-1-{B}") == BlockName("aa", A, 1, B)
     assert BlockName.parse(f"aa/{A}-0-{B}-{V}") == BlockName("aa", A, 0, B, V)
     assert SnapshotName.parse(f"aa/{A}-255-{B}-{V}") == SnapshotName(A, 255, B, V)
+    assert SnapshotName.parse(f"bb/{A}-255-{B}-{V}") is None  # the directory is that of its key
 
 
 @pytest.mark.parametrize("parse", [BlockName.parse, SnapshotName.parse])
@@ -403,11 +405,13 @@ def test_nothing_is_looked_up_inside_a_cell_whose_end_was_reached() -> None:
     ways_on = blocks.ways_on(tokens)
     asked: list[int] = []
 
-    def counted(position: int) -> list[Stretch]:
-        asked.append(position)
-        return sorted(ways_on(position), key=lambda step: -step.rows)
+    for longest_first in (True, False):
 
-    assert [step.end for step in longest_match(counted)] == [CELL, 2 * CELL, 3 * CELL]
+        def counted(position: int, longest_first: bool = longest_first) -> list[Stretch]:
+            asked.append(position)
+            return sorted(ways_on(position), key=lambda way: way.rows, reverse=longest_first)
+
+        assert [step.end for step in longest_match(counted)] == [CELL, 2 * CELL, 3 * CELL]
     assert [p for p in asked if p % CELL] == []
 
 
