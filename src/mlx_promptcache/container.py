@@ -40,7 +40,7 @@ SEAL = "header_sha256"
 SEAL_BYTES = 32
 LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 MOST_DIMENSIONS = 16
-LARGEST_GAIN = 256  # times that an array may be larger in memory than in the file ...
+LARGEST_GAIN = 1 << 15  # times that an array may be larger in memory than in the file ...
 ALWAYS_BYTES = 1 << 26  # ... unless it is smaller than this
 FIRST_READ_BYTES = 1 << 16  # most headers come whole with the first read
 

@@ -216,7 +216,9 @@ class _Walk:
             )
             whole = str(name)
             if store.exists(BLOCKS, whole):
-                yield from self._step(whole, position, wanted)
+                for step in self._step(whole, position, wanted):
+                    yield step
+                    yield from self._branches(step)  # where a plan allows a part of it only
         for name in self._cell(position).get(self.keys[position], []):
             if name.first_token == wanted[0] and str(name) != whole:
                 for step in self._step(str(name), position, wanted):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -97,5 +98,7 @@ def _scaled(settings: Any) -> int:
         return 0
     original, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
     if not isinstance(original, int) or not isinstance(factor, (int, float)):
+        return 0
+    if not math.isfinite(factor):
         return 0
     return int(original * factor)

@@ -246,8 +246,9 @@ class Store:
         The caller holds `exclusive()`. Failing is no matter.
         """
         shutil.rmtree(self.directory / QUARANTINE, ignore_errors=True)
-        leftovers = [*self.directory.rglob(f"{TEMPORARY}*"), self.directory / USES]
-        for path in leftovers:
+        ours = (f"{BLOCKS}/*/", f"{SNAPSHOTS}/*/", f"{NAMES}/")  # a file elsewhere may be anybody's
+        leftovers = [p for place in ours for p in self.directory.glob(f"{place}{TEMPORARY}*")]
+        for path in (*leftovers, self.directory / USES):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
