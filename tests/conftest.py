@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 CACHE = pytest.StashKey[str]()
+FIGURES = pytest.StashKey[list[str]]()
+"""Lines that the end of a session shows: what was measured on the way."""
 REAL_MODEL = places.demo_model()
 LAST = ("test_cli", "test_scripts", "test_real")  # these start processes, or run the real model
 
@@ -26,6 +28,17 @@ def pytest_configure(config: pytest.Config) -> None:
     """Give the session, and all processes that it starts, a user's cache directory of its own."""
     config.stash[CACHE] = tempfile.mkdtemp(prefix="mlx-promptcache-tests-")
     os.environ["XDG_CACHE_HOME"] = config.stash[CACHE]
+    config.stash[FIGURES] = []
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Show what was measured on the way."""
+    if config.stash[FIGURES]:
+        terminalreporter.section("measured on the way, not judged (see scripts/bench)")
+        for line in config.stash[FIGURES]:
+            terminalreporter.write_line(line)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
