@@ -24,6 +24,7 @@ from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 import processes
 import tiny
 from mlx_promptcache import PromptCache, Runner, Sampling, State, store
+from mlx_promptcache.blueprint import Blueprint
 from mlx_promptcache.errors import (
     CacheLocked,
     CacheMiss,
@@ -32,7 +33,7 @@ from mlx_promptcache.errors import (
     UnsupportedLayer,
 )
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings
-from mlx_promptcache.layers import Blueprint, Layer, make_layers
+from mlx_promptcache.layers import Layer, make_layers
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from tiny import bits, digest, random_tokens
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -18,24 +19,23 @@ from mlx_lm.models.cache import (
 )
 
 import tiny
+from mlx_promptcache.arrays import dtype_name, from_array, to_array
+from mlx_promptcache.blueprint import Blueprint
 from mlx_promptcache.container import Array
 from mlx_promptcache.errors import UnsupportedLayer
 from mlx_promptcache.fingerprint import KVSettings
 from mlx_promptcache.layers import (
     ROWS,
-    Blueprint,
     Layer,
     capture,
-    dtype_name,
     fill,
-    from_array,
     is_sliceable,
     leaves,
     live_arrays,
     make_layers,
     quantise,
-    to_array,
 )
+from mlx_promptcache.windows import Window
 from tiny import bits
 
 if TYPE_CHECKING:
@@ -266,8 +266,7 @@ def test_padding_and_trimmed_rows_are_left_out(case: str) -> None:
             if isinstance(live, ChunkedKVCache):
                 held -= live.start_position
             elif isinstance(live, RotatingKVCache):
-                assert live.keys is not None
-                held = min(n_past, live.keys.shape[2])
+                held = min(n_past, live.max_size)
             assert content.nbytes == held * 2 * HEADS * DIM * 4
 
 
@@ -387,8 +386,29 @@ def test_filling_refuses_layers_that_are_nested_otherwise() -> None:
 def test_filling_refuses_rows_for_a_window_and_a_window_for_rows() -> None:
     with pytest.raises(UnsupportedLayer, match="takes no rows"):
         fill([RotatingKVCache(16)], capture([fed(KVCache(), 5)], 5), 5, PLAIN)
-    with pytest.raises(UnsupportedLayer, match="has no"):
+    with pytest.raises(UnsupportedLayer, match="no such window"):
         fill([KVCache()], capture([fed(RotatingKVCache(16), 5)], 5), 5, PLAIN)
+
+
+def test_filling_refuses_a_window_that_is_not_this_one() -> None:
+    (content,) = capture([fed(RotatingKVCache(16, keep=2), 5, 20)], 25)
+    assert content.attributes is not None
+    fill([RotatingKVCache(16, keep=2)], [content], 25, PLAIN)
+    changes: list[dict[str, Any]] = [
+        {"window": Window(17, 2)},
+        {"window": Window(16, 1)},
+        {"attributes": {**content.attributes, "max_size": 17}},
+        {"attributes": {**content.attributes, "keep": 1}},
+        {"attributes": {**content.attributes, "offset": 24}},
+        {"attributes": {**content.attributes, "_idx": 1}},
+        {"attributes": {**content.attributes, "_idx": 17}},
+        {"attributes": {**content.attributes, "_idx": -1}},
+        {"rows": {name: rows[:, :, 1:] for name, rows in content.rows.items()}},
+        {"rows": {"keys": content.rows["keys"]}},
+    ]
+    for change in changes:
+        with pytest.raises(UnsupportedLayer):
+            fill([RotatingKVCache(16, keep=2)], [replace(content, **change)], 25, PLAIN)
 
 
 def test_filling_refuses_rows_of_which_some_are_missing() -> None:
@@ -450,17 +470,17 @@ def test_a_blueprint_refuses_rows_of_another_model() -> None:
 
 
 def test_a_blueprint_refuses_opaque_arrays_of_another_model() -> None:
-    blueprint = Blueprint.of(tiny.rotating(), PLAIN)
-    blueprint.check_opaque("0", "keys", "float32", (1, 2, 32, 32), 40)
+    blueprint = Blueprint.of(tiny.chunked(), PLAIN)
+    blueprint.check_opaque("0", "keys", "float32", (1, 1, 32, 16), 40)
     for path, name, dtype, shape in [
-        ("1", "keys", "float32", (1, 2, 32, 32)),  # that layer has rows
-        ("3", "keys", "float32", (1, 2, 32, 32)),  # layers
-        ("0", "keys", "bfloat16", (1, 2, 32, 32)),  # dtype
-        ("0", "keys", "float32", (1, 4, 32, 32)),  # heads
-        ("0", "keys", "float32", (1, 2, 32, 64)),  # dimensions of a head
-        ("0", "keys", "float32", (1, 2, 32, 1 << 40)),
-        ("0", "keys", "float32", (1, 2, 1 << 40, 32)),
-        ("0", "keys", "float32", (1, 2, 32)),
+        ("3", "keys", "float32", (1, 1, 32, 16)),  # that layer has rows
+        ("4", "keys", "float32", (1, 1, 32, 16)),  # layers
+        ("0", "keys", "bfloat16", (1, 1, 32, 16)),  # dtype
+        ("0", "keys", "float32", (1, 4, 32, 16)),  # heads
+        ("0", "keys", "float32", (1, 1, 32, 64)),  # dimensions of a head
+        ("0", "keys", "float32", (1, 1, 32, 1 << 40)),
+        ("0", "keys", "float32", (1, 1, 1 << 40, 16)),
+        ("0", "keys", "float32", (1, 1, 32)),
         ("0", "unheard_of", "float32", (1, 1 << 40)),
     ]:
         with pytest.raises(UnsupportedLayer):

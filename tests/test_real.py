@@ -151,7 +151,7 @@ def stored_ratio(store: Store) -> float:
 RESUME = """
 import json, sys, hashlib
 from mlx_promptcache import PromptCache, Runner, Sampling
-from mlx_promptcache.layers import to_array
+from mlx_promptcache.arrays import to_array
 model, directory, name, n = sys.argv[1:]
 runner = Runner.load(model, use_cache=False)
 runner = Runner(runner.model, runner.tokenizer, PromptCache(directory, "real"))
@@ -188,7 +188,7 @@ def test_n_and_m_tokens_are_the_same_straight_and_over_two_processes(
 def fingerprint(state: State) -> str:
     import hashlib
 
-    from mlx_promptcache.layers import to_array
+    from mlx_promptcache.arrays import to_array
 
     assert state.logits is not None
     return hashlib.sha256(bytes(to_array(state.logits).data)).hexdigest()

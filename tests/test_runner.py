@@ -15,10 +15,11 @@ from mlx_lm.generate import generate_step
 
 import processes
 import tiny
-from mlx_promptcache import PromptCache, Runner, Sampling, State
+from mlx_promptcache import PromptCache, Runner, Sampling, State, headers
 from mlx_promptcache.errors import ModelError, PromptError, UnsupportedLayer
 from mlx_promptcache.fingerprint import KVSettings
 from mlx_promptcache.layers import live_arrays, make_layers
+from mlx_promptcache.store import SNAPSHOTS, Store
 from tiny import bits, digest, random_tokens
 
 if TYPE_CHECKING:
@@ -34,14 +35,13 @@ KV8_LATER = KVSettings(8, 32, 75)  # in the middle of prompts, or of what is gen
 
 every_kind = pytest.mark.parametrize("kind", tiny.KINDS)
 main_kinds = pytest.mark.parametrize("kind", ["plain", "rotating", "recurrent", "hybrid"])
-opaque_kinds = pytest.mark.parametrize(
-    "kind", ["rotating", "recurrent", "hybrid", "nested", "chunked"]
-)
+opaque_kinds = pytest.mark.parametrize("kind", ["recurrent", "hybrid", "nested", "chunked"])
+ROWS_ARE_ALL = ("plain", "rotating")  # kinds that blocks alone are enough for
 
 
 @functools.cache
 def model_of(kind: str) -> Any:
-    return tiny.KINDS[kind]()
+    return getattr(tiny, kind)()
 
 
 def runner_of(
@@ -426,7 +426,7 @@ def test_of_a_longer_stored_prompt_nothing_stale_is_used(
     keep(runner_of(kind, tmp_path), stored)
     for prompt in (stored[:length], [*stored[:length], (stored[length] + 1) % tiny.VOCAB]):
         run = runner_of(kind, tmp_path).start(prompt)
-        if kind == "plain":
+        if kind in ROWS_ARE_ALL:
             assert run.cached_tokens == min(length, len(prompt) - 1)
         else:
             assert run.cached_tokens == 0
@@ -532,7 +532,7 @@ def test_an_exact_warm_run_has_the_bits_of_a_cold_one(
     assert same_logits(second.state(), cold)
     longer = [*prompt, *random_tokens(80, seed=15)]
     third = runner_of(kind, tmp_path).start(longer, boundaries=boundaries, exact=True)
-    cut = 512 if kind == "plain" else 0  # the last end of a pass that a longer prompt has, too
+    cut = 512 if kind in ROWS_ARE_ALL else 0  # the last end of a pass that a longer prompt has, too
     assert third.cached_tokens == max([cut, *boundaries])
     assert same_logits(third.state(), runner_of(kind).prefill(longer, boundaries=boundaries))
     assert digest(*third.state().contents[-1].rows.values()) == digest(
@@ -882,3 +882,169 @@ if __name__ == "__main__":
     import sys
 
     print(json.dumps(resumed_in_this_process(sys.argv[1])))
+
+
+# Windows as rows
+
+
+def test_windows_resume_at_any_position_and_their_snapshots_hold_no_rows(tmp_path: Path) -> None:
+    stored = random_tokens(1000, seed=31)
+    keep(runner_of("rotating", tmp_path), stored, "whole")
+    for shared in (20, 100, 255, 256, 300, 511, 700, 999):
+        prompt = [*stored[:shared], (stored[shared] + 1) % tiny.VOCAB, 5, 6]
+        run = runner_of("rotating", tmp_path).start(prompt)
+        assert run.cached_tokens == shared
+        assert_close(run.state(), runner_of("rotating").prefill(prompt))
+    arrays = [
+        name
+        for stem in Store(tmp_path).stems(SNAPSHOTS)
+        for name in headers.snapshot_header(Store(tmp_path), stem).entries
+    ]
+    assert sorted(arrays) == ["embedding", "logits", "rng"]
+
+
+def test_windows_resume_inside_what_was_generated_too(tmp_path: Path) -> None:
+    runner = runner_of("rotating", tmp_path)
+    prompt = random_tokens(200, seed=32)
+    said = tokens_of(runner, prompt, 400, GREEDY)
+    assert runner.cache is not None
+    runner.cache.keep(runner.state)
+    whole = [*prompt, *said]
+    for shared in (150, 256, 400, 512, 590):
+        run = runner_of("rotating", tmp_path).start([*whole[:shared], 3, 3, 3])
+        assert run.cached_tokens == shared
+        assert_close(run.state(), runner_of("rotating").prefill([*whole[:shared], 3, 3, 3]))
+
+
+def test_where_blocks_lack_rows_of_windows_the_snapshot_holds_them(tmp_path: Path) -> None:
+    """A program with a loop of its own stores layers whose earlier rows are gone."""
+    model, kv = model_of("bare"), KVSettings(max_size=40)  # the first four rows are kept
+    cache = PromptCache(tmp_path, "bare", kv=kv)
+    tokens = random_tokens(300, seed=33)
+    layers = make_layers(model, kv)
+    for held, own in [(30, False), (300, True)]:
+        fed = layers[0].offset
+        model(mx.array([tokens[fed:held]]), cache=layers)
+        cache.store(model, tokens[:held], layers)
+        cell = held - held % 256
+        (stem,) = [x for x in Store(tmp_path).stems(SNAPSHOTS) if f"-{held - cell}-" in x]
+        assert headers.has_window_rows(headers.snapshot_header(Store(tmp_path), stem)) == own
+        more = mx.array([random_tokens(5, seed=34)])
+        fetched, rest = PromptCache(tmp_path, "bare", kv=kv).fetch(model, [*tokens[:held], 1])
+        assert rest == [1]
+        straight = make_layers(model, kv)
+        for begin, end in [(0, 30), (30, held)] if held > 30 else [(0, 30)]:
+            model(mx.array([tokens[begin:end]]), cache=straight)
+        assert mx.array_equal(model(more, cache=fetched), model(more, cache=straight))
+
+
+@pytest.mark.parametrize("size", [40, 300])
+def test_a_window_that_keeps_its_first_rows_is_reused_where_cold_runs_cut(
+    size: int, tmp_path: Path
+) -> None:
+    """What mlx-lm computes with such windows depends on the cuts, by far more than rounding."""
+    kv = KVSettings(max_size=size)
+    stored = random_tokens(1300, seed=35)
+    keep(runner_of("bare", tmp_path, kv), stored, boundaries=(600,))
+    for shared, boundaries, cached in [
+        (30, (), 0),
+        (600, (), 512),
+        (1100, (), 512),
+        (1100, (600,), 1024),
+        (700, (600,), 600),
+    ]:
+        prompt = [*stored[:shared], (stored[shared] + 1) % tiny.VOCAB, 5]
+        run = runner_of("bare", tmp_path, kv).start(prompt, boundaries=boundaries)
+        assert run.cached_tokens == cached
+        cold = runner_of("bare", None, kv).prefill(prompt, boundaries=boundaries)
+        assert same_logits(run.state(), cold)
+
+
+def test_an_exact_run_goes_on_from_rows_of_windows_at_an_end_of_its_own_passes(
+    tmp_path: Path,
+) -> None:
+    stored = random_tokens(1300, seed=36)
+    keep(runner_of("rotating", tmp_path), stored)
+    prompt = [*stored[:1200], *random_tokens(50, seed=37)]
+    warm = runner_of("rotating", tmp_path).start(prompt, exact=True)
+    assert warm.cached_tokens == 1024
+    assert same_logits(warm.state(), runner_of("rotating").prefill(prompt))
+
+
+def test_only_as_many_rows_as_there_is_memory_for_wait_to_be_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_promptcache.window_rows.MOST_PASSED_BYTES", 600 * 2 * 2 * 2 * 32 * 4)
+    stored = random_tokens(1500, seed=38)
+    keep(runner_of("rotating", tmp_path), stored, boundaries=(400,))
+    for shared, cached in [(300, 0), (400, 400), (1400, 1400)]:
+        run = runner_of("rotating", tmp_path).start([*stored[:shared], 3, 3, 3])
+        assert run.cached_tokens == cached
+        assert_close(run.state(), runner_of("rotating").prefill([*stored[:shared], 3, 3, 3]))
+
+
+# Snapshots on the way
+
+
+@opaque_kinds
+def test_the_third_prompt_hits_where_the_second_one_left_the_first(
+    kind: str, tmp_path: Path
+) -> None:
+    first = random_tokens(400, seed=41)
+    keep(runner_of(kind, tmp_path), first)
+    for turn, cached in enumerate((0, 300, 300)):
+        prompt = [*first[:300], turn + 1 if first[300] > 9 else turn + 20, *first[:20]]
+        runner = runner_of(kind, tmp_path)
+        run = runner.start(prompt)
+        assert run.cached_tokens == cached
+        assert run.match is not None
+        assert run.match.stored == 300
+        assert ("none stands there" in str(run.match.reason)) == (cached == 0)
+        assert_close(run.state(), runner_of(kind).prefill(prompt))
+        assert runner.cache is not None
+        runner.cache.keep(run.state())
+
+
+@opaque_kinds
+def test_a_branch_is_kept_between_snapshots_too(kind: str, tmp_path: Path) -> None:
+    first = random_tokens(600, seed=42)
+    keep(runner_of(kind, tmp_path), first, boundaries=(200,))
+    other = [*first[:450], (first[450] + 1) % tiny.VOCAB]
+    assert keep(runner_of(kind, tmp_path), other).marks[-1].position == 450
+    third = [*first[:450], (first[450] + 2) % tiny.VOCAB]
+    assert runner_of(kind, tmp_path).start(third).cached_tokens == 450
+
+
+@opaque_kinds
+def test_an_exact_run_keeps_a_branch_without_a_cut_of_its_own(kind: str, tmp_path: Path) -> None:
+    first = random_tokens(1300, seed=43)
+    keep(runner_of(kind, tmp_path), first)
+    prompts = [[*first[:1100], (first[1100] + turn) % tiny.VOCAB, 7] for turn in (1, 2)]
+    for prompt, cached in zip(prompts, (0, 1024), strict=True):
+        runner = runner_of(kind, tmp_path)
+        run = runner.start(prompt, exact=True)
+        assert run.cached_tokens == cached
+        assert same_logits(run.state(), runner_of(kind).prefill(prompt))
+        assert runner.cache is not None
+        runner.cache.keep(run.state(), exact=True)
+
+
+@opaque_kinds
+def test_a_long_prompt_can_be_resumed_every_so_many_tokens(kind: str, tmp_path: Path) -> None:
+    stored = random_tokens(1300, seed=44)
+    state = keep(runner_of(kind, tmp_path, snapshot_every=500), stored)
+    assert [mark.position for mark in state.marks] == [512, 1024]
+    prompt = [*stored[:1200], (stored[1200] + 1) % tiny.VOCAB]
+    assert runner_of(kind, tmp_path).start(prompt).cached_tokens == 1024
+
+
+def test_where_any_position_can_be_resumed_no_snapshots_are_taken_on_the_way(
+    tmp_path: Path,
+) -> None:
+    for kind in ROWS_ARE_ALL:
+        runner = runner_of(kind, tmp_path / kind, snapshot_every=500)
+        assert keep(runner, random_tokens(1300, seed=45)).marks == ()
+        other = [*random_tokens(1300, seed=45)[:900], 1, 2]
+        assert keep(runner, other).marks == ()
+    with pytest.raises(ValueError, match="more than 0"):
+        runner_of("plain", None, snapshot_every=0)

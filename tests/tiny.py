@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 from mlx.nn.layers.embedding import Embedding
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models import falcon_h1, lfm2, llama, llama4, mamba2
+from mlx_lm.models import falcon_h1, lfm2, llama, llama4, mamba2, qwen2
 
-from mlx_promptcache.layers import to_array
+from mlx_promptcache.arrays import to_array
 from mlx_promptcache.state import State
 
 if TYPE_CHECKING:
@@ -81,6 +81,11 @@ def with_weights(model: Any) -> Any:
 def plain() -> Any:
     """A llama: every layer a `KVCache`."""
     return uneven(with_weights(llama.Model(llama.ModelArgs.from_dict(LLAMA))))
+
+
+def bare() -> Any:
+    """A qwen2, which leaves it to mlx-lm to make its layers: `max_kv_size` makes them windows."""
+    return uneven(with_weights(qwen2.Model(qwen2.ModelArgs.from_dict(LLAMA))))
 
 
 def smallest() -> Any:

@@ -13,7 +13,7 @@ from importlib import metadata
 
 import mlx.core as mx
 
-from mlx_promptcache.layers import to_array
+from mlx_promptcache.arrays import to_array
 from mlx_promptcache.version import __version__
 
 

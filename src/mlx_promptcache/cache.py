@@ -11,12 +11,13 @@ import contextlib
 import logging
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
 from mlx_promptcache import catalog, headers, verification
+from mlx_promptcache.blueprint import Blueprint
 from mlx_promptcache.errors import (
     CacheMiss,
     DamagedFile,
@@ -26,7 +27,7 @@ from mlx_promptcache.errors import (
 )
 from mlx_promptcache.finder import Finder
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings
-from mlx_promptcache.layers import Blueprint, capture, check_quantised, leaves, make_layers
+from mlx_promptcache.layers import capture, check_quantised, leaves, make_layers
 from mlx_promptcache.loader import Loader
 from mlx_promptcache.passes import UNKNOWN
 from mlx_promptcache.quarantine import BadFile, Quarantine
@@ -48,16 +49,19 @@ log = logging.getLogger("mlx_promptcache")
 
 @dataclass(frozen=True)
 class Match:
-    """How much of a prompt is stored: its first `position` tokens.
+    """How much of a prompt can be reused: its first `position` tokens.
 
     `exact` if a whole state stands at the end of the prompt. `source` is the name or the id of the
-    deepest snapshot on the way, None if there is none. `reason` says why not more.
+    deepest snapshot on the way, None if there is none. `reason` says why not more. `stored` is how
+    many tokens of the prompt are stored: more than `position` where a model can go on from
+    snapshots only, and none stands there.
     """
 
     position: int
     exact: bool
     source: str | None
     reason: str | None
+    stored: int = 0
 
 
 class Resumed(NamedTuple):
@@ -112,6 +116,10 @@ class PromptCache:
         self._blueprint = blueprint
         self._finder.quantises = blueprint is None or blueprint.quantises
 
+    @property
+    def _cuts_matter(self) -> bool:
+        return self._blueprint is not None and self._blueprint.cuts_matter
+
     def with_kv(self, kv: KVSettings) -> PromptCache:
         """The same store for the same model with other KV settings."""
         if kv == self.kv:
@@ -131,15 +139,22 @@ class PromptCache:
         try:
             with self._store.shared():
                 found = self._finder.find(tokens, plan)
-                return self._match(tokens, found, None)
+                return self._match(tokens, found, self._finder.source(tokens, found), None)
         except PromptCacheError as exc:
             return Match(0, False, None, str(exc))
 
-    def _match(self, tokens: Sequence[int], found: Found, refused: str | None) -> Match:
-        if found.position == 0:
+    def _match(
+        self, tokens: Sequence[int], found: Found, source: str | None, refused: str | None
+    ) -> Match:
+        stored = max(found.position, found.reached)
+        if stored == 0:
             return Match(0, False, None, refused or self._finder.why_none(tokens))
-        stem = self._finder.source(tokens, found)
-        return Match(found.position, found.exact, stem and self._label(stem), refused)
+        if refused is None and found.position < min(stored, len(tokens) - 1):
+            refused = (
+                f"{stored} tokens of it are stored, but this model can only go on from a snapshot, "
+                "and none stands there"
+            )
+        return Match(found.position, found.exact, source and self._label(source), refused, stored)
 
     def _label(self, stem: str) -> str:
         names = [name for name, named in self._store.names().items() if named == stem]
@@ -155,8 +170,9 @@ class PromptCache:
     ) -> Resumed:
         """Return the state of the longest stored prefix of these tokens, in fresh layers.
 
-        At the whole prompt the state has logits; at a shorter prefix it may have none. Its key and
-        its sampling are those of another run. With `limit` it holds at most so many tokens.
+        The state's own `contents` are empty: they are in the layers. At the whole prompt the state
+        has logits; at a shorter prefix it may have none. Its key and its sampling are those of
+        another run. With `limit` it holds at most so many tokens.
 
         What is damaged, locked, cannot be read or does not fit the model is a miss with a notice.
         """
@@ -170,11 +186,13 @@ class PromptCache:
     def _resume(
         self, tokens: Sequence[int], model: Any, plan: Plan | None, limit: int | None
     ) -> Resumed:
+        if self.blueprint is None:
+            self.blueprint = Blueprint.of(model, self.kv)
         refused: str | None = None
         while True:  # each time round there is a file less
             found = self._finder.find(tokens, plan, limit)
             if found.position == 0:
-                return Resumed(None, None, self._match(tokens, found, refused))
+                return Resumed(None, None, self._match(tokens, found, None, refused))
             try:
                 state = self._loader().load(found, tokens)
                 layers = state.layers(model)
@@ -186,9 +204,12 @@ class PromptCache:
                 log.warning("%s", refused)
                 self._pass_over(found)
                 continue
-            match = self._match(tokens, found, refused)
-            self._record_use(self._finder.source(tokens, found), found.snapshot, state)
-            return Resumed(state, layers, match)
+            source = self._finder.source(tokens, found)
+            self._record_use(source, found.snapshot, state)
+            # The rows are in the layers now: nobody else may hold them, or MLX copies them all
+            # when the next token is written.
+            bare = replace(state, contents=())
+            return Resumed(bare, layers, self._match(tokens, found, source, refused))
 
     def _pass_over(self, found: Found) -> None:
         for stem in [found.snapshot] if found.snapshot else [s.stem for s in found.steps]:
@@ -252,7 +273,8 @@ class PromptCache:
             CacheLocked: somebody deletes from the store, and does not come to an end.
         """
         with self._writing(state):
-            return Saver(self._finder, state, sync=sync, exact=exact).save(name, replace=replace)
+            saver = Saver(self._finder, state, sync=sync, exact=exact or self._cuts_matter)
+            return saver.save(name, replace=replace)
 
     def keep(self, state: State, *, exact: bool = False) -> Saved:
         """Store a state for prompts to come, without a name, and leave the syncing to the system.
@@ -261,7 +283,8 @@ class PromptCache:
         its key and sampling are not used by prompts. Raises as `save` does.
         """
         with self._writing(state):
-            return Saver(self._finder, state, sync=False, exact=exact).save(None, share=True)
+            saver = Saver(self._finder, state, sync=False, exact=exact or self._cuts_matter)
+            return saver.save(None, share=True)
 
     @contextlib.contextmanager
     def _writing(self, state: State) -> Iterator[None]:

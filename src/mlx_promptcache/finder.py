@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mlx_promptcache import headers
 from mlx_promptcache.errors import DamagedFile, PromptCacheError
 from mlx_promptcache.fingerprint import PLAIN
+from mlx_promptcache.headers import LOGITS
 from mlx_promptcache.passes import PassRecord, Plan
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from mlx_promptcache.tree import (
@@ -28,6 +29,7 @@ from mlx_promptcache.tree import (
     root_key,
     shard,
 )
+from mlx_promptcache.windows import Span, Window
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -36,14 +38,14 @@ if TYPE_CHECKING:
     from mlx_promptcache.fingerprint import Fingerprint, KVSettings
     from mlx_promptcache.quarantine import Quarantine
 
-LOGITS = "logits"
 FOREIGN_SNAPSHOTS = 64  # how many files are looked into to explain a miss
 
 
 class Found(NamedTuple):
     """A way to resume at `position`: from a snapshot, or from the rows of `steps` alone.
 
-    `exact` if a whole state stands at the end of the prompt.
+    `exact` if a whole state stands at the end of the prompt. `reached` is how many tokens of the
+    prompt are stored: more than `position` where no layer can be resumed between snapshots.
     """
 
     position: int
@@ -51,9 +53,10 @@ class Found(NamedTuple):
     snapshot: str | None
     exact: bool
     phase: str
+    reached: int
 
 
-NOTHING = Found(0, (), None, False, PLAIN)
+NOTHING = Found(0, (), None, False, PLAIN, 0)
 
 
 class Finder:
@@ -81,7 +84,7 @@ class Finder:
         best = NOTHING
         for phase in self.kv.phases:
             found = self._find_in(phase, tokens, plan, limit)
-            better = (found.position, found.exact) > (best.position, best.exact)
+            better = (found.position, found.exact) > (best.position, best.exact) or not best.reached
             if better and self._phase_at(found.position) == phase:
                 best = found
         return best
@@ -100,18 +103,24 @@ class Finder:
             lineage = plan.lineages[reached] if plan else None
             stem = self.snapshot_at(keys, reached, lineage, walk.digests)
             if stem is not None:
-                return Found(reached, tuple(steps), stem, True, phase)
+                return Found(reached, tuple(steps), stem, True, phase, reached)
         last = min(reached, len(tokens) - 1 if limit is None else limit)
-        if walk.complete:
-            position = plan.cut(last) if plan else last
-            return Found(position, tuple(cut(steps, position)), None, False, phase)
-        for position, stem in self.snapshots(keys, last):
+        position, stem = walk.deepest(steps, last), None
+        if position < (plan.cut(last) if plan else last):
+            position, stem = self._deeper_snapshot(keys, position, last, plan)
+        return Found(position, tuple(cut(steps, position)), stem, False, phase, reached)
+
+    def _deeper_snapshot(
+        self, keys: Keys, position: int, last: int, plan: Plan | None
+    ) -> tuple[int, str | None]:
+        """The deepest snapshot at most at `last`, if it is not above `position`."""
+        for at, stem in self.snapshots(keys, last):
+            if at < position:
+                break
             header = self.header(stem)
-            if header and (
-                plan is None or plan.lineages.get(position, "") == header.notes.get("lineage")
-            ):
-                return Found(position, tuple(cut(steps, position)), stem, False, phase)
-        return NOTHING
+            if header and (plan is None or plan.lineages.get(at) == header.notes.get("lineage")):
+                return at, stem
+        return position, None
 
     def snapshots(self, keys: Keys, position: int) -> Iterator[tuple[int, str]]:
         """Snapshots of these tokens at or before a position, deepest first: one listing a cell."""
@@ -143,14 +152,15 @@ class Finder:
                 header is not None
                 and LOGITS in header.entries
                 and lineage in {None, header.notes.get("lineage")}
-                and all(self._is_there(ref[0], ref[1], digests) for ref in header.content["refs"])
+                and all(self.is_there(ref[0], ref[1], digests) for ref in header.content["refs"])
             ):
                 return stem
         return None
 
-    def _is_there(self, stem: str, digest: str, digests: Mapping[str, str]) -> bool:
+    def is_there(self, stem: str, digest: str, digests: Mapping[str, str] | None = None) -> bool:
+        """Whether a block is there, and has this digest; `digests` are known already."""
         try:
-            known = digests.get(stem) or headers.block_header(self.store, stem).digest
+            known = (digests or {}).get(stem) or headers.block_header(self.store, stem).digest
         except PromptCacheError:
             return False
         return known == digest
@@ -196,7 +206,9 @@ class _Walk:
 
     def __init__(self, finder: Finder, keys: Keys, plan: Plan | None) -> None:
         self.finder, self.keys, self.plan = finder, keys, plan
-        self.complete = True
+        self._complete = True
+        self._window: Window | None = None
+        self._window_spans: dict[str, Span] = {}
         self.digests: dict[str, str] = {}
         self._cells: dict[int, dict[str, list[BlockName]]] = {}
 
@@ -257,11 +269,30 @@ class _Walk:
             self.finder.bad.set_aside(BLOCKS, stem, exc)
             return
         self.digests[stem] = header.digest
-        self.complete = self.complete and header.content.get("complete") is True
+        self._complete = self._complete and header.content["complete"]
+        if (window := header.content.get("window")) is not None:
+            self._window = Window(window["size"], window["keep"])
+            self._window_spans[stem] = headers.window_span(header)
         if self.plan is not None:
             rows = self.plan.rows(record_of(header), position, rows)
         if rows:
             yield Stretch(stem, position, rows)
+
+    def deepest(self, steps: Sequence[Stretch], last: int) -> int:
+        """The deepest position, at most `last`, where the rows of these steps are all that there
+        is of a state; 0 if there is none.
+        """
+        if not self._complete:
+            return 0
+        if self._window is None:
+            return self.plan.cut(last) if self.plan else last
+        if self._window.keep and self.plan is None:  # see `Blueprint.cuts_matter`
+            return 0
+        covered = []
+        for step in steps:
+            span = self._window_spans.get(step.stem, Span(step.end, step.end))
+            covered.append(Span(max(step.start, span.start), min(step.end, span.stop)))
+        return self._window.deepest(covered, last, self.plan.wide_cut if self.plan else None)
 
     def _agreeing(self, header: Header, position: int, wanted: list[int]) -> int:
         content = header.content

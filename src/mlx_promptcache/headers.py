@@ -22,6 +22,7 @@ from mlx_promptcache.tree import (
     cell_start,
     root_key,
 )
+from mlx_promptcache.windows import Span, Window
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,10 +32,14 @@ if TYPE_CHECKING:
 BLOCK = "block"
 SNAPSHOT = "snapshot"
 LAYER_PATH = re.compile(r"(0|[1-9][0-9]{0,5})(\.(0|[1-9][0-9]{0,5}))*")
-ROW_LABEL = re.compile(r"(keys|values)(\.[0-9])?/[0-9]{1,4}")
+ROW_LABEL = re.compile(r"(window\.)?(keys|values)(\.[0-9])?/[0-9]{1,4}")
+WINDOW = "window."  # begins the labels of the rows of windows
 ROW_DIMENSIONS = 5  # [layers, batch, heads, tokens, ...]
 ROWS_AXIS = 3
 TEXTS = ("text", "system")
+LOGITS = "logits"
+EMBEDDING = "embedding"
+RNG = "rng"
 
 
 def block_header(store: Store, stem: str) -> Header:
@@ -68,6 +73,7 @@ def checked_block(header: Header, stem: str) -> Header:
         and (content.get("start_key"), tokens[0], content.get("end_key")) == name[1:4]
         and _is_key(content.get("fingerprint"))
         and type(content.get("complete")) is bool
+        and _is_told_window(content.get("window"), start, start + len(tokens))
         and _are_stacks(content.get("stacks"), header, len(tokens))
     )
     if not sound:
@@ -75,9 +81,26 @@ def checked_block(header: Header, stem: str) -> Header:
     return header
 
 
+def _is_told_window(window: Any, start: int, end: int) -> bool:
+    return window is None or (
+        isinstance(window, dict)
+        and all(type(window.get(name)) is int for name in ("from", "size", "keep"))
+        and start <= window["from"] <= end
+        and 0 <= window["keep"] < window["size"] < 1 << 40
+    )
+
+
+def window_span(block: Header) -> Span:
+    """The positions for which a block has the rows of windows: none where it has none of them."""
+    content = block.content
+    end = content["start"] + len(content["tokens"])
+    return Span(content["window"]["from"] if content.get("window") else end, end)
+
+
 def _are_stacks(stacks: Any, header: Header, rows: int) -> bool:
     if not isinstance(stacks, dict) or set(stacks) != set(header.entries):
         return False
+    span = window_span(header)
     for label, entry in header.entries.items():
         paths, shape = stacks[label], entry.shape
         if (
@@ -85,7 +108,8 @@ def _are_stacks(stacks: Any, header: Header, rows: int) -> bool:
             or not isinstance(paths, list)
             or not all(isinstance(p, str) and LAYER_PATH.fullmatch(p) for p in paths)
             or len(shape) < ROW_DIMENSIONS
-            or (shape[0], shape[ROWS_AXIS]) != (len(paths), rows)
+            or (shape[0], shape[ROWS_AXIS])
+            != (len(paths), span.stop - span.start if label.startswith(WINDOW) else rows)
         ):
             return False
     return True
@@ -125,7 +149,7 @@ def checked_snapshot(header: Header, stem: str) -> Header:
         and _follow_one_another(refs, n_past)
         and isinstance(content.get("sampling"), dict)
         and _is_origin(content.get("origin"))
-        and _are_layers(content.get("opaque"), header)
+        and _are_layers(content.get("opaque"), content.get("windows"), header)
     )
     if not sound:
         raise DamagedFile("it is not the snapshot that its name says")
@@ -164,22 +188,48 @@ def _is_origin(origin: Any) -> bool:
     )
 
 
-def _are_layers(opaque: Any, header: Header) -> bool:
-    """Whether the opaque layers are told as such, and refer to just the arrays that there are."""
-    if not isinstance(opaque, dict):
+def _are_layers(opaque: Any, windows: Any, header: Header) -> bool:
+    """Whether opaque layers and windows are told as such, and refer to just the arrays that there
+    are. The rows of windows are in the snapshot all or not at all.
+    """
+    if not all(map(_is_told_layers, (opaque, windows))) or opaque.keys() & windows.keys():
         return False
-    arrays: list[str] = []
-    for path, layer in opaque.items():
-        if not (
-            LAYER_PATH.fullmatch(path)
-            and isinstance(layer, dict)
-            and isinstance(layer.get("kind"), str)
-            and isinstance(layer.get("attributes"), dict)
-        ):
-            return False
-        arrays += [f"{path}/{name}" for name in _arrays_in(layer["attributes"])]
-    named = [name for name in header.entries if "/" in name]
-    return sorted(arrays) == sorted(named)
+    if not all(_is_window(told.get("window")) for told in windows.values()):
+        return False
+    arrays = sorted(
+        f"{path}/{name}" for path, told in opaque.items() for name in _arrays_in(told["attributes"])
+    )
+    rows = sorted(f"{path}/{name}" for path in windows for name in ("keys", "values"))
+    named = sorted(name for name in header.entries if "/" in name)
+    return named in (arrays, sorted(arrays + rows))
+
+
+def _is_told_layers(layers: Any) -> bool:
+    return isinstance(layers, dict) and all(
+        LAYER_PATH.fullmatch(path)
+        and isinstance(told, dict)
+        and isinstance(told.get("kind"), str)
+        and isinstance(told.get("attributes"), dict)
+        for path, told in layers.items()
+    )
+
+
+def _is_window(window: Any) -> bool:
+    return (
+        isinstance(window, list)
+        and [type(n) for n in window] == [int, int]
+        and 0 <= window[1] < window[0] < 1 << 40
+    )
+
+
+def windows_of(snapshot: Header) -> dict[str, Window]:
+    """The windows of a snapshot, by the paths of their layers."""
+    return {p: Window(*told["window"]) for p, told in snapshot.content["windows"].items()}
+
+
+def has_window_rows(snapshot: Header) -> bool:
+    """Whether the rows of windows are in the snapshot itself; else they are in its blocks."""
+    return any(f"{path}/keys" in snapshot.entries for path in snapshot.content["windows"])
 
 
 def _arrays_in(value: Any) -> list[str]:

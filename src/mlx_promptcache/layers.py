@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_cache
 
-from mlx_promptcache.container import ITEMSIZE, Array
 from mlx_promptcache.errors import UnsupportedLayer
 from mlx_promptcache.fingerprint import PLAIN
 from mlx_promptcache.tree import CELL
+from mlx_promptcache.windows import Window
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,17 +30,19 @@ if TYPE_CHECKING:
 TOKEN_AXIS = 2  # of [batch, heads, tokens, head_dim]
 SLICEABLE = (mlx_cache.KVCache, mlx_cache.QuantizedKVCache)
 ROWS = ("keys", "values")
-PROBE_TOKENS = 2
-LARGEST_UNKNOWN_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
 class Layer:
     """The content of one mlx-lm cache object, taken down.
 
-    `path` is its place among the model's layers (`3`, or `3.0` inside a `CacheList`). A sliceable
-    layer has `rows`, arrays of `[batch, heads, n_past, ...]`. An opaque one has `attributes`, JSON
-    with `{"array": name}` where an array of `arrays` belongs.
+    `path` is its place among the model's layers (`3`, or `3.0` inside a `CacheList`).
+
+    A sliceable layer has `rows`, arrays of `[batch, heads, n_past, ...]`, and may have `padded`,
+    the same in buffers with room for more. A layer with a `window` has the rows of the positions
+    that the window holds, in their order, and in `attributes` how they lie in its ring (None: in
+    their order). An opaque one has `attributes`, JSON with `{"array": name}` where an array of
+    `arrays` belongs.
     """
 
     path: str
@@ -48,11 +50,18 @@ class Layer:
     rows: Mapping[str, mx.array] = field(default_factory=dict)
     arrays: Mapping[str, mx.array] = field(default_factory=dict)
     attributes: Mapping[str, Any] | None = None
+    window: Window | None = None
+    padded: Mapping[str, mx.array] = field(default_factory=dict)
 
     @property
     def sliceable(self) -> bool:
         """Whether any prefix of its rows is a valid layer."""
-        return self.attributes is None
+        return self.attributes is None and self.window is None
+
+    @property
+    def opaque(self) -> bool:
+        """Whether nothing is known of it: then it has no rows."""
+        return self.attributes is not None and self.window is None
 
     def cut(self, position: int) -> Layer:
         """The layer at an earlier position. Only a sliceable layer has one."""
@@ -89,8 +98,14 @@ def is_sliceable(layer: Any, n_past: int) -> bool:
 
 def to_be_quantised(layers: Iterable[Any], kv: KVSettings) -> bool:
     """Whether `quantise` would replace any of these layers."""
-    return kv.bits is not None and any(
-        hasattr(layer, "to_quantized") and layer.offset >= kv.quantized_start for layer in layers
+    return any(_is_due(layer, kv) for layer in layers)
+
+
+def _is_due(layer: Any, kv: KVSettings) -> bool:
+    return (
+        kv.bits is not None
+        and hasattr(layer, "to_quantized")
+        and layer.offset >= kv.quantized_start
     )
 
 
@@ -100,10 +115,8 @@ def quantise(layers: list[Any], kv: KVSettings) -> None:
     Raises:
         UnsupportedLayer: mlx-lm cannot quantise this kind of layer.
     """
-    if kv.bits is None:
-        return
     for i, layer in enumerate(layers):
-        if hasattr(layer, "to_quantized") and layer.offset >= kv.quantized_start:
+        if _is_due(layer, kv):
             try:
                 layers[i] = layer.to_quantized(group_size=kv.group_size, bits=kv.bits)
             except NotImplementedError:
@@ -161,6 +174,8 @@ def capture_one(path: str, layer: Any, n_past: int) -> Layer:
     kind = type(layer).__name__
     if is_sliceable(layer, n_past):
         return Layer(path, kind, {name: a[:, :, :n_past] for name, a in _rows(layer)})
+    if (window := window_of(layer, n_past)) is not None:
+        return _capture_window(path, layer, n_past, window)
     arrays: dict[str, mx.array] = {}
     held = _held_rows(layer)
     attributes = {
@@ -168,6 +183,66 @@ def capture_one(path: str, layer: Any, n_past: int) -> Layer:
         for name, value in vars(layer).items()
     }
     return Layer(path, kind, {}, arrays, attributes)
+
+
+def window_of(layer: Any, n_past: int) -> Window | None:
+    """The window of a layer that holds `n_past` tokens as a window does; else None."""
+    if type(layer) is not mlx_cache.RotatingKVCache or layer.keys is None:
+        return None
+    window = Window(layer.max_size, layer.keep)
+    sound = layer.offset == n_past and 0 <= window.keep < window.size
+    return (
+        window
+        if sound and _in_order(layer, "keys").shape[TOKEN_AXIS] >= min(n_past, window.size)
+        else None
+    )
+
+
+def _capture_window(path: str, layer: Any, n_past: int, window: Window) -> Layer:
+    held = min(n_past, window.size)
+    rows = {}
+    for name in ROWS:
+        ordered = _in_order(layer, name)
+        surplus = (
+            ordered.shape[TOKEN_AXIS] - held
+        )  # a pass of many tokens leaves more than a window
+        if surplus:
+            kept = ordered[:, :, : window.keep]
+            ordered = mx.concatenate([kept, ordered[:, :, window.keep + surplus :]], TOKEN_AXIS)
+        rows[name] = ordered
+    attributes = {name: value for name, value in vars(layer).items() if name not in ROWS}
+    attributes["_idx"] = min(layer._idx, held)
+    return Layer(path, type(layer).__name__, rows, {}, attributes, window)
+
+
+def _in_order(layer: Any, name: str) -> mx.array:
+    """The rows of a rotating layer in the order of their positions, without padding."""
+    buffer: mx.array = getattr(layer, name)
+    length = buffer.shape[TOKEN_AXIS]
+    if layer.offset < length:
+        return buffer[:, :, : layer.offset]
+    if layer._idx == length or length < layer.max_size:
+        return buffer
+    parts = [
+        buffer[:, :, : layer.keep],
+        buffer[:, :, layer._idx :],
+        buffer[:, :, layer.keep : layer._idx],
+    ]
+    return mx.concatenate(parts, TOKEN_AXIS)
+
+
+def latest_rows(layer: Any, n_past: int, count: int) -> tuple[int, dict[str, mx.array]]:
+    """The rows of a window for positions `[start, n_past)`, at most `count`, and `start`.
+
+    After a pass of many tokens mlx-lm's buffer holds the rows of all of them, also those that the
+    window has moved past. They are copies.
+    """
+    rows = {name: _in_order(layer, name) for name in ROWS}
+    length = rows["keys"].shape[TOKEN_AXIS]
+    count = min(count, length if length == n_past else length - layer.keep)
+    return n_past - count, {
+        name: mx.contiguous(array[:, :, length - count :]) for name, array in rows.items()
+    }
 
 
 def _rows(layer: Any) -> Iterator[tuple[str, mx.array]]:
@@ -228,7 +303,10 @@ def fill(layers: list[Any], contents: Sequence[Layer], n_past: int, kv: KVSettin
         )
     for path, layer in live.items():
         content = by_path[path]
-        if not content.sliceable:
+        if content.window is not None:
+            _fill_window(layer, content, content.window, n_past)
+            continue
+        if content.opaque:
             _fill_opaque(layer, content, n_past)
             continue
         if type(layer) not in SLICEABLE:
@@ -241,21 +319,23 @@ def fill(layers: list[Any], contents: Sequence[Layer], n_past: int, kv: KVSettin
 
 def _fill_rows(layer: Any, content: Layer, n_past: int) -> None:
     for name in ROWS:
-        whole = content.rows.get(name)
-        if whole is not None:
-            setattr(layer, name, _with_room(whole))
+        if name in content.rows:
+            setattr(layer, name, _with_room(content, name))
         else:
-            parts = [content.rows.get(f"{name}.{i}") for i in range(3)]
-            if any(part is None for part in parts):
+            parts = [f"{name}.{i}" for i in range(3)]
+            if not content.rows.keys() >= set(parts):
                 raise UnsupportedLayer(f"layer {content.path} has no {name}")
-            setattr(layer, name, tuple(_with_room(part) for part in parts if part is not None))
+            setattr(layer, name, tuple(_with_room(content, part) for part in parts))
     layer.offset = n_past
 
 
-def _with_room(rows: mx.array) -> mx.array:
-    """The rows in a buffer that ends with its cell, as mlx-lm's own buffers do: the next token
-    is then written in place. Always another array object: layers write into theirs.
+def _with_room(content: Layer, name: str) -> mx.array:
+    """Rows in a buffer that ends with its cell, as mlx-lm's own buffers do: the next token is then
+    written in place. Always another array object: layers write into theirs.
     """
+    if name in content.padded:
+        return mx.array(content.padded[name])
+    rows = content.rows[name]
     missing = -rows.shape[TOKEN_AXIS] % CELL
     if not missing:
         return mx.array(rows)
@@ -264,10 +344,37 @@ def _with_room(rows: mx.array) -> mx.array:
     return mx.concatenate([rows, mx.zeros(shape, rows.dtype)], axis=TOKEN_AXIS)
 
 
+def _fill_window(layer: Any, content: Layer, window: Window, n_past: int) -> None:
+    """Lay the rows of a window where they were in its ring, or in the order of their positions."""
+    held = min(n_past, window.size)
+    if type(layer) is not mlx_cache.RotatingKVCache or any(
+        name not in content.rows or content.rows[name].shape[TOKEN_AXIS] != held for name in ROWS
+    ):
+        raise UnsupportedLayer(f"layer {content.path} holds no such window")
+    if content.attributes is None:
+        layer.offset, layer._idx = n_past, held
+    else:
+        _fill_opaque(layer, content, n_past)
+    turned = layer._idx != held  # only a full ring is
+    if (
+        (layer.max_size, layer.keep, layer.offset) != (*window, n_past)
+        or (turned and held < window.size)
+        or not window.keep <= layer._idx <= held
+    ):
+        raise UnsupportedLayer(f"layer {content.path} does not hold such a window")
+    turn = window.keep + held - layer._idx  # where the ring's first row is in the order
+    for name in ROWS:
+        rows = content.rows[name]
+        if turned:
+            parts = [rows[:, :, : window.keep], rows[:, :, turn:], rows[:, :, window.keep : turn]]
+            rows = mx.concatenate(parts, TOKEN_AXIS)
+        setattr(layer, name, mx.array(rows))
+
+
 def _fill_opaque(layer: Any, content: Layer, n_past: int) -> None:
     """Set the attributes that the live layer has, each to a value of its own kind, nothing else."""
     where = f"layer {content.path} ({type(layer).__name__})"
-    unknown = vars(layer).keys() - (content.attributes or {}).keys()
+    unknown = vars(layer).keys() - (content.attributes or {}).keys() - content.rows.keys()
     if unknown:
         raise UnsupportedLayer(f"{where} of this mlx-lm has {min(unknown)!r}, which the file lacks")
     for name, value in (content.attributes or {}).items():
@@ -294,144 +401,3 @@ def _build(value: Any, content: Layer) -> Any:
         if isinstance(value.get(name), list):
             return sequence(_build(item, content) for item in value[name])
     raise UnsupportedLayer(f"layer {content.path} has an attribute that makes no sense")
-
-
-# What layers look like
-
-
-@dataclass(frozen=True)
-class Shape:
-    """An array's dtype and shape; a length of 0 stands for any number of tokens."""
-
-    dtype: str
-    lengths: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Blueprint:
-    """What a live model's layers look like: by path, the arrays of its rows, or of its content.
-
-    Files are compared with it before anything is allocated.
-    """
-
-    rows: Mapping[str, Mapping[str, Shape]]
-    opaque: Mapping[str, Mapping[str, Shape]]
-    logits: Shape
-
-    @property
-    def sliceable(self) -> bool:
-        """Whether every layer is: then any position of what is stored can be resumed."""
-        return not self.opaque
-
-    @property
-    def quantises(self) -> bool:
-        """Whether there are layers that may be quantised."""
-        return any("keys.0" in rows for rows in self.rows.values())
-
-    @classmethod
-    def of(cls, model: Any, kv: KVSettings) -> Blueprint:
-        """Read it off a forward call over two tokens that is built, but never evaluated.
-
-        Where layers may be quantised, they may look like either.
-        """
-        blueprint = cls._of(model, kv, quantised=False)
-        return blueprint if kv.bits is None else blueprint | cls._of(model, kv, quantised=True)
-
-    @classmethod
-    def _of(cls, model: Any, kv: KVSettings, *, quantised: bool) -> Blueprint:
-        layers = make_layers(model, kv)
-        logits = model(mx.zeros((1, PROBE_TOKENS), mx.int32), cache=layers)
-        if quantised:
-            quantise(layers, _from_the_start(kv))
-        rows: dict[str, dict[str, Shape]] = {}
-        opaque: dict[str, dict[str, Shape]] = {}
-        for path, layer in leaves(layers):
-            content = capture_one(path, layer, PROBE_TOKENS)
-            if content.sliceable:
-                rows[path] = {name: _shape(a, any_tokens=True) for name, a in content.rows.items()}
-            else:
-                opaque[path] = {name: _shape(a) for name, a in content.arrays.items()}
-        return cls(rows, opaque, Shape(dtype_name(logits), (logits.shape[-1],)))
-
-    def __or__(self, other: Blueprint) -> Blueprint:
-        """What either may look like: the same layers before and after they are quantised."""
-        rows, opaque = _merged(self.rows, other.rows), _merged(self.opaque, other.opaque)
-        return Blueprint(rows, opaque, self.logits)
-
-    def check_rows(self, path: str, name: str, dtype: str, shape: Sequence[int]) -> None:
-        """Raise UnsupportedLayer unless this layer has such rows."""
-        expected = self.rows.get(path, {}).get(name)
-        found = Shape(dtype, (*shape[:TOKEN_AXIS], 0, *shape[TOKEN_AXIS + 1 :]))
-        if found != expected:
-            raise UnsupportedLayer(f"the rows {name!r} of layer {path} are not those of this model")
-
-    def check_opaque(
-        self, path: str, name: str, dtype: str, shape: Sequence[int], n_past: int
-    ) -> None:
-        """Raise UnsupportedLayer unless this layer can hold such an array at `n_past` tokens."""
-        expected = self.opaque.get(path, {}).get(name)
-        if path in self.opaque and expected is None:  # some arrays come only after many tokens
-            size = ITEMSIZE[dtype]
-            for length in shape:
-                size *= length
-            if size <= LARGEST_UNKNOWN_BYTES:
-                return
-        elif (
-            expected is not None
-            and dtype == expected.dtype
-            and _differs_by_tokens(name, shape, expected.lengths, n_past)
-        ):
-            return
-        raise UnsupportedLayer(f"{name!r} of layer {path} is not of this model")
-
-
-def _differs_by_tokens(
-    name: str, shape: Sequence[int], expected: Sequence[int], n_past: int
-) -> bool:
-    """Whether a shape differs at most in its number of tokens, and that is a possible one."""
-    if len(shape) != len(expected):
-        return False
-    axes = [axis for axis in range(len(shape)) if shape[axis] != expected[axis]]
-    possible = not axes or (len(axes) == 1 and shape[axes[0]] <= n_past + CELL)
-    return possible and (name not in ROWS or axes in ([], [TOKEN_AXIS]))
-
-
-def _merged(
-    a: Mapping[str, Mapping[str, Shape]], b: Mapping[str, Mapping[str, Shape]]
-) -> dict[str, dict[str, Shape]]:
-    return {path: {**a.get(path, {}), **b.get(path, {})} for path in {**a, **b}}
-
-
-def _from_the_start(kv: KVSettings) -> KVSettings:
-    return type(kv)(kv.bits, kv.group_size, 0, kv.max_size)
-
-
-def _shape(array: mx.array, *, any_tokens: bool = False) -> Shape:
-    lengths = list(array.shape)
-    if any_tokens:
-        lengths[TOKEN_AXIS] = 0
-    return Shape(dtype_name(array), tuple(lengths))
-
-
-# Arrays
-
-
-def dtype_name(array: mx.array) -> str:
-    """The dtype's name as files keep it: `bfloat16`, `float32`, `bool`, ..."""
-    return str(array.dtype).removeprefix("mlx.core.").rstrip("_")
-
-
-def to_array(array: mx.array) -> Array:
-    """Copy an array out of MLX."""
-    flat: Any = mx.contiguous(array).reshape(-1)
-    raw = bytes(memoryview(flat.view(mx.uint8))) if array.size else b""
-    return Array(dtype_name(array), tuple(array.shape), raw)
-
-
-def from_array(array: Array) -> mx.array:
-    """Copy an array into MLX."""
-    dtype: mx.Dtype = getattr(mx, "bool_" if array.dtype == "bool" else array.dtype)
-    if not array.nbytes:
-        return mx.zeros(array.shape, dtype)
-    raw: Any = memoryview(array.data)
-    return mx.array(raw).view(dtype).reshape(array.shape)

@@ -4,47 +4,37 @@ from __future__ import annotations
 
 import secrets
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, TypeVar
 
 import mlx.core as mx
 
 from mlx_promptcache import arithmetic, container, headers
+from mlx_promptcache.arrays import from_array
 from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError, UnsupportedLayer
 from mlx_promptcache.finder import record_of
-from mlx_promptcache.layers import from_array
+from mlx_promptcache.headers import EMBEDDING, LOGITS, RNG
+from mlx_promptcache.layers import Layer
+from mlx_promptcache.parts import check_block, check_snapshot, in_order, of_layer, opaque_layers
 from mlx_promptcache.passes import Lineage
 from mlx_promptcache.quarantine import BadFile
+from mlx_promptcache.rows import Room, name_of
 from mlx_promptcache.sampling import Sampling
-from mlx_promptcache.state import (
-    EMBEDDING,
-    LOGITS,
-    RNG,
-    Origin,
-    Ref,
-    State,
-    Trail,
-    check_block,
-    check_snapshot,
-    join_layers,
-    join_rows,
-    unstack,
-)
+from mlx_promptcache.state import Origin, Ref, State, Trail
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS
 from mlx_promptcache.tree import Keys
+from mlx_promptcache.windows import Span
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from mlx_promptcache.container import Array, Header
+    from mlx_promptcache.blueprint import Blueprint
+    from mlx_promptcache.container import Header
     from mlx_promptcache.finder import Finder, Found
-    from mlx_promptcache.layers import Blueprint, Layer
+    from mlx_promptcache.windows import Window
+
+    T = TypeVar("T")
 
 READERS = 4  # threads that read, check and decompress blocks: all three release the GIL
-
-
-class _Block(NamedTuple):
-    header: Header
-    arrays: Mapping[str, Array]
 
 
 class _Replaced(CacheMiss):
@@ -67,17 +57,18 @@ class Loader:
         if found.snapshot is not None:
             return self.snapshot(found.snapshot, tokens)
         refs = [Ref(step.stem, "", step.start, step.rows) for step in found.steps]
-        blocks = self._blocks(refs)
+        blocks = self._headers(refs)
         refs = [
-            Ref(ref.stem, block.header.digest, ref.start, ref.rows)
+            Ref(ref.stem, block.digest, ref.start, ref.rows)
             for ref, block in zip(refs, blocks, strict=True)
         ]
         lineage = Lineage(arithmetic.lineage())
         for ref, block in zip(refs, blocks, strict=True):
-            lineage = lineage.along(record_of(block.header), ref.start, ref.end)
+            lineage = lineage.along(record_of(block), ref.start, ref.end)
+        windows = {} if self._blueprint is None else self._blueprint.windows
         return State(
             tokens=tuple(tokens[: found.position]),
-            contents=join_layers(self._rows(refs, blocks), {}, {}),
+            contents=in_order(self._layers(refs, blocks, found.position, windows)),
             logits=None,
             embedding=None,
             rng=fresh_key(),
@@ -100,14 +91,17 @@ class Loader:
         content = header.content
         refs = [Ref(*ref) for ref in content["refs"]]
         try:
-            blocks = self._blocks(refs)
+            blocks = self._headers(refs)
+            contents = self._contents(header, arrays, refs, blocks)
         except BadFile:
             self._bad.ignore(stem)
             raise
+        except UnsupportedLayer as exc:
+            raise self._bad.set_aside(SNAPSHOTS, stem, exc) from exc
         held = [
             token
             for ref, block in zip(refs, blocks, strict=True)
-            for token in block.header.content["tokens"][: ref.rows]
+            for token in block.content["tokens"][: ref.rows]
         ]
         key = Keys(self._finder.root(content["phase"]), held)[len(held)]
         if key != content["key"] or (tokens is not None and held != list(tokens[: len(held)])):
@@ -120,7 +114,7 @@ class Loader:
             raise self._bad.set_aside(SNAPSHOTS, stem, wrong) from None
         return State(
             tokens=tuple(held),
-            contents=self._joined(stem, refs, blocks, content, arrays),
+            contents=contents,
             logits=arrays.get(LOGITS),
             embedding=arrays.get(EMBEDDING),
             rng=arrays.get(RNG, fresh_key()),
@@ -132,18 +126,33 @@ class Loader:
             trail=_trail(refs, blocks),
         )
 
-    def _joined(
+    def _contents(
         self,
-        stem: str,
-        refs: Sequence[Ref],
-        blocks: Sequence[_Block],
-        content: Mapping[str, Any],
+        header: Header,
         arrays: Mapping[str, mx.array],
+        refs: Sequence[Ref],
+        blocks: Sequence[Header],
     ) -> tuple[Layer, ...]:
-        try:
-            return join_layers(self._rows(refs, blocks), content, arrays)
-        except UnsupportedLayer as exc:
-            raise self._bad.set_aside(SNAPSHOTS, stem, exc) from exc
+        """All layers of a snapshot: from its blocks, and from itself.
+
+        Raises:
+            UnsupportedLayer: they lack rows.
+        """
+        windows, own = headers.windows_of(header), headers.has_window_rows(header)
+        from_blocks = self._layers(refs, blocks, header.content["n_past"], {} if own else windows)
+        rows = {layer.path: layer.rows for layer in from_blocks}
+        held = [
+            Layer(
+                path,
+                told["kind"],
+                of_layer(arrays, path) if own else rows.get(path, {}),
+                attributes=told["attributes"],
+                window=windows[path],
+            )
+            for path, told in header.content["windows"].items()
+        ]
+        sliceable = [layer for layer in from_blocks if layer.sliceable]
+        return in_order([*sliceable, *held, *opaque_layers(header, arrays)])
 
     def _snapshot_file(self, stem: str) -> tuple[Header, dict[str, mx.array]]:
         with self._store.reader(SNAPSHOTS, stem) as reader:
@@ -155,48 +164,95 @@ class Loader:
             }
         return header, arrays
 
-    def _blocks(self, refs: Sequence[Ref]) -> list[_Block]:
+    def _headers(self, refs: Sequence[Ref]) -> list[Header]:
+        """The headers of blocks, checked to be those that are meant."""
+        return self._each(
+            refs, lambda ref: self._checked(ref, headers.block_header(self._store, ref.stem))
+        )
+
+    def _checked(self, ref: Ref, header: Header) -> Header:
+        if header.content["start"] != ref.start or len(header.content["tokens"]) < ref.rows:
+            raise DamagedFile("it is not at the position where its name was found")
+        if ref.digest and header.digest != ref.digest:
+            raise _Replaced("a block that is needed was replaced by another")
+        check_block(header, self._blueprint)
+        return header
+
+    def _each(self, refs: Sequence[Ref], read: Callable[[Ref], T]) -> list[T]:
+        """Read blocks with several threads. One that cannot be used is set aside."""
         with ThreadPoolExecutor(READERS) as pool:
-            futures = [pool.submit(self._block_file, ref) for ref in refs]
-            blocks = []
+            futures = [pool.submit(read, ref) for ref in refs]
+            results = []
             for ref, future in zip(refs, futures, strict=True):
                 try:
-                    blocks.append(future.result())
+                    results.append(future.result())
                 except PromptCacheError as exc:
                     for other in futures:
                         other.cancel()
                     if isinstance(exc, _Replaced):
                         raise BadFile(str(exc)) from exc
                     raise self._bad.set_aside(BLOCKS, ref.stem, exc) from exc
-        return blocks
+        return results
 
-    def _block_file(self, ref: Ref) -> _Block:
+    def _layers(
+        self,
+        refs: Sequence[Ref],
+        blocks: Sequence[Header],
+        n_past: int,
+        windows: Mapping[str, Window],
+    ) -> list[Layer]:
+        """The layers at `n_past` whose rows stand in blocks: all sliceable ones, and these windows.
+
+        Raises:
+            UnsupportedLayer: the blocks lack rows.
+        """
+        rooms: dict[tuple[str, str], Room] = {}
+        for block in blocks:
+            for label, entry in block.entries.items():
+                name, of_window = name_of(label)
+                for path in block.content["stacks"][label]:
+                    if (path, name) not in rooms and (not of_window or path in windows):
+                        spans = windows[path].spans(n_past) if of_window else [Span(0, n_past)]
+                        rooms[path, name] = Room(entry, spans, padded=not of_window)
+        Room.open(rooms.values())
+        exactly = [
+            Ref(ref.stem, block.digest, ref.start, ref.rows)
+            for ref, block in zip(refs, blocks, strict=True)
+        ]
+        self._each(exactly, lambda ref: self._place(ref, rooms))
+        arrays: dict[str, dict[str, mx.array]] = {}
+        for (path, name), room in rooms.items():
+            arrays.setdefault(path, {})[name] = room.close()
+        return [_layer(path, named, n_past, windows.get(path)) for path, named in arrays.items()]
+
+    def _place(self, ref: Ref, rooms: Mapping[tuple[str, str], Room]) -> None:
+        """Read a block, and put its rows where there is room for them."""
         with self._store.reader(BLOCKS, ref.stem) as reader:
-            header = headers.checked_block(reader.header(), ref.stem)
-            if header.content["start"] != ref.start or len(header.content["tokens"]) < ref.rows:
-                raise DamagedFile("it is not at the position where its name was found")
-            if ref.digest and header.digest != ref.digest:
-                raise _Replaced("a block that a snapshot needs was replaced by another")
-            check_block(header, self._blueprint)
-            arrays = {
-                label: container.read_array(reader.read, entry)
-                for label, entry in header.entries.items()
-            }
-        return _Block(header, arrays)
-
-    def _rows(
-        self, refs: Sequence[Ref], blocks: Sequence[_Block]
-    ) -> dict[str, dict[str, mx.array]]:
-        return join_rows(
-            [
-                unstack(block.header, block.arrays, ref.rows)
-                for ref, block in zip(refs, blocks, strict=True)
-            ]
-        )
+            header = self._checked(ref, headers.checked_block(reader.header(), ref.stem))
+            for label, entry in header.entries.items():
+                name, of_window = name_of(label)
+                start = headers.window_span(header).start if of_window else ref.start
+                used = Span(start, max(start, ref.end))
+                places = [
+                    (i, rooms[path, name])
+                    for i, path in enumerate(header.content["stacks"][label])
+                    if (path, name) in rooms and rooms[path, name].wants(used)
+                ]
+                if places:
+                    stack = container.read_array(reader.read, entry)
+                    for i, room in places:
+                        room.put(stack, i, used)
 
 
-def _trail(refs: Sequence[Ref], blocks: Sequence[_Block]) -> Trail:
-    rates = [headers.noted_number(block.header, "seconds_per_token") for block in blocks]
+def _layer(path: str, arrays: dict[str, mx.array], n_past: int, window: Window | None) -> Layer:
+    if window is not None:
+        return Layer(path, "", arrays, window=window)
+    rows = {name: array[:, :, :n_past] for name, array in arrays.items()}
+    return Layer(path, "", rows, padded=arrays)
+
+
+def _trail(refs: Sequence[Ref], blocks: Sequence[Header]) -> Trail:
+    rates = [headers.noted_number(block, "seconds_per_token") for block in blocks]
     seconds = sum(rate * ref.rows for ref, rate in zip(refs, rates, strict=True))
     return Trail(tuple(refs), (), seconds / max(1, refs[-1].end if refs else 0))
 

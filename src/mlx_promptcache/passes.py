@@ -143,6 +143,14 @@ class Plan:
         """The last end of a pass at or before `position`."""
         return max(end for end in self.lineages if end <= position)
 
+    def wide_cut(self, position: int) -> int:
+        """The last end, at or before `position`, of a pass of more than one token.
+
+        A pass of one token leaves a window's ring in another order than its rows have.
+        """
+        wide = (end for start, end in self.ends.items() if end - start > 1 and end <= position)
+        return max(wide, default=0)
+
 
 def _hash(*parts: object) -> str:
     return hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=16).hexdigest()

@@ -19,12 +19,14 @@ from mlx_promptcache.passes import Pass, extended, next_end
 from mlx_promptcache.prompt import TextStream, answered
 from mlx_promptcache.sampling import Sampling
 from mlx_promptcache.state import Mark, Origin, State, Trail
+from mlx_promptcache.window_rows import latest, limited
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from mlx_promptcache.cache import Match
     from mlx_promptcache.runner import Runner
+    from mlx_promptcache.window_rows import WindowRows
 
     Progress = Callable[[int, int], None]  # (tokens of the prompt that are held, all of them)
 
@@ -58,6 +60,7 @@ class Run:
         self._trail = state.trail if state else Trail()
         self._passes: list[Pass] = list(self._trail.passes)
         self._marks: list[Mark] = list(state.marks) if state else []
+        self._passed: list[WindowRows] = list(state.passed) if state else []
         self._held = len(self._tokens)  # tokens in the layers, those on their way included
         self._unread: mx.array | None = None  # fed, but its value not yet asked for
         self._unfed: mx.array | None = None  # yielded, but not fed
@@ -74,22 +77,30 @@ class Run:
     # Prefill
 
     def prefill(
-        self, tokens: Sequence[int], boundaries: Sequence[int], progress: Progress | None = None
+        self,
+        tokens: Sequence[int],
+        boundaries: Sequence[int],
+        *,
+        marks: Collection[int] = (),
+        progress: Progress | None = None,
     ) -> None:
         """Feed the tokens that are not held yet, and take a mark at each boundary and at the end.
 
-        Passes end at multiples of `prefill_step`, at boundaries and at the end of the tokens.
+        Passes end at multiples of `prefill_step`, at boundaries and at the end of the tokens. Marks
+        are also taken where a pass ends at one of `marks`, and every `snapshot_every` tokens if
+        there are layers that can be resumed in no other way.
         """
         began = time.perf_counter()
         self._prompt_tokens = len(tokens)
         while self._held < len(tokens):
             if progress:
                 progress(self._held, len(tokens))
-            end = next_end(self._held, len(tokens), self._runner.prefill_step, boundaries)
-            self._forward(mx.array(list(tokens[self._held : end]))[None], end - self._held)
+            start = self._held
+            end = next_end(start, len(tokens), self._runner.prefill_step, boundaries)
+            self._forward(mx.array(list(tokens[start:end]))[None], end - start)
             self._tokens += tokens[len(self._tokens) : end]
-            arrays = live_arrays(self._layers)
-            if end in boundaries or end == len(tokens):
+            arrays = live_arrays(self._layers) + self._keep_passed()
+            if end == len(tokens) or end in boundaries or end in marks or self._due(start, end):
                 arrays += [a for a in (self._logits, self._embedding) if a is not None]
                 mx.eval(arrays)
                 self._mark()
@@ -110,13 +121,30 @@ class Run:
         """Tokens of the prompt that were fed; fewer than all where the prefill was interrupted."""
         return min(self._held, self._prompt_tokens) - self.cached_tokens
 
+    def _due(self, start: int, end: int) -> bool:
+        every = self._runner.snapshot_every
+        return self._runner.opaque and start // every < end // every
+
+    def _keep_passed(self) -> list[mx.array]:
+        """Keep the latest rows of windows for the blocks to come; return the new arrays."""
+        if not self._runner.keeps_windows:
+            return []
+        rows = latest(self._layers, self._held, self._held - self._passed_until())
+        if rows is None:
+            return []
+        self._passed = limited([*self._passed, rows])
+        return rows.arrays
+
+    def _passed_until(self) -> int:
+        return self._passed[-1].span.stop if self._passed else self.cached_tokens
+
     def _mark(self) -> None:
         if not self._runner.capturable:
             return
         contents = capture(self._layers, self._held) if not self._runner.sliceable else ()
-        opaque = tuple(layer for layer in contents if not layer.sliceable)
+        layers = tuple(layer for layer in contents if not layer.sliceable)
         self._marks.append(
-            Mark(self._held, opaque, self._logits, self._embedding, self.key, self._lineage)
+            Mark(self._held, layers, self._logits, self._embedding, self.key, self._lineage)
         )
 
     def _forward(self, inputs: mx.array, count: int) -> None:
@@ -199,6 +227,8 @@ class Run:
     def _feed(self, token: mx.array) -> None:
         self._forward(token[None], 1)
         self._unread = token
+        if self._held - self._passed_until() >= self._runner.shortest_window:
+            mx.async_eval(self._keep_passed())
 
     def _read(self) -> int:
         assert self._unread is not None  # noqa: S101 - `_feed` came before
@@ -255,6 +285,7 @@ class Run:
             origin=self._whole_origin(),
             marks=tuple(m for m in self._marks if m.position < self._held),
             trail=replace(self._trail, passes=tuple(self._passes)),
+            passed=tuple(self._passed),
         )
 
 

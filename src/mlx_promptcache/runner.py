@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from dataclasses import replace
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlx_promptcache import arithmetic, models, places
+from mlx_promptcache.blueprint import PROBE_TOKENS, Blueprint
 from mlx_promptcache.cache import Match, PromptCache
 from mlx_promptcache.errors import ModelError, PromptError, UnsupportedLayer
 from mlx_promptcache.fingerprint import KVSettings, remembered
-from mlx_promptcache.layers import PROBE_TOKENS, Blueprint, make_layers
+from mlx_promptcache.layers import make_layers
 from mlx_promptcache.loader import fresh_key
 from mlx_promptcache.passes import Plan
 from mlx_promptcache.prompt import Prompt, Prompter
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_promptcache")
 
 PREFILL_STEP = 512
+SNAPSHOT_EVERY = 4 * PREFILL_STEP
+LEAST_BRANCH = 16  # tokens that a snapshot at a branch must save the next prompt
 
 
 class Runner:
@@ -43,7 +47,8 @@ class Runner:
 
     `model` and `tokenizer` are a pair from `mlx_lm.load`; both tokenizer and cache may be None.
     Prompts end their passes on a grid of `prefill_step` positions (a multiple of 256), in cold and
-    in warm runs alike.
+    in warm runs alike. Models with layers that can only be resumed from snapshots have these taken
+    every `snapshot_every` tokens of a long prompt, where the next pass ends.
 
     One runner runs one sequence at a time: `state` is that of the latest.
     """
@@ -56,15 +61,19 @@ class Runner:
         *,
         kv: KVSettings | None = None,
         prefill_step: int = PREFILL_STEP,
+        snapshot_every: int = SNAPSHOT_EVERY,
         context_length: int | None = None,
     ) -> None:
         if prefill_step <= 0 or prefill_step % CELL:
             raise ValueError(f"prefill_step must be a multiple of {CELL}, not {prefill_step}")
+        if snapshot_every <= 0:
+            raise ValueError(f"snapshot_every must be more than 0, not {snapshot_every}")
         self.model = model
         self.tokenizer = tokenizer
         self.kv = kv if kv is not None else cache.kv if cache is not None else KVSettings()
         self.cache = cache.with_kv(self.kv) if cache is not None else None
         self.prefill_step = prefill_step
+        self.snapshot_every = snapshot_every
         self.context_length = context_length
         self.forward_passes = 0
         """Forward calls so far; `tokens_fed` is how many tokens went through them."""
@@ -140,6 +149,24 @@ class Runner:
         return self._blueprint is not None and self._blueprint.sliceable
 
     @property
+    def opaque(self) -> bool:
+        """Whether there are layers that can only be resumed where they were captured."""
+        return self._blueprint is not None and bool(self._blueprint.opaque)
+
+    @property
+    def keeps_windows(self) -> bool:
+        """Whether rows that windows have moved past are to be kept for the store."""
+        if self._blueprint is None or self.cache is None or self.cache.read_only:
+            return False
+        return bool(self._blueprint.windows)
+
+    @property
+    def shortest_window(self) -> float:
+        """How many tokens it takes at least until a window lets go of a row."""
+        windows = self._blueprint.windows.values() if self._blueprint is not None else ()
+        return min((window.size - window.keep for window in windows), default=math.inf)
+
+    @property
     def fingerprint(self) -> str:
         """What this runner computes states as; empty where it has no cache to tell."""
         return "" if self.cache is None else self.cache.fingerprint.digest
@@ -185,12 +212,15 @@ class Runner:
     ) -> Run:
         """Reuse what is stored of a prompt, feed the rest, and return the run at its end.
 
-        With `exact` only rows are reused that this very run would have computed itself.
+        With `exact` only rows are reused that this very run would have computed itself. So it is
+        always where windows keep their first rows (`max_kv_size`): what mlx-lm computes with such
+        windows depends on where passes are cut.
 
         Raises:
             PromptError: the prompt is empty, or longer than the model's context.
         """
         made = self._prompt(prompt, boundaries)
+        exact = exact or (self._blueprint is not None and self._blueprint.cuts_matter)
         began = time.perf_counter()
         state, layers, match = self._resume(made, exact=exact) if reuse else (None, None, None)
         run = Run(self, layers or self.make_layers(), state, arithmetic.lineage())
@@ -201,8 +231,22 @@ class Runner:
         seed = run.sampling.seed
         run.key = fresh_key() if seed is None else mx.random.key(seed)
         self._run = run
-        run.prefill(made.tokens, made.boundaries, progress)
+        cuts = made.boundaries
+        marks: tuple[int, ...] = ()
+        if match is not None and (branch := self._branch(match, len(made.tokens))):
+            if exact:  # a cut would be one that a cold run does not make
+                marks = (branch - branch % self.prefill_step,)
+            else:
+                cuts = (*cuts, branch)
+        run.prefill(made.tokens, cuts, marks=marks, progress=progress)
         return run
+
+    def _branch(self, match: Match, length: int) -> int | None:
+        """Where a prompt leaves what is stored of others, if nothing can be resumed there: with a
+        snapshot there the next one can.
+        """
+        saves = match.stored - match.position >= LEAST_BRANCH
+        return match.stored if saves and match.stored < length else None
 
     def resume(self, state: State, sampling: Sampling | None = None) -> Run:
         """Return a run that goes on where a state stops, with the state's own key and sampling.

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 from mlx_promptcache import arithmetic, container, headers
 from mlx_promptcache.errors import CacheMiss, PromptCacheError, StoreError
 from mlx_promptcache.finder import record_of
+from mlx_promptcache.parts import known_window_rows, split_rest, split_rows
 from mlx_promptcache.passes import PassRecord
-from mlx_promptcache.state import Ref, State, split_rest, split_rows
+from mlx_promptcache.state import Ref, State
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS
 from mlx_promptcache.tree import BlockName, Keys, SnapshotName, cell_start, pieces, shard
+from mlx_promptcache.windows import Span, widest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mlx_promptcache.finder import Finder
 
 ID_DIGITS = 16
@@ -53,6 +57,7 @@ class Saver:
         self._finder, self._store, self._bad = finder, finder.store, finder.bad
         self._state, self._sync, self._exact = state, sync, exact
         self._keys = Keys(finder.root(state.phase), state.tokens)
+        self._window_rows = known_window_rows(state)
         self._written = self._shared = self._bytes = 0
 
     def save(self, name: str | None, *, replace: bool = False, share: bool = False) -> Saved:
@@ -113,7 +118,9 @@ class Saver:
         state = self._state
         refs: list[Ref] = []
         for ref in state.trail.refs:
-            if not self._is_there(ref):  # deleted or replaced since: write these rows again
+            if not self._finder.is_there(
+                ref.stem, ref.digest
+            ):  # deleted or replaced since: write these rows again
                 break
             refs.append(ref)
         self._shared += len(refs)
@@ -127,12 +134,6 @@ class Saver:
 
     def _shard(self, position: int) -> str:
         return shard(self._keys[cell_start(position)])
-
-    def _is_there(self, ref: Ref) -> bool:
-        try:
-            return headers.block_header(self._store, ref.stem).digest == ref.digest
-        except PromptCacheError:
-            return False
 
     def _stored_piece(self, begin: int, end: int) -> int | None:
         """Where the longest stored block that begins at `begin`, and has no tokens but these, ends.
@@ -154,7 +155,7 @@ class Saver:
 
     def _block(self, begin: int, end: int) -> Ref:
         state, keys = self._state, self._keys
-        arrays, stacks = split_rows(state, begin, end)
+        arrays, stacks, window = split_rows(state, self._window_rows, begin, end)
         record = PassRecord.of(state.trail.passes, begin, end)
         content = {
             "fingerprint": self._finder.fingerprint.digest,
@@ -162,7 +163,8 @@ class Saver:
             "start_key": keys[begin],
             "end_key": keys[end],
             "tokens": list(state.tokens[begin:end]),
-            "complete": all(layer.sliceable for layer in state.contents),
+            "complete": not any(layer.opaque for layer in state.contents),
+            "window": window,
             "stacks": stacks,
         }
         notes = self._notes() | {"passes": record.to_json()}
@@ -196,7 +198,8 @@ class Saver:
 
     def _snapshot(self, state: State, refs: list[Ref]) -> str:
         n, keys = state.n_past, self._keys
-        arrays, rest = split_rest(state)
+        in_blocks = self._windows_in_blocks(state, refs)
+        arrays, rest = split_rest(state, windows=not in_blocks)
         content = {
             "fingerprint": self._finder.fingerprint.digest,
             "phase": state.phase,
@@ -222,6 +225,18 @@ class Saver:
             self._bytes += packed.size
         self._bad.trust(name)
         return name
+
+    def _windows_in_blocks(self, state: State, refs: Sequence[Ref]) -> bool:
+        """Whether these blocks have all the rows that the windows of a state hold."""
+        windows = [layer.window for layer in state.contents if layer.window is not None]
+        if not windows:
+            return True
+        covered = []
+        for ref in refs:
+            span = headers.window_span(headers.block_header(self._store, ref.stem))
+            covered.append(Span(span.start, min(span.stop, ref.end)))
+        n = state.n_past
+        return widest(windows).deepest(covered, n) == n
 
     def _notes(self) -> dict[str, Any]:
         return {

@@ -1,4 +1,4 @@
-"""The state: all that the next token needs, as a value; how it is split into files, and joined.
+"""The state: all that the next token needs, as a value.
 
 A state belongs to the end of its tokens. Its logits are those after the last token, so that an
 exact hit samples its first token with no forward pass; its key is the one that the next draw
@@ -10,31 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
-
-from mlx_promptcache.errors import UnsupportedLayer
 from mlx_promptcache.fingerprint import PLAIN, QUANTISED, KVSettings
-from mlx_promptcache.layers import (
-    TOKEN_AXIS,
-    Blueprint,
-    Layer,
-    Shape,
-    fill,
-    from_array,
-    make_layers,
-    to_array,
-)
+from mlx_promptcache.layers import Layer, fill, make_layers
 from mlx_promptcache.sampling import Sampling
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
-    from mlx_promptcache.container import Array, Header
+    import mlx.core as mx
+
     from mlx_promptcache.passes import Pass
-
-LOGITS = "logits"
-EMBEDDING = "embedding"
-RNG = "rng"
+    from mlx_promptcache.window_rows import WindowRows
 
 
 @dataclass(frozen=True)
@@ -99,25 +85,22 @@ class Trail:
     passes: tuple[Pass, ...] = ()
     seconds_per_token: float = 0.0
 
-    @property
-    def stored(self) -> int:
-        """The position up to which the rows stand in blocks."""
-        return self.refs[-1].end if self.refs else 0
-
 
 @dataclass(frozen=True)
 class Mark:
-    """A position on the way to a state where a snapshot was taken; its rows are the state's."""
+    """A position on the way to a state where a snapshot was taken; its rows are the state's.
+
+    `layers` are those that are not sliceable. Where rows were quantised since, they are all, and
+    the mark has a `trail` of its own.
+    """
 
     position: int
-    layers: tuple[Layer, ...]  # the opaque ones
+    layers: tuple[Layer, ...]
     logits: mx.array | None
     embedding: mx.array | None
     rng: mx.array
     lineage: str
-    trail: Trail | None = (
-        None  # its own, where its rows were quantised since: `layers` are then all
-    )
+    trail: Trail | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +125,8 @@ class State:
     origin: Origin = field(default_factory=Origin, repr=False)
     marks: tuple[Mark, ...] = field(default=(), repr=False)
     trail: Trail = field(default_factory=Trail, repr=False)
+    passed: tuple[WindowRows, ...] = field(default=(), repr=False)
+    """Rows that its windows have moved past, for blocks to hold."""
 
     @property
     def n_past(self) -> int:
@@ -188,147 +173,3 @@ class State:
             origin=Origin(),
             marks=(),
         )
-
-
-# Splitting
-
-
-def split_rows(state: State, begin: int, end: int) -> tuple[dict[str, Array], dict[str, list[str]]]:
-    """The sliceable rows `[begin, end)` as arrays, and which layers each array is a stack of.
-
-    Layers whose rows are alike are stacked along a new first axis, in the model's order: fewer and
-    larger arrays.
-    """
-    groups: dict[tuple[str, str, tuple[int, ...]], list[tuple[str, mx.array]]] = {}
-    for layer in state.contents:
-        for name, array in layer.rows.items():
-            part = array[:, :, begin:end]
-            groups.setdefault((name, str(part.dtype), tuple(part.shape)), []).append(
-                (layer.path, part)
-            )
-    arrays: dict[str, Array] = {}
-    stacks: dict[str, list[str]] = {}
-    for (name, _, _), members in groups.items():
-        label = f"{name}/{sum(1 for other in stacks if other.startswith(name + '/'))}"
-        arrays[label] = to_array(mx.stack([part for _, part in members]))
-        stacks[label] = [path for path, _ in members]
-    return arrays, stacks
-
-
-def split_rest(state: State) -> tuple[dict[str, Array], dict[str, Any]]:
-    """What a snapshot holds of a state: arrays, and JSON for what is not an array."""
-    arrays: dict[str, Array] = {}
-    opaque: dict[str, Any] = {}
-    for layer in state.contents:
-        if not layer.sliceable:
-            opaque[layer.path] = {"kind": layer.kind, "attributes": layer.attributes}
-            for name, array in layer.arrays.items():
-                arrays[f"{layer.path}/{name}"] = to_array(array)
-    for name, value in ((LOGITS, state.logits), (EMBEDDING, state.embedding), (RNG, state.rng)):
-        if value is not None:
-            arrays[name] = to_array(value)
-    return arrays, {
-        "opaque": opaque,
-        "sampling": state.sampling.to_json(),
-        "origin": state.origin.to_json(),
-    }
-
-
-# Joining
-
-
-def check_block(header: Header, blueprint: Blueprint | None) -> None:
-    """Compare what a block says it holds with the model's layers.
-
-    Raises:
-        UnsupportedLayer: they do not agree.
-    """
-    if blueprint is None:
-        return
-    held: set[str] = set()
-    for label, entry in header.entries.items():
-        name = label.partition("/")[0]
-        for path in header.content["stacks"][label]:
-            blueprint.check_rows(path, name, entry.dtype, entry.shape[1:])
-            held.add(path)
-    if held != set(blueprint.rows):
-        raise UnsupportedLayer("it does not hold the layers of this model")
-
-
-def unstack(
-    header: Header, arrays: Mapping[str, Array], rows: int
-) -> dict[tuple[str, str], mx.array]:
-    """The first `rows` rows of a block's arrays, by path and name."""
-    found: dict[tuple[str, str], mx.array] = {}
-    for label, array in arrays.items():
-        stack = from_array(array)
-        name = label.partition("/")[0]
-        for i, path in enumerate(header.content["stacks"][label]):
-            found[path, name] = stack[i, :, :, :rows]
-    return found
-
-
-def join_rows(
-    parts: Sequence[Mapping[tuple[str, str], mx.array]],
-) -> dict[str, dict[str, mx.array]]:
-    """The rows of blocks that follow one another, by path and then by name.
-
-    Raises:
-        UnsupportedLayer: the blocks do not hold the same layers.
-    """
-    joined: dict[str, dict[str, mx.array]] = {}
-    for path, name in parts[0] if parts else ():
-        try:
-            arrays = [part[path, name] for part in parts]
-        except KeyError:
-            raise UnsupportedLayer("the blocks do not hold the same layers") from None
-        joined.setdefault(path, {})[name] = (
-            arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=TOKEN_AXIS)
-        )
-    return joined
-
-
-def check_snapshot(header: Header, blueprint: Blueprint | None) -> None:
-    """Compare what a snapshot says it holds with what the model's layers can hold.
-
-    Raises:
-        UnsupportedLayer: they do not agree.
-    """
-    content = header.content
-    if blueprint is not None and set(content["opaque"]) != set(blueprint.opaque):
-        raise UnsupportedLayer("it has opaque layers that are not those of this model")
-    for name, entry in header.entries.items():
-        path, _, array = name.partition("/")
-        if array and blueprint is not None:
-            blueprint.check_opaque(path, array, entry.dtype, entry.shape, content["n_past"])
-        elif not array and not _is_head(Shape(entry.dtype, entry.shape), name, blueprint):
-            raise UnsupportedLayer(f"its {name} cannot be those of this model")
-
-
-def _is_head(shape: Shape, name: str, blueprint: Blueprint | None) -> bool:
-    if name == RNG:
-        return shape == Shape("uint32", (2,))
-    if name == LOGITS and blueprint is not None:
-        return shape == blueprint.logits
-    return name in {LOGITS, EMBEDDING} and len(shape.lengths) == 1 and shape.lengths[0] > 0
-
-
-def join_layers(
-    rows: Mapping[str, Mapping[str, mx.array]],
-    content: Mapping[str, Any],
-    arrays: Mapping[str, mx.array],
-) -> tuple[Layer, ...]:
-    """All layers of a state from the rows of its blocks and the rest of its snapshot."""
-    layers = [Layer(path, "", dict(named)) for path, named in rows.items()]
-    for path, opaque in content.get("opaque", {}).items():
-        own = {
-            name.partition("/")[2]: array
-            for name, array in arrays.items()
-            if name.startswith(path + "/")
-        }
-        layers.append(Layer(path, opaque["kind"], {}, own, opaque["attributes"]))
-    return tuple(sorted(layers, key=lambda layer: _order(layer.path)))
-
-
-def _order(path: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in path.split("."))
