@@ -52,6 +52,7 @@ FLOORS = [
     "cache",
     "trunk",
     "run",
+    "speculative",
     "runner",
     "cli.output",
     "cli.__init__",

@@ -104,7 +104,7 @@ class Finder:
             stem = self.snapshot_at(keys, reached, lineage, walk.digests)
             if stem is not None:
                 return Found(reached, tuple(steps), stem, True, phase, reached)
-        last = min(reached, len(tokens) - 1 if limit is None else limit)
+        last = max(0, min(reached, len(tokens) - 1 if limit is None else limit))
         position, stem = walk.deepest(steps, last), None
         if position < (plan.cut(last) if plan else last):
             position, stem = self._deeper_snapshot(keys, position, last, plan)

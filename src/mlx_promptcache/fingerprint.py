@@ -42,6 +42,7 @@ PARTS = {
     "shard": "another shard of the model",
     "salt": "another salt",
     "format": "another format of states",
+    "draft": "another draft model, or none",
     "text": "another model",
 }
 
@@ -106,9 +107,10 @@ class Fingerprint:
         adapter: Path | None = None,
         kv: KVSettings | None = None,
         salt: str = "",
+        draft: Path | None = None,
         memo: Memo | None = None,
     ) -> Fingerprint:
-        """The fingerprint of a model directory, from its content.
+        """The fingerprint of a model directory, and of its draft model's, from their content.
 
         Raises:
             ModelError: the directory holds no model, or a file of it cannot be read.
@@ -124,6 +126,8 @@ class Fingerprint:
                 "salt": _hash(salt.encode()) if salt else "none",
                 "format": FORMAT,
             }
+            if draft is not None:
+                parts["draft"] = _hash(f"{_weights(draft, memo)} {_config(draft)}".encode())
         except OSError as exc:
             raise ModelError(f"the model {model} cannot be read: {exc.strerror}") from exc
         return cls(parts)
@@ -202,6 +206,7 @@ def remembered(
     adapter: Path | None = None,
     kv: KVSettings | None = None,
     salt: str = "",
+    draft: Path | None = None,
     memo_file: Path | None = None,
 ) -> Fingerprint:
     """The fingerprint of a model directory; this user's memo keeps the identity of large files.
@@ -211,7 +216,9 @@ def remembered(
     """
     memo_file = memo_file or places.weights_memo()
     memo = Memo.load(memo_file)
-    fingerprint = Fingerprint.of_model(model, adapter=adapter, kv=kv, salt=salt, memo=memo)
+    fingerprint = Fingerprint.of_model(
+        model, adapter=adapter, kv=kv, salt=salt, draft=draft, memo=memo
+    )
     memo.save(memo_file)
     return fingerprint
 

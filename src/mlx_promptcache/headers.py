@@ -36,6 +36,7 @@ ROW_LABEL = re.compile(r"(window\.)?(keys|values)(\.[0-9])?/[0-9]{1,4}")
 WINDOW = "window."  # begins the labels of the rows of windows
 ROW_DIMENSIONS = 5  # [layers, batch, heads, tokens, ...]
 ROWS_AXIS = 3
+MOST_DRAFT_TOKENS = 1024
 TEXTS = ("text", "system")
 LOGITS = "logits"
 EMBEDDING = "embedding"
@@ -149,6 +150,7 @@ def checked_snapshot(header: Header, stem: str) -> Header:
         and _follow_one_another(refs, n_past)
         and isinstance(content.get("sampling"), dict)
         and _is_origin(content.get("origin"))
+        and _is_speculation(content.get("speculation"), n_past)
         and _are_layers(content.get("opaque"), content.get("windows"), header)
     )
     if not sound:
@@ -202,6 +204,20 @@ def _are_layers(opaque: Any, windows: Any, header: Header) -> bool:
     rows = sorted(f"{path}/{name}" for path in windows for name in ("keys", "values"))
     named = sorted(name for name in header.entries if "/" in name)
     return named in (arrays, sorted(arrays + rows))
+
+
+def _is_speculation(value: Any, n_past: int) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not isinstance(value.get("key"), list):
+        return False
+    numbers = [value.get("start"), value.get("draft_tokens"), *value["key"]]
+    return (
+        len(numbers) == 4
+        and all(type(n) is int and 0 <= n < 1 << 32 for n in numbers)
+        and numbers[0] < n_past
+        and numbers[1] <= MOST_DRAFT_TOKENS
+    )
 
 
 def _is_told_layers(layers: Any) -> bool:

@@ -19,7 +19,7 @@ from mlx_promptcache.passes import Lineage
 from mlx_promptcache.quarantine import BadFile
 from mlx_promptcache.rows import Room, name_of
 from mlx_promptcache.sampling import Sampling
-from mlx_promptcache.state import Origin, Ref, State, Trail
+from mlx_promptcache.state import Origin, Ref, Speculation, State, Trail
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS
 from mlx_promptcache.tree import Keys
 from mlx_promptcache.windows import Span
@@ -112,6 +112,7 @@ class Loader:
         except (TypeError, ValueError):
             wrong = DamagedFile("its sampling settings make no sense")
             raise self._bad.set_aside(SNAPSHOTS, stem, wrong) from None
+        speculation = content.get("speculation")
         return State(
             tokens=tuple(held),
             contents=contents,
@@ -123,6 +124,7 @@ class Loader:
             fingerprint=self._finder.fingerprint.digest,
             lineage=str(header.notes.get("lineage")),
             origin=Origin.from_json(content["origin"]),
+            speculation=speculation and Speculation.from_json(speculation),
             trail=_trail(refs, blocks),
         )
 

@@ -79,6 +79,7 @@ def split_rest(state: State, *, windows: bool) -> tuple[dict[str, Array], dict[s
         **told,
         "sampling": state.sampling.to_json(),
         "origin": state.origin.to_json(),
+        "speculation": None if state.speculation is None else state.speculation.to_json(),
     }
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 UNKNOWN = "unknown"
+NO_END = 1 << 40  # beyond any prompt
 
 
 class Pass(NamedTuple):
@@ -91,18 +92,33 @@ class PassRecord(NamedTuple):
 
     @classmethod
     def of(cls, passes: Sequence[Pass], begin: int, end: int) -> PassRecord:
-        """The record of rows `[begin, end)`, which these passes (or some of them) computed."""
+        """The record of rows `[begin, end)`, which these passes (or some of them) computed.
+
+        From a pass on that did not begin with the lineage of the one before (a round of speculative
+        decoding) they stand as one that no plan has: `NO_END`.
+        """
         first = bisect.bisect_right(passes, begin, key=lambda p: p.end)
         last = bisect.bisect_left(passes, end, key=lambda p: p.start)
         used = passes[first:last]
         if not used or used[0].start > begin or used[-1].end < end:
             return cls(begin, (end,), UNKNOWN)
-        return cls(used[0].start, tuple(p.end for p in used), used[0].lineage)
+        ends = [used[0].end]
+        for before, after in itertools.pairwise(used):
+            if after.lineage != extended(before.lineage, before.start, before.end):
+                ends.append(NO_END)
+                break
+            ends.append(after.end)
+        return cls(used[0].start, tuple(ends), used[0].lineage)
 
 
 def extended(lineage: str, start: int, end: int) -> str:
     """The lineage after one more pass."""
     return _hash(lineage, start, end)
+
+
+def speculated(lineage: str, start: int, end: int) -> str:
+    """The lineage before a pass over proposed tokens: unlike that before any other pass."""
+    return _hash("speculated", lineage, start, end)
 
 
 def next_end(position: int, length: int, step: int, boundaries: Iterable[int]) -> int:

@@ -38,11 +38,13 @@ class Step:
     """One generated token. `text` is what can be shown now: at times nothing, at times more.
 
     `finish_reason` is set on the last one: `stop` (an end token or a stop text) or `length`.
+    `from_draft` tells that a draft model proposed it.
     """
 
     token: int
     text: str
     finish_reason: str | None = None
+    from_draft: bool = False
 
 
 class Run:
@@ -191,7 +193,7 @@ class Run:
         ends = set(tokenizer.eos_token_ids) if tokenizer is not None else set()
         text = TextStream(tokenizer, stop)
         limit = self._runner.room_for(self._held, max_tokens)
-        draw = _Draw(self.sampling, self._tokens)
+        draw = Draw(self.sampling, self._tokens)
         key, token = draw(self.key, self._logits)
         mx.async_eval(token)
         for count in range(1, limit + 1):
@@ -293,7 +295,7 @@ def _value(token: mx.array) -> int:
     return int(token.item())  # type: ignore[arg-type]
 
 
-class _Draw:
+class Draw:
     """Draws tokens one after the other; keeps the last tokens, for the penalties."""
 
     def __init__(self, sampling: Sampling, tokens: Sequence[int]) -> None:

@@ -17,12 +17,14 @@ from mlx_promptcache.blueprint import PROBE_TOKENS, Blueprint
 from mlx_promptcache.cache import Match, PromptCache
 from mlx_promptcache.errors import ModelError, PromptError, UnsupportedLayer
 from mlx_promptcache.fingerprint import KVSettings, remembered
+from mlx_promptcache.headers import MOST_DRAFT_TOKENS
 from mlx_promptcache.layers import make_layers
 from mlx_promptcache.loader import fresh_key
 from mlx_promptcache.passes import Plan
 from mlx_promptcache.prompt import Prompt, Prompter
 from mlx_promptcache.run import Run, Step
 from mlx_promptcache.sampling import Sampling
+from mlx_promptcache.speculative import Pair, SpeculativeRun
 from mlx_promptcache.state import Origin, State
 from mlx_promptcache.store import Store
 from mlx_promptcache.tree import CELL
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_promptcache")
 
 PREFILL_STEP = 512
+NUM_DRAFT_TOKENS = 3  # as mlx_lm.generate
 SNAPSHOT_EVERY = 4 * PREFILL_STEP
 LEAST_BRANCH = 16  # tokens that a snapshot at a branch must save the next prompt
 
@@ -49,6 +52,9 @@ class Runner:
     Prompts end their passes on a grid of `prefill_step` positions (a multiple of 256), in cold and
     in warm runs alike. Models with layers that can only be resumed from snapshots have these taken
     every `snapshot_every` tokens of a long prompt, where the next pass ends.
+
+    With a `draft_model` decoding is speculative: it proposes `num_draft_tokens` tokens at a time,
+    its layers are part of every state, and all layers of both models must be sliceable.
 
     One runner runs one sequence at a time: `state` is that of the latest.
     """
@@ -63,12 +69,17 @@ class Runner:
         prefill_step: int = PREFILL_STEP,
         snapshot_every: int = SNAPSHOT_EVERY,
         context_length: int | None = None,
+        draft_model: Any = None,
+        num_draft_tokens: int = NUM_DRAFT_TOKENS,
     ) -> None:
         if prefill_step <= 0 or prefill_step % CELL:
             raise ValueError(f"prefill_step must be a multiple of {CELL}, not {prefill_step}")
         if snapshot_every <= 0:
             raise ValueError(f"snapshot_every must be more than 0, not {snapshot_every}")
         self.model = model
+        self.draft_model = draft_model
+        self.num_draft_tokens = num_draft_tokens
+        self._whole = model if draft_model is None else Pair(model, draft_model)
         self.tokenizer = tokenizer
         self.kv = kv if kv is not None else cache.kv if cache is not None else KVSettings()
         self.cache = cache.with_kv(self.kv) if cache is not None else None
@@ -81,6 +92,8 @@ class Runner:
         self._vocabulary = 0
         self._trunk = Trunk.of(model, self._probe)
         self._blueprint = self._look()
+        if draft_model is not None:
+            self._check_draft()
         if self.cache is not None:
             self.cache.blueprint = self._blueprint
         self._run: Run | None = None
@@ -96,6 +109,8 @@ class Runner:
         kv_group_size: int = 64,
         quantized_kv_start: int = 5000,
         max_kv_size: int | None = None,
+        draft_model: str | None = None,
+        num_draft_tokens: int = NUM_DRAFT_TOKENS,
         salt: str = "",
         read_only: bool = False,
         use_cache: bool = True,
@@ -109,16 +124,26 @@ class Runner:
         path = models.find(path_or_repo)
         kv = KVSettings(kv_bits, kv_group_size, quantized_kv_start, max_kv_size)
         adapter = None if adapter_path is None else Path(adapter_path)
+        draft_path = None if draft_model is None else models.find(draft_model)
         settings = models.config(path)
         cache = None
         if use_cache:
             directory = places.store_directory(path, cache_dir)
             Store(directory).check()
-            fingerprint = remembered(path, adapter=adapter, kv=kv, salt=salt)
+            fingerprint = remembered(path, adapter=adapter, kv=kv, salt=salt, draft=draft_path)
             cache = PromptCache(directory, fingerprint, kv=kv, read_only=read_only)
         model, tokenizer = _load(path, adapter)
+        draft = None if draft_path is None else _load(draft_path, None)[0]
         length = None if max_kv_size is not None else models.context_length(settings)
-        return cls(model, tokenizer, cache, kv=kv, context_length=length)
+        return cls(
+            model,
+            tokenizer,
+            cache,
+            kv=kv,
+            context_length=length,
+            draft_model=draft,
+            num_draft_tokens=num_draft_tokens,
+        )
 
     @property
     def embeds(self) -> bool:
@@ -128,7 +153,7 @@ class Runner:
     def _look(self) -> Blueprint | None:
         """What the model's layers look like; None, and no cache, if they cannot be taken down."""
         try:
-            blueprint = Blueprint.of(self.model, self.kv)
+            blueprint = Blueprint.of(self._whole, self.kv)
         except UnsupportedLayer as exc:
             if self.kv.bits is not None:
                 raise
@@ -137,6 +162,22 @@ class Runner:
             self.cache = None
             return None
         return blueprint
+
+    def _check_draft(self) -> None:
+        if not self.sliceable or self.kv.max_size is not None:
+            raise UnsupportedLayer(
+                "speculative decoding needs layers that can forget tokens, in both models: leave "
+                "the draft model and --max-kv-size out"
+            )
+        if not 0 < self.num_draft_tokens <= MOST_DRAFT_TOKENS:
+            raise ValueError(f"num_draft_tokens must be between 1 and {MOST_DRAFT_TOKENS}")
+        tokens = mx.zeros((1, PROBE_TOKENS), mx.int32)
+        proposed: mx.array = self.draft_model(tokens)
+        if proposed.shape[-1] != self._vocabulary:
+            raise ModelError(
+                f"the draft model has {proposed.shape[-1]} tokens and the model "
+                f"{self._vocabulary}: take one with the same vocabulary"
+            )
 
     @property
     def capturable(self) -> bool:
@@ -172,12 +213,12 @@ class Runner:
         return "" if self.cache is None else self.cache.fingerprint.digest
 
     def make_layers(self) -> list[Any]:
-        """Empty mlx-lm cache objects for this model."""
-        return make_layers(self.model, self.kv)
+        """Empty mlx-lm cache objects for this model, and for its draft model."""
+        return make_layers(self._whole, self.kv)
 
     def _probe(self) -> mx.array:
         tokens = mx.zeros((1, PROBE_TOKENS), mx.int32)
-        logits: mx.array = self.model(tokens, cache=self.make_layers())
+        logits: mx.array = self.model(tokens, cache=make_layers(self.model, self.kv))
         self._vocabulary = logits.shape[-1]
         return logits
 
@@ -186,10 +227,22 @@ class Runner:
         hidden state `[1, 1, hidden]` of the last token where it can be read. Evaluates nothing.
         """
         with self._trunk.watched():
-            logits = self.model(inputs, cache=layers)
+            logits = self._whole(inputs, cache=layers)
         self.forward_passes += 1
         self.tokens_fed += inputs.size
         return logits, self._trunk.hidden
+
+    def check(self, inputs: mx.array, layers: list[Any]) -> tuple[mx.array, mx.array | None]:
+        """One forward call of the model alone, without its draft model: logits `[tokens, vocab]`
+        and hidden states `[tokens, hidden]` of every token. Evaluates nothing.
+        """
+        assert isinstance(self._whole, Pair)  # noqa: S101 - who else proposes
+        with self._trunk.watched(every=True):
+            logits: mx.array = self.model(inputs, cache=layers[: self._whole.own])
+        self.forward_passes += 1
+        self.tokens_fed += inputs.size
+        hidden = self._trunk.hidden
+        return logits[0], None if hidden is None else hidden[0]
 
     def room_for(self, held: int, max_tokens: int) -> int:
         """How many tokens may be generated after `held` ones; `max_tokens` < 0 is no limit."""
@@ -223,7 +276,7 @@ class Runner:
         exact = exact or (self._blueprint is not None and self._blueprint.cuts_matter)
         began = time.perf_counter()
         state, layers, match = self._resume(made, exact=exact) if reuse else (None, None, None)
-        run = Run(self, layers or self.make_layers(), state, arithmetic.lineage())
+        run = self._run_of(layers or self.make_layers(), state)
         run.load_seconds = time.perf_counter() - began
         run.match = match
         run.origin = made.origin
@@ -240,6 +293,13 @@ class Runner:
                 cuts = (*cuts, branch)
         run.prefill(made.tokens, cuts, marks=marks, progress=progress)
         return run
+
+    def _run_of(self, layers: list[Any], state: State | None) -> Run:
+        lineage = arithmetic.lineage()
+        if isinstance(self._whole, Pair):
+            pair, count = self._whole, self.num_draft_tokens
+            return SpeculativeRun(pair, count, self, layers, state, lineage)
+        return Run(self, layers, state, lineage)
 
     def _branch(self, match: Match, length: int) -> int | None:
         """Where a prompt leaves what is stored of others, if nothing can be resumed there: with a
@@ -264,14 +324,29 @@ class Runner:
             raise UnsupportedLayer(
                 "this state was computed by another model, or with other settings"
             )
-        run = Run(self, state.layers(self.model), state, arithmetic.lineage())
+        run = self._run_of(state.layers(self._whole), state)
         if sampling is not None:
             run.sampling = sampling
             if sampling.seed is not None:
                 run.key = mx.random.key(sampling.seed)
         run.prefill(state.tokens, ())  # there is nothing to feed: the state is its own prompt
+        if not self._repeated(run, state):
+            return self.resume(replace(state, speculation=None), sampling)
         self._run = run
         return run
+
+    def _repeated(self, run: Run, state: State) -> bool:
+        """Whether a run that resumes a state stands where the state's own run did."""
+        speculation = state.speculation
+        if (
+            speculation is None
+            or not isinstance(run, SpeculativeRun)
+            or speculation.draft_tokens != self.num_draft_tokens
+            or run.sampling != state.sampling
+            or run.key is not state.rng
+        ):
+            return True  # there is nothing to repeat, or it shall go on in another way
+        return run.repeat(speculation)
 
     def _prompt(self, prompt: PromptLike, boundaries: Sequence[int]) -> Prompt:
         if not isinstance(prompt, Prompt):
@@ -320,7 +395,7 @@ class Runner:
             plan = Plan(
                 arithmetic.lineage(), len(prompt.tokens), self.prefill_step, prompt.boundaries
             )
-        return self.cache.resume(prompt.tokens, self.model, plan=plan)
+        return self.cache.resume(prompt.tokens, self._whole, plan=plan)
 
     # For programs
 

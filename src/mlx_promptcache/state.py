@@ -103,6 +103,28 @@ class Mark:
     trail: Trail | None = None
 
 
+@dataclass(frozen=True)
+class Speculation:
+    """That a state was taken in the middle of a round of speculative decoding.
+
+    The round began at `start`, with `key`, and with `draft_tokens` proposals to make.
+    """
+
+    start: int
+    key: tuple[int, int]
+    draft_tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """It as JSON."""
+        return {"start": self.start, "key": list(self.key), "draft_tokens": self.draft_tokens}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Speculation:
+        """It from JSON."""
+        first, second = value["key"]
+        return cls(value["start"], (first, second), value["draft_tokens"])
+
+
 @dataclass(frozen=True, eq=False)
 class State:
     """All that the next token needs, at one position of a token sequence. A value: nothing that is
@@ -125,6 +147,7 @@ class State:
     origin: Origin = field(default_factory=Origin, repr=False)
     marks: tuple[Mark, ...] = field(default=(), repr=False)
     trail: Trail = field(default_factory=Trail, repr=False)
+    speculation: Speculation | None = field(default=None, repr=False)
     passed: tuple[WindowRows, ...] = field(default=(), repr=False)
     """Rows that its windows have moved past, for blocks to hold."""
 
@@ -171,5 +194,6 @@ class State:
             rng=mark.rng,
             lineage=mark.lineage,
             origin=Origin(),
+            speculation=None,
             marks=(),
         )

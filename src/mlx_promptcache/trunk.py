@@ -32,8 +32,9 @@ class Trunk:
     def __init__(self, module: Module | None) -> None:
         self._module = module
         self._calls = 0
+        self._every = False
         self.hidden: mx.array | None = None
-        """`[batch, 1, hidden]` of the last call, or None."""
+        """`[batch, 1 or tokens, hidden]` of the last call, or None."""
         if module is not None:
             self._class = type(module)
             self._watching = self._subclass(type(module))
@@ -70,9 +71,11 @@ class Trunk:
         )
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """While this lasts, calls of the model set `hidden` and give the last token's logits."""
-        self._calls, self.hidden = 0, None
+    def watched(self, *, every: bool = False) -> Iterator[None]:
+        """While this lasts, calls of the model set `hidden` and give logits: the last token's, or
+        those of every token.
+        """
+        self._calls, self.hidden, self._every = 0, None, every
         if self._module is None:
             yield
             return
@@ -87,7 +90,7 @@ class Trunk:
             out = module_class.__call__(module, *args, **kwargs)
             self._calls += 1
             if isinstance(out, mx.array) and out.ndim == 3:
-                out = out[:, -1:]
+                out = out if self._every else out[:, -1:]
                 self.hidden = out
             return out
 

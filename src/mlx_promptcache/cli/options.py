@@ -14,6 +14,7 @@ from mlx_promptcache import models, places
 from mlx_promptcache.cli import output
 from mlx_promptcache.errors import ModelError, PromptError
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings, remembered
+from mlx_promptcache.headers import MOST_DRAFT_TOKENS
 from mlx_promptcache.store import Store
 
 if TYPE_CHECKING:
@@ -59,6 +60,11 @@ model_options = _options(
     click.option("--kv-group-size", type=int, default=64, show_default=True),
     click.option("--quantized-kv-start", type=int, default=5000, show_default=True),
     click.option("--max-kv-size", type=int, help="Keep only so many tokens of K/V."),
+    click.option("--draft-model", metavar="PATH_OR_REPO", help="Proposes tokens (speculative)."),
+    click.option(
+        "--num-draft-tokens", type=click.IntRange(1, MOST_DRAFT_TOKENS), default=3,
+        show_default=True, help="How many tokens the draft model proposes at a time.",
+    ),
     click.option("--salt", default="", help="A private namespace inside the store."),
 )  # fmt: skip
 
@@ -100,6 +106,8 @@ class ModelChoice:
     kv_group_size: int
     quantized_kv_start: int
     max_kv_size: int | None
+    draft_model: str | None
+    num_draft_tokens: int
     salt: str
 
     def __post_init__(self) -> None:
@@ -142,7 +150,8 @@ class ModelChoice:
         adapter = Path(self.adapter_path) if self.adapter_path else None
         try:
             path = self.path(download=False)
-            return remembered(path, adapter=adapter, kv=self.kv, salt=self.salt)
+            draft = models.find(self.draft_model, download=False) if self.draft_model else None
+            return remembered(path, adapter=adapter, kv=self.kv, salt=self.salt, draft=draft)
         except ModelError:
             if self.cache_dir is None:
                 raise
@@ -163,6 +172,8 @@ class ModelChoice:
             kv_group_size=self.kv_group_size,
             quantized_kv_start=self.quantized_kv_start,
             max_kv_size=self.max_kv_size,
+            draft_model=self.draft_model,
+            num_draft_tokens=self.num_draft_tokens,
             salt=self.salt,
             read_only=read_only,
             use_cache=use_cache,
