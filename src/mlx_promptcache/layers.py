@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 TOKEN_AXIS = 2  # of [batch, heads, tokens, head_dim]
 SLICEABLE = (mlx_cache.KVCache, mlx_cache.QuantizedKVCache)
 ROWS = ("keys", "values")
+WINDOW_ATTRIBUTES = {*ROWS, "offset", "max_size", "keep", "_idx"}
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def capture_one(path: str, layer: Any, n_past: int) -> Layer:
 
 def window_of(layer: Any, n_past: int) -> Window | None:
     """The window of a layer that holds `n_past` tokens as a window does; else None."""
-    if type(layer) is not mlx_cache.RotatingKVCache or layer.keys is None:
+    if not _is_window(layer) or layer.keys is None:
         return None
     window = Window(layer.max_size, layer.keep)
     sound = layer.offset == n_past and 0 <= window.keep < window.size
@@ -196,6 +197,11 @@ def window_of(layer: Any, n_past: int) -> Window | None:
         if sound and _in_order(layer, "keys").shape[TOKEN_AXIS] >= min(n_past, window.size)
         else None
     )
+
+
+def _is_window(layer: Any) -> bool:
+    """Whether this is the class that is known here: a release that adds to it may mean more."""
+    return type(layer) is mlx_cache.RotatingKVCache and vars(layer).keys() == WINDOW_ATTRIBUTES
 
 
 def _capture_window(path: str, layer: Any, n_past: int, window: Window) -> Layer:
@@ -347,7 +353,7 @@ def _with_room(content: Layer, name: str) -> mx.array:
 def _fill_window(layer: Any, content: Layer, window: Window, n_past: int) -> None:
     """Lay the rows of a window where they were in its ring, or in the order of their positions."""
     held = min(n_past, window.size)
-    if type(layer) is not mlx_cache.RotatingKVCache or any(
+    if not _is_window(layer) or any(
         name not in content.rows or content.rows[name].shape[TOKEN_AXIS] != held for name in ROWS
     ):
         raise UnsupportedLayer(f"layer {content.path} holds no such window")

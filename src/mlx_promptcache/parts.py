@@ -30,7 +30,7 @@ def known_window_rows(state: State) -> list[WindowRows]:
     those that have passed.
     """
     marks = [rows for mark in state.marks for rows in held(mark.layers, mark.position)]
-    return [*state.passed, *marks, *held(state.contents, state.n_past)]
+    return [*held(state.contents, state.n_past), *marks, *state.passed]
 
 
 def split_rows(

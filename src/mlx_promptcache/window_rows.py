@@ -79,15 +79,18 @@ def held(contents: Iterable[Layer], n_past: int) -> list[WindowRows]:
 
 
 def joined(known: Sequence[WindowRows], begin: int, end: int) -> WindowRows | None:
-    """The rows `[start, end)`, for as early a `start`, from `begin` on, as rows are known for."""
+    """The rows `[start, end)`, for as early a `start`, from `begin` on, as rows are known for.
+
+    Where several know a row, the first of them counts.
+    """
     pieces: list[WindowRows] = []
     start = end
     while start > begin:
         reaching = [rows for rows in known if rows.span.start < start <= rows.span.stop]
         if not reaching:
             break
-        first = min(reaching, key=lambda rows: rows.span.start)
-        pieces.insert(0, first.cut(max(first.span.start, begin), start))
+        first = reaching[0].span.start
+        pieces.insert(0, reaching[0].cut(max(first, begin), start))
         start = pieces[0].span.start
     if not pieces:
         return None
