@@ -188,18 +188,19 @@ class Runner:
         With `exact` only rows are reused that this very run would have computed itself.
 
         Raises:
-            PromptError: the prompt is empty, or longer than the model's context.
+            PromptError: the prompt is empty, or longer than the model's context; or the sampling
+                names a token that the model does not have.
         """
         made = self._prompt(prompt, boundaries)
+        sampling = self._fitting(sampling or Sampling())
         began = time.perf_counter()
         state, layers, match = self._resume(made, exact=exact) if reuse else (None, None, None)
         run = Run(self, layers or self.make_layers(), state, arithmetic.lineage())
         run.load_seconds = time.perf_counter() - began
         run.match = match
         run.origin = made.origin
-        run.sampling = sampling or Sampling()
-        seed = run.sampling.seed
-        run.key = fresh_key() if seed is None else mx.random.key(seed)
+        run.sampling = sampling
+        run.key = fresh_key() if sampling.seed is None else mx.random.key(sampling.seed)
         self._run = run
         run.prefill(made.tokens, made.boundaries, progress)
         return run
@@ -211,6 +212,7 @@ class Runner:
 
         Raises:
             UnsupportedLayer: the state is not of this model, or holds no logits to go on from.
+            PromptError: the sampling names a token that the model does not have.
         """
         if state.logits is None:
             raise UnsupportedLayer(
@@ -220,6 +222,7 @@ class Runner:
             raise UnsupportedLayer(
                 "this state was computed by another model, or with other settings"
             )
+        self._fitting(sampling or state.sampling)
         run = Run(self, state.layers(self.model), state, arithmetic.lineage())
         if sampling is not None:
             run.sampling = sampling
@@ -246,6 +249,13 @@ class Runner:
             )
         ends = {b for b in (*prompt.boundaries, *boundaries) if 0 < b < len(prompt.tokens)}
         return replace(prompt, boundaries=tuple(sorted(ends)))
+
+    def _fitting(self, sampling: Sampling) -> Sampling:
+        try:
+            sampling.check(self._vocabulary)
+        except ValueError as exc:
+            raise PromptError(str(exc)) from exc
+        return sampling
 
     def _made(self, prompt: str | Sequence[Any]) -> Prompt:
         if isinstance(prompt, str):
