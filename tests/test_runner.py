@@ -17,6 +17,7 @@ from mlx_lm.sample_utils import make_logits_processors
 
 import processes
 import tiny
+from families import CHATML
 from mlx_promptcache import PromptCache, Runner, Sampling, State
 from mlx_promptcache.errors import ModelError, PromptError, UnsupportedLayer
 from mlx_promptcache.fingerprint import KVSettings
@@ -900,7 +901,7 @@ def test_generation_stops_at_an_end_token_and_does_not_show_it(tiny_model: Path)
         if steps[-1].finish_reason == "stop":
             break
     assert steps[-1].token == 1
-    assert tiny.END not in "".join(step.text for step in steps)
+    assert CHATML.end not in "".join(step.text for step in steps)
     assert runner.state.tokens[-1] == 1
 
 
