@@ -18,7 +18,8 @@ import mlx_promptcache.runner
 import tiny
 from families import FAMILIES
 from mlx_promptcache import Runner, cli
-from mlx_promptcache.prompt import CONTINUATIONS
+from mlx_promptcache.prompt import CONTINUATIONS, answered
+from mlx_promptcache.state import Origin
 from mlx_promptcache.tree import agreeing
 from processes import Ended
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     Chat = list[dict[str, Any]]
 
+USER = {"role": "user", "content": "Hello"}
 SYSTEM = "You are a helpful assistant."
 TALKING = [name for name, family in FAMILIES.items() if family.template]
 PREFIXES = [
@@ -319,10 +321,21 @@ def test_a_saved_chat_goes_on_by_a_message_or_by_its_answer(
             assert answer.cached == saved
 
 
+def test_an_answer_in_parts_grows_by_a_part() -> None:
+    part = {"type": "text", "text": "One,"}
+    for content, expected in (
+        ("One,", "One, two."),
+        ([part], [part, {"type": "text", "text": " two."}]),
+        (None, " two."),
+    ):
+        origin = Origin(messages=(USER, {"role": "assistant", "content": content}))
+        messages = answered(origin, " two.").messages
+        assert messages == (USER, {"role": "assistant", "content": expected})
+
+
 # What a template refuses
 
 
-USER = {"role": "user", "content": "Hello"}
 THOUGHTLESS = {"role": "assistant", "content": "<think>hm</think>Four."}  # not as it is rendered
 REFUSED: dict[str, tuple[str, Chat, str]] = {
     "a system message": ("gemma2", [{"role": "system", "content": SYSTEM}, USER], "no system role"),

@@ -152,9 +152,15 @@ def answered(origin: Origin, text: str) -> Origin:
         return Origin()  # what was generated stands between the messages: no rendering gives it
     messages = _messages(origin)
     if messages and messages[-1].get("role") == "assistant":
-        last = {**messages[-1], "content": f"{messages[-1].get('content', '')}{text}"}
+        last = {**messages[-1], "content": _lengthened(messages[-1].get("content"), text)}
         return Origin(messages=(*messages[:-1], last))
     return Origin(messages=(*messages, {"role": "assistant", "content": text}))
+
+
+def _lengthened(content: Any, text: str) -> Any:
+    if isinstance(content, list):  # of parts, as some templates take it
+        return [*content, {"type": "text", "text": text}]
+    return f"{content or ''}{text}"
 
 
 class TextStream:
