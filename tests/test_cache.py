@@ -1171,3 +1171,18 @@ def test_states_take_the_settings_that_they_were_made_with(tmp_path: Path) -> No
     assert loaded.embedding is not None
     assert runner.state.embedding is not None
     assert bits(loaded.embedding) == bits(runner.state.embedding)
+
+
+@pytest.mark.parametrize(
+    "junk", [{"temp": -1}, {"temp": "hot"}, {"top_k": 2.5}, {"logit_bias": {"seven": 1}}], ids=str
+)
+def test_a_state_whose_settings_make_no_sense_is_damaged(
+    junk: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = random_tokens(40, seed=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampling, "to_json", lambda self: junk)
+        keep("plain", tmp_path, prompt, "hot")
+    with pytest.raises(DamagedFile, match="settings make no sense"):
+        PromptCache(tmp_path, "plain").load("hot")
+    assert_as_cold(run_of("plain", tmp_path, prompt), "plain", prompt)

@@ -6,6 +6,7 @@ Most commands run in this process, on a tiny model that lies on disk; what is ab
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm
 import pytest
 
 import processes
 import tiny
-from mlx_promptcache import cli
+from mlx_promptcache import Sampling, cli
+from mlx_promptcache.cli.options import SamplingChoice
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 
 PROMPT = "The cat sat on the mat, and the dog sat on the cat. " * 8
@@ -227,6 +230,99 @@ def test_a_run_goes_on_from_its_name_as_if_it_had_never_stopped(program: Program
     rest = program("load", "half", "-n", "12", "--json").json
     assert first.json["tokens"] + rest["tokens"] == straight["tokens"]
     assert (rest["hit"], rest["prefilled_tokens"]) == ("exact", 0)
+
+
+SETTINGS = {  # every option that becomes a field of `Sampling`, and what it becomes
+    "--temp": ("1.25", 1.25),
+    "--top-p": ("0.9", 0.9),
+    "--top-k": ("50", 50),
+    "--min-p": ("0.01", 0.01),
+    "--min-tokens-to-keep": ("2", 2),
+    "--xtc-probability": ("0.5", 0.5),
+    "--xtc-threshold": ("0.02", 0.02),
+    "--logit-bias": ("7=1.5", {"7": 1.5}),
+    "--repetition-penalty": ("1.1", 1.1),
+    "--repetition-context-size": ("30", 30),
+    "--presence-penalty": ("0.25", 0.25),
+    "--presence-context-size": ("40", 40),
+    "--frequency-penalty": ("-0.25", -0.25),
+    "--frequency-context-size": ("50", 50),
+}
+
+
+def settings_of(program: Program, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = program("show", name, "--json").json["sampling"]
+    return found
+
+
+@pytest.mark.parametrize("option", SETTINGS)
+def test_every_sampling_option_reaches_the_sampling_and_nothing_else(
+    option: str, program: Program
+) -> None:
+    given, expected = SETTINGS[option]
+    field = option[2:].replace("-", "_")
+    plain = Sampling().to_json()
+    program("generate", "-p", PROMPT, "-n", "1", "--save-as", "plain")
+    assert settings_of(program, "plain") == plain
+    program("generate", "-p", PROMPT, "-n", "1", "--save-as", "one", option, given)
+    program("load", "plain", "-n", "1", "--save-as", "other", option, given)
+    for name in ("one", "other"):
+        found = settings_of(program, name)
+        found["xtc_special_tokens"] = []
+        assert found == {**plain, field: expected} != plain
+    program("load", "one", "-n", "1", "--save-as", "again")
+    assert settings_of(program, "again") == settings_of(program, "one")
+
+
+def test_there_is_an_option_for_every_setting_but_what_the_tokenizer_knows() -> None:
+    fields = {f.name for f in dataclasses.fields(Sampling)}
+    options = {option[2:].replace("-", "_") for option in SETTINGS}
+    assert options | {"seed"} == fields - {"xtc_special_tokens"}
+
+
+def test_xtc_spares_line_ends_and_end_tokens_as_mlx_lm_does(program: Program) -> None:
+    tokenizer = mlx_lm.load(str(program.model))[1]
+    special = sorted({*tokenizer.encode("\n"), *tokenizer.eos_token_ids})
+    assert len(special) >= 2
+    asked = ("--xtc-probability", "0.5")
+    program("generate", "-p", PROMPT, "-n", "1", "--save-as", "plain")
+    program("generate", "-p", PROMPT, "-n", "1", "--save-as", "xtc", *asked)
+    program("load", "plain", "-n", "1", "--save-as", "other", *asked)
+    for name, spared in (("plain", []), ("xtc", special), ("other", special)):
+        assert settings_of(program, name)["xtc_special_tokens"] == spared
+
+
+def test_a_state_goes_on_with_its_key_whatever_seed_its_settings_name() -> None:
+    nothing = dict.fromkeys((f.name for f in dataclasses.fields(SamplingChoice)), None)
+    asked = SamplingChoice(**nothing)
+    assert asked.sampling(Sampling(temp=0.5, seed=1)) == Sampling(temp=0.5)
+    assert dataclasses.replace(asked, seed=2).sampling(Sampling(seed=1)) == Sampling(seed=2)
+
+
+def test_biases_add_up_to_one_setting_and_what_is_none_is_wrong_usage(program: Program) -> None:
+    biases = ("--logit-bias", "7=1.5", "--logit-bias", "9=-100")
+    program("generate", "-p", PROMPT, "-n", "1", "--save-as", "two", *biases)
+    assert settings_of(program, "two")["logit_bias"] == {"7": 1.5, "9": -100.0}
+    for wrong in ("7", "7=", "=7", "seven=1", "7=1=2", "7=nan", "-7=1"):
+        ended = program("generate", "-p", PROMPT, "--logit-bias", wrong)
+        assert (ended.code, ended.out) == (2, "")
+    beyond = program("generate", "-p", PROMPT, "--logit-bias", "100000=1")
+    assert "this model has" in one_line(beyond)
+
+
+def test_a_run_with_every_setting_goes_on_from_its_name_as_well(program: Program) -> None:
+    options = [part for option, (given, _) in SETTINGS.items() for part in (option, given)]
+    options += ["--seed", "3", "--json"]
+    straight = program("generate", "-p", PROMPT, "-n", "20", *options).json
+    first = program("generate", "-p", PROMPT, "-n", "8", "--save-as", "half", *options).json
+    chosen = ("-m", program.model, "--cache-dir", program.directory)
+    rest = processes.run("load", "half", "-n", "12", "--json", *chosen).json
+    assert first["tokens"] + rest["tokens"] == straight["tokens"]
+
+
+def test_settings_that_make_no_sense_are_told_before_the_model_is_looked_for() -> None:
+    assert cli.run(["generate", "-p", "a", "-m", "no/such/model", "--xtc-threshold", "0.6"]) == 2
+    assert cli.run(["generate", "-p", "a", "-m", "no/such/model", "--xtc-threshold", "0.5"]) == 1
 
 
 def test_load_without_a_number_tells_the_likeliest_tokens(program: Program) -> None:
@@ -464,7 +560,8 @@ def test_a_directory_that_is_no_store_is_one_sentence(program: Program) -> None:
 
 FULL_DISK = """
 import resource, sys
-from mlx_promptcache import cli
+from mlx_promptcache import Sampling, cli
+from mlx_promptcache.cli.options import SamplingChoice
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 code = cli.run(sys.argv[1:])
 print(code)
@@ -619,7 +716,8 @@ def test_a_reader_that_goes_away_does_not_lose_what_was_computed(program: Progra
     [
         ("--kv-bits", "7"), ("--kv-bits", "0"), ("--kv-bits", "8", "--kv-group-size", "0"),
         ("--seed", "-1"), ("--seed", str(2**64)), ("--temp", "nan"), ("--max-kv-size", "0"),
-        ("--repetition-penalty", "nan"), ("--top-p", "2"),
+        ("--repetition-penalty", "nan"), ("--top-p", "2"), ("--xtc-probability", "1.5"),
+        ("--xtc-threshold", "0.6"), ("--min-tokens-to-keep", "0"), ("--presence-penalty", "inf"),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_wrong_usage(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,11 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from mlx_lm.generate import generate_step
+from mlx_lm.sample_utils import make_logits_processors
 
 import processes
 import tiny
+from families import CHATML
 from mlx_promptcache import PromptCache, Runner, Sampling, State, headers
 from mlx_promptcache.errors import ModelError, PromptError, UnsupportedLayer
 from mlx_promptcache.fingerprint import KVSettings
@@ -29,6 +32,24 @@ if TYPE_CHECKING:
 
 GREEDY = Sampling(seed=1)
 SAMPLED = Sampling(temp=1.0, top_p=0.9, repetition_penalty=1.1, seed=7)
+TRANSFORMS: dict[str, dict[str, Any]] = {
+    "logit_bias": {"logit_bias": {7: 5.0, 90: -3.0}},
+    "repetition_penalty": {"repetition_penalty": 3.0, "repetition_context_size": 75},
+    "presence_penalty": {"presence_penalty": 4.0, "presence_context_size": 75},
+    "frequency_penalty": {"frequency_penalty": 4.0, "frequency_context_size": 75},
+    "top_p": {"top_p": 0.5},
+    "min_p": {"min_p": 0.3},
+    "min_tokens_to_keep": {"min_p": 0.9, "min_tokens_to_keep": 9},
+    "xtc": {"xtc_probability": 0.5, "xtc_threshold": 0.005, "xtc_special_tokens": [3]},
+    "top_k": {"top_k": 9},
+}
+EVERYTHING: dict[str, Any] = {
+    "logit_bias": {7: 3.0, 90: -3.0},
+    "repetition_penalty": 1.2, "repetition_context_size": 3,
+    "presence_penalty": 0.5, "presence_context_size": 90,
+    "frequency_penalty": 0.5, "frequency_context_size": 10,
+    "top_p": 0.95, "min_p": 0.02, "xtc_probability": 0.5, "xtc_threshold": 0.01, "top_k": 60,
+}  # fmt: skip
 KV8 = KVSettings(8, 32, 0)
 KV4 = KVSettings(4, 32, 0)
 KV8_LATER = KVSettings(8, 32, 75)  # in the middle of prompts, or of what is generated
@@ -118,6 +139,17 @@ CASES |= {
     for kv in (KV8, KV4, KV8_LATER, KVSettings(4, 32, 70), KVSettings(None, 64, 5000, 24))
     for before in (0, 3, 9)
 }
+CASES |= {
+    f"plain, {name}": ("plain", None, Sampling(temp=1.0, seed=5, **settings), 9)
+    for name, settings in {"no transform": {}, **TRANSFORMS}.items()
+}
+CASES |= {
+    f"{kind}, everything, {before} before": (
+        kind, None, Sampling(temp=0.9, seed=5, **EVERYTHING), before,
+    )
+    for kind in ("plain", "hybrid")
+    for before in (0, 1, 9)
+}  # fmt: skip
 CASES |= {f"hybrid, {kv}": ("hybrid", kv, SAMPLED, 9) for kv in (KV8, KV8_LATER)}
 AFTER = 12
 
@@ -188,6 +220,14 @@ def test_the_sampled_cases_are_no_greedy_ones(
         sampled = straight[f"{kind}, sampled, 9 before"]["tokens"]
         assert greedy != sampled
         assert len(set(sampled)) > 3
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_every_transform_changes_what_is_said(
+    resumed: tuple[dict[str, Any], dict[str, Any]], name: str
+) -> None:
+    straight, _ = resumed
+    assert straight[f"plain, {name}"]["tokens"] != straight["plain, no transform"]["tokens"]
 
 
 # The state after every step
@@ -389,13 +429,45 @@ def test_a_state_goes_on_with_its_own_key_and_settings_unless_others_are_given()
     assert tokens_of(runner, state, 10, GREEDY) != straight[10:]
 
 
-def test_the_repetition_penalty_remembers_the_prompt_that_was_restored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("penalty", ["repetition", "presence", "frequency"])
+def test_penalties_remember_the_prompt_that_was_restored(penalty: str, tmp_path: Path) -> None:
     prompt = random_tokens(60, seed=3)
-    harsh = Sampling(repetition_penalty=50.0, repetition_context_size=200)
+    settings: dict[str, Any] = {f"{penalty}_penalty": 50.0, f"{penalty}_context_size": 200}
+    harsh = Sampling(**settings)
     cold = tokens_of(runner_of("plain"), prompt, 20, harsh)
     assert not set(cold) & set(prompt)
+    assert len(set(cold)) == 20
     keep(runner_of("plain", tmp_path), prompt[:40])
     assert tokens_of(runner_of("plain", tmp_path), prompt, 20, harsh) == cold
+    state = keep(runner_of("plain", tmp_path), prompt, "whole")
+    for again in (state, runner_of("plain", tmp_path).cache.load("whole")):  # type: ignore[union-attr]
+        assert tokens_of(runner_of("plain", tmp_path), again, 20, harsh) == cold
+
+
+@pytest.mark.parametrize("name", [n for n in EVERYTHING if n.endswith(("_bias", "_penalty"))])
+def test_greedy_tokens_are_those_of_mlx_lm_with_its_own_bias_and_penalties(name: str) -> None:
+    settings = TRANSFORMS[name]
+    prompt = random_tokens(90, seed=4)
+    theirs = generate_step(
+        mx.array(prompt), model_of("plain"), max_tokens=15,
+        logits_processors=make_logits_processors(**settings),
+    )  # fmt: skip
+    expected = [token for token, _ in theirs]
+    assert tokens_of(runner_of("plain"), prompt, 15, Sampling(**settings)) == expected
+    assert tokens_of(runner_of("plain"), prompt, 15, GREEDY) != expected
+
+
+def test_a_bias_for_a_token_that_the_model_does_not_have_is_refused() -> None:
+    runner, prompt = runner_of("plain"), random_tokens(40, seed=2)
+    beyond = Sampling(logit_bias={tiny.VOCAB: 1.0})
+    with pytest.raises(PromptError, match="token 256, and this model has 256"):
+        runner.start(prompt, sampling=beyond)
+    assert runner.tokens_fed == 0
+    state = runner.prefill(prompt)
+    for given, sampling in ((state, beyond), (replace(state, sampling=beyond), None)):
+        with pytest.raises(PromptError, match="token 256"):
+            runner.resume(given, sampling)
+    runner.start(prompt, sampling=Sampling(logit_bias={tiny.VOCAB - 1: 1.0}))
 
 
 # Prefixes
@@ -829,7 +901,7 @@ def test_generation_stops_at_an_end_token_and_does_not_show_it(tiny_model: Path)
         if steps[-1].finish_reason == "stop":
             break
     assert steps[-1].token == 1
-    assert tiny.END not in "".join(step.text for step in steps)
+    assert CHATML.end not in "".join(step.text for step in steps)
     assert runner.state.tokens[-1] == 1
 
 

@@ -17,6 +17,7 @@ from mlx.nn.layers.embedding import Embedding
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import falcon_h1, lfm2, llama, llama4, mamba2, qwen2
 
+from families import CHATML, Family, write_tokenizer
 from mlx_promptcache.arrays import to_array
 from mlx_promptcache.state import State
 
@@ -210,24 +211,11 @@ def _parts(state: State) -> list[Any]:
 
 # On disk
 
-END = "<|im_end|>"
-START = "<|im_start|>"
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
-    "{% if not (loop.last and continue_final_message) %}{{ '<|im_end|>\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-CORPUS = [
-    "The cat sat on the mat, and the dog sat on the cat.",
-    "Question: what is two plus two? Answer: four.",
-    "system user assistant You are a helpful assistant. Hello, world!",
-]
 
-
-def on_disk(directory: Path, kind: str = "plain") -> Path:
+def on_disk(directory: Path, kind: str = "plain", family: Family = CHATML) -> Path:
     """Write the directory of a tiny llama (`plain` or `rotating`) that `mlx_lm.load` accepts."""
     directory.mkdir(parents=True, exist_ok=True)
-    vocabulary = _write_tokenizer(directory)
+    vocabulary, end = write_tokenizer(directory, family)
     config: dict[str, Any] = {
         **LLAMA,
         "architectures": ["LlamaForCausalLM"],
@@ -240,36 +228,8 @@ def on_disk(directory: Path, kind: str = "plain") -> Path:
     elif kind != "plain":
         raise ValueError(f"only llamas are written, not {kind!r}")
     model = with_weights(llama.Model(llama.ModelArgs.from_dict(config)))
-    config["eos_token_id"] = 1
+    config["eos_token_id"] = end
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(directory / "model.safetensors"), weights, {"format": "mlx"})
     return directory
-
-
-def _write_tokenizer(directory: Path) -> int:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=[START, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": None,
-        "eos_token": END,
-        "pad_token": END,
-        "additional_special_tokens": [START, END],
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 2048,
-        "chat_template": TEMPLATE,
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
-    return int(tokenizer.get_vocab_size())

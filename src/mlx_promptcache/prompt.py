@@ -72,15 +72,13 @@ class Prompter:
         return Prompt(tuple(tokens), (), replace(origin, open=True))
 
     def _stable(self, origin: Origin) -> list[int]:
-        tokens: list[int] | None = None
-        for continuation in CONTINUATIONS:
-            try:
-                longer = self._encode(continued(origin, continuation))
-            except PromptError:
-                # A template that allows no second user message: what follows is the answer.
-                longer = self._encode(origin)[: len(self._encode(origin, answer=False))]
-            tokens = longer if tokens is None else tokens[: agreeing(tokens, longer)]
-        return tokens or []
+        """The tokens that all continuations begin with."""
+        try:
+            longer = [self._encode(continued(origin, text)) for text in CONTINUATIONS]
+        except PromptError:
+            # A template that allows no second user message: what follows is the answer.
+            longer = [self._encode(origin), self._encode(origin, answer=False)]
+        return longer[0][: min(agreeing(longer[0], other) for other in longer[1:])]
 
     def _encode(self, origin: Origin, *, answer: bool = True) -> list[int]:
         if origin.messages is not None or origin.template:
@@ -99,18 +97,35 @@ class Prompter:
     def _render(self, messages: Sequence[Mapping[str, Any]], answer: bool) -> str:
         if not self.has_template:
             raise PromptError("this model has no chat template: give the prompt as text")
-        to_be_continued = bool(messages) and messages[-1].get("role") == "assistant"
+        goes_on = answer and bool(messages) and messages[-1].get("role") == "assistant"
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    [dict(m) for m in messages],
-                    tokenize=False,
-                    add_generation_prompt=answer and not to_be_continued,
-                    continue_final_message=answer and to_be_continued,
-                )
-            )
+            return self._rendered(messages, answer=answer and not goes_on, goes_on=goes_on)
         except Exception as exc:
+            if goes_on and self._allows(messages):
+                raise PromptError(
+                    "the last answer cannot be gone on with, because the chat template renders it "
+                    "in another way: let a user message follow it"
+                ) from exc
             raise PromptError(f"the chat template refuses these messages: {exc}") from exc
+
+    def _allows(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        try:
+            self._rendered(messages, answer=False, goes_on=False)
+        except Exception:  # noqa: BLE001 - templates raise what they like
+            return False
+        return True
+
+    def _rendered(
+        self, messages: Sequence[Mapping[str, Any]], *, answer: bool, goes_on: bool
+    ) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                [dict(m) for m in messages],
+                tokenize=False,
+                add_generation_prompt=answer,
+                continue_final_message=goes_on,
+            )
+        )
 
 
 def _messages(origin: Origin) -> list[Mapping[str, Any]]:
@@ -137,9 +152,15 @@ def answered(origin: Origin, text: str) -> Origin:
         return Origin()  # what was generated stands between the messages: no rendering gives it
     messages = _messages(origin)
     if messages and messages[-1].get("role") == "assistant":
-        last = {**messages[-1], "content": f"{messages[-1].get('content', '')}{text}"}
+        last = {**messages[-1], "content": _lengthened(messages[-1].get("content"), text)}
         return Origin(messages=(*messages[:-1], last))
     return Origin(messages=(*messages, {"role": "assistant", "content": text}))
+
+
+def _lengthened(content: Any, text: str) -> Any:
+    if isinstance(content, list):  # of parts, as some templates take it
+        return [*content, {"type": "text", "text": text}]
+    return f"{content or ''}{text}"
 
 
 class TextStream:

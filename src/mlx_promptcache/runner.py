@@ -270,19 +270,20 @@ class Runner:
         windows depends on where passes are cut.
 
         Raises:
-            PromptError: the prompt is empty, or longer than the model's context.
+            PromptError: the prompt is empty, or longer than the model's context; or the sampling
+                names a token that the model does not have.
         """
         made = self._prompt(prompt, boundaries)
         exact = exact or (self._blueprint is not None and self._blueprint.cuts_matter)
+        sampling = self._fitting(sampling or Sampling())
         began = time.perf_counter()
         state, layers, match = self._resume(made, exact=exact) if reuse else (None, None, None)
         run = self._run_of(layers or self.make_layers(), state)
         run.load_seconds = time.perf_counter() - began
         run.match = match
         run.origin = made.origin
-        run.sampling = sampling or Sampling()
-        seed = run.sampling.seed
-        run.key = fresh_key() if seed is None else mx.random.key(seed)
+        run.sampling = sampling
+        run.key = fresh_key() if sampling.seed is None else mx.random.key(sampling.seed)
         self._run = run
         cuts = made.boundaries
         marks: tuple[int, ...] = ()
@@ -315,6 +316,7 @@ class Runner:
 
         Raises:
             UnsupportedLayer: the state is not of this model, or holds no logits to go on from.
+            PromptError: the sampling names a token that the model does not have.
         """
         if state.logits is None:
             raise UnsupportedLayer(
@@ -324,6 +326,7 @@ class Runner:
             raise UnsupportedLayer(
                 "this state was computed by another model, or with other settings"
             )
+        self._fitting(sampling or state.sampling)
         run = self._run_of(state.layers(self._whole), state)
         if sampling is not None:
             run.sampling = sampling
@@ -365,6 +368,13 @@ class Runner:
             )
         ends = {b for b in (*prompt.boundaries, *boundaries) if 0 < b < len(prompt.tokens)}
         return replace(prompt, boundaries=tuple(sorted(ends)))
+
+    def _fitting(self, sampling: Sampling) -> Sampling:
+        try:
+            sampling.check(self._vocabulary)
+        except ValueError as exc:
+            raise PromptError(str(exc)) from exc
+        return sampling
 
     def _made(self, prompt: str | Sequence[Any]) -> Prompt:
         if isinstance(prompt, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +12,7 @@ from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import (
     ModelChoice,
     PromptChoice,
+    SamplingChoice,
     model_options,
     output_options,
     prompt_options,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 def command(**options: Any) -> int:
     """Parse, check, run."""
     choice, prompts = take(ModelChoice, options), take(PromptChoice, options)
+    asked = take(SamplingChoice, options)
     name: str | None = options["prompt_cache"] or None
     off, read_only = options["no_prompt_cache"], options["prompt_cache_ro"]
     _check(options, name)
@@ -55,12 +58,11 @@ def command(**options: Any) -> int:
 
     from mlx_promptcache.cli.session import DEFAULT_MAX_TOKENS, Interrupted, Session
 
+    asked.sampling()  # what makes no sense is told before the model is loaded
     runner = choice.runner(read_only=read_only, use_cache=not off)
-    session = Session(
-        runner, as_json=options["as_json"], quiet=options["quiet"], seed=options["seed"]
-    )
+    session = Session(runner, as_json=options["as_json"], quiet=options["quiet"], seed=asked.seed)
     prompt = _prompt(runner, prompts, choice, name)
-    sampling = sampling_of(options, session.seed)
+    sampling = replace(asked, seed=session.seed).sampling(tokenizer=runner.tokenizer)
     limit = DEFAULT_MAX_TOKENS if options["max_tokens"] is None else options["max_tokens"]
     run: Run | None = None
     with session.interrupt:
@@ -114,18 +116,6 @@ def _prompt(runner: Runner, prompts: PromptChoice, choice: ModelChoice, name: st
         except CacheMiss as exc:
             raise CacheMiss(f"the state {name!r} is damaged: {exc}; save it again") from exc
     return continuation_of(prompts, runner.prompter, origin, tokens)
-
-
-def sampling_of(options: dict[str, Any], seed: int | None) -> Any:
-    """The sampling that a command's options ask for."""
-    from mlx_promptcache.sampling import Sampling
-
-    names = ("temp", "top_p", "top_k", "min_p", "repetition_penalty", "repetition_context_size")
-    given = {name: options[name] for name in names if options[name] is not None}
-    try:
-        return Sampling(**given, seed=seed)
-    except ValueError as exc:
-        raise click.UsageError(str(exc)) from exc
 
 
 def _keep(session: Session, run: Run | None, options: dict[str, Any]) -> PromptCacheError | None:

@@ -11,6 +11,7 @@ from mlx_promptcache import catalog
 from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import (
     ModelChoice,
+    SamplingChoice,
     model_options,
     output_options,
     sampling_options,
@@ -34,21 +35,20 @@ LIKELIEST = 5
 @output_options
 def command(**options: Any) -> int:
     """Parse, check, run."""
-    choice = take(ModelChoice, options)
+    choice, asked = take(ModelChoice, options), take(SamplingChoice, options)
     if options["save_as"] is not None:
         check_name(options["save_as"])
     catalog.find(choice.store(), options["name"])  # before the model, which takes long
 
     from mlx_promptcache.cli.session import Session
 
+    asked.sampling()  # what makes no sense is told before the model is loaded
     runner = choice.runner()
     assert runner.cache is not None  # noqa: S101 - it was asked for
-    session = Session(
-        runner, as_json=options["as_json"], quiet=options["quiet"], seed=options["seed"]
-    )
+    session = Session(runner, as_json=options["as_json"], quiet=options["quiet"], seed=asked.seed)
     began = time.perf_counter()
     state = runner.cache.load(options["name"])
-    run = runner.resume(state, _sampling(options, state))
+    run = runner.resume(state, asked.sampling(state.sampling, runner.tokenizer))
     run.load_seconds = time.perf_counter() - began
     likeliest = _likeliest(runner, state)
     with session.interrupt:
@@ -61,23 +61,11 @@ def command(**options: Any) -> int:
         raise session.broken_pipe
     if options["as_json"]:
         answer = session.answer(run) | {"source": options["name"], "next_tokens": likeliest}
-        answer["seed"] = options["seed"]
+        answer["seed"] = asked.seed
         output.print_json(answer)
     elif not options["max_tokens"]:
         _describe(options["name"], state, likeliest)
     return 130 if session.finish_reason == "interrupted" else 0
-
-
-def _sampling(options: dict[str, Any], state: State) -> Any:
-    """The state's own sampling, with what the command line changes of it."""
-    from dataclasses import replace
-
-    names = ("temp", "top_p", "top_k", "min_p", "repetition_penalty", "repetition_context_size")
-    given = {name: options[name] for name in names if options[name] is not None}
-    try:
-        return replace(state.sampling, **given, seed=options["seed"])
-    except ValueError as exc:
-        raise click.UsageError(str(exc)) from exc
 
 
 def _likeliest(runner: Runner, state: State) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mlx_promptcache.runner import Runner
+    from mlx_promptcache.sampling import Sampling
 
     Command = Callable[..., Any]
 
@@ -78,21 +79,50 @@ prompt_options = _options(
     click.option("--prefix-file", metavar="FILE", help="The same, from a file."),
 )
 
+
+def _biases(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> dict[int, float] | None:
+    biases: dict[int, float] = {}
+    for value in values:
+        token, _, bias = value.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError as exc:
+            sentence = f"{value!r} is not a token id and a bias, such as 198=-100"
+            raise click.BadParameter(sentence, ctx, param) from exc
+    return biases or None
+
+
 sampling_options = _options(
     click.option("-n", "--max-tokens", type=int, help="How many tokens to generate at the most."),
     click.option("--temp", type=float, help="Temperature; 0 takes the likeliest token."),
     click.option("--top-p", type=float, help="Nucleus sampling."),
-    click.option("--top-k", type=int),
-    click.option("--min-p", type=float),
+    click.option("--top-k", type=int, help="Draw from so many of the likeliest tokens."),
+    click.option("--min-p", type=float, help="Leave out what is so much less likely than the top."),
+    click.option("--min-tokens-to-keep", type=int, help="How many tokens --min-p leaves anyway."),
+    click.option(
+        "--xtc-probability", type=float,
+        help="How often to leave out all likely tokens but the least likely of them.",
+    ),
+    click.option("--xtc-threshold", type=float, help="From which probability XTC calls it likely."),
     click.option(
         "--seed",
         type=click.IntRange(0, 2**64 - 1),
         help="Where the draws begin; afresh by default.",
     ),
-    click.option("--repetition-penalty", type=float),
-    click.option("--repetition-context-size", type=int),
+    click.option("--repetition-penalty", type=float, help="Divides the logits of last tokens."),
+    click.option("--repetition-context-size", type=int, help="How many last tokens it looks at."),
+    click.option("--presence-penalty", type=float, help="Taken off the logits of last tokens."),
+    click.option("--presence-context-size", type=int, help="How many last tokens it looks at."),
+    click.option("--frequency-penalty", type=float, help="Taken off for every time one occurs."),
+    click.option("--frequency-context-size", type=int, help="How many last tokens it looks at."),
+    click.option(
+        "--logit-bias", multiple=True, callback=_biases, metavar="TOKEN=BIAS",
+        help="Add this to the logit of a token id; repeatable.",
+    ),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable."),
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -233,6 +263,47 @@ class PromptChoice:
         if text := self.text():
             chat.append({"role": "user", "content": text})
         return chat
+
+
+@dataclass(frozen=True)
+class SamplingChoice:
+    """The sampling options of a command, by the names of `Sampling`; None if not given."""
+
+    temp: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    min_tokens_to_keep: int | None
+    xtc_probability: float | None
+    xtc_threshold: float | None
+    logit_bias: dict[int, float] | None
+    repetition_penalty: float | None
+    repetition_context_size: int | None
+    presence_penalty: float | None
+    presence_context_size: int | None
+    frequency_penalty: float | None
+    frequency_context_size: int | None
+    seed: int | None
+
+    def sampling(self, base: Sampling | None = None, tokenizer: Any = None) -> Sampling:
+        """What is asked for; what is not comes from `base`, but for the seed.
+
+        XTC that is asked for spares the tokenizer's line ends and end tokens, as mlx_lm.generate's.
+
+        Raises:
+            UsageError: it makes no sense.
+        """
+        from mlx_promptcache.sampling import Sampling
+
+        options = {f.name: getattr(self, f.name) for f in fields(self)}
+        given = {name: value for name, value in options.items() if value is not None}
+        if self.xtc_probability and tokenizer is not None:
+            ends = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]
+            given["xtc_special_tokens"] = ends
+        try:
+            return replace(base or Sampling(), **{**given, "seed": self.seed})
+        except ValueError as exc:
+            raise click.UsageError(str(exc)) from exc
 
 
 def _is_text(text: str) -> bool:
