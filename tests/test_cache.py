@@ -752,6 +752,19 @@ def test_a_state_of_another_release_of_mlx_lm_is_a_miss_with_a_notice(
             assert runner().start(prompt).prefilled_tokens == 0
 
 
+def test_a_named_state_that_does_not_fit_is_not_called_damaged(tmp_path: Path) -> None:
+    """A release of mlx-lm may keep rows of another shape for the same model."""
+    theirs = Runner(tiny.smallest(), None, PromptCache(tmp_path, "the same"))
+    assert theirs.cache is not None
+    theirs.cache.save("mine", theirs.prefill([1, 2, 3]))
+    here = Runner(model_of("plain"), None, PromptCache(tmp_path, "the same"))
+    assert here.cache is not None
+    with pytest.raises(CacheMiss, match="does not fit") as error:
+        here.cache.load("mine")
+    assert type(error.value) is CacheMiss
+    assert theirs.cache.load("mine").tokens == (1, 2, 3)
+
+
 # Others at the same time
 
 

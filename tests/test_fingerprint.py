@@ -199,6 +199,21 @@ def test_another_configuration_makes_another_fingerprint(model: Path) -> None:
     assert after.explain(before.parts) == "another configuration of the model"
 
 
+def test_what_mlx_lm_reads_beside_the_configuration_counts(model: Path) -> None:
+    write_config(model, model_file="code.py")
+    seen = [Fingerprint.of_model(model)]
+    for name in ("code.py", "hf_quant_config.json"):
+        for content in ("one", "other"):
+            (model / name).write_text(content)
+            seen.append(Fingerprint.of_model(model))
+    assert len({fingerprint.digest for fingerprint in seen}) == len(seen) == 5
+    assert seen[-1].explain(seen[-2].parts) == "another configuration of the model"
+    write_config(model)
+    without = Fingerprint.of_model(model)
+    (model / "code.py").write_text("code that nothing names")
+    assert Fingerprint.of_model(model) == without
+
+
 def test_each_content_of_an_adapter_makes_another_fingerprint(model: Path, adapter: Path) -> None:
     none = Fingerprint.of_model(model)
     first = Fingerprint.of_model(model, adapter=adapter)

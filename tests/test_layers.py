@@ -28,6 +28,7 @@ from mlx_promptcache.layers import (
     ROWS,
     Layer,
     capture,
+    chunks_lose_rows,
     fill,
     is_sliceable,
     leaves,
@@ -358,6 +359,32 @@ def test_an_attribute_of_an_unknown_type_is_refused_by_layer_and_name(value: Any
     assert "'unheard_of" in str(error.value)
 
 
+@pytest.fixture
+def chunks_of_mlx_lm_0_31(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Chunks are trimmed by the length of their buffer, padding included."""
+
+    def trim(chunk: ChunkedKVCache) -> None:
+        if chunk.keys is not None:
+            chunk.start_position += max(0, chunk.keys.shape[2] - chunk.chunk_size)
+
+    monkeypatch.setattr(ChunkedKVCache, "maybe_trim_front", trim)
+    chunks_lose_rows.cache_clear()
+    yield
+    chunks_lose_rows.cache_clear()
+
+
+@pytest.mark.usefixtures("chunks_of_mlx_lm_0_31")
+def test_chunks_are_refused_where_mlx_lm_itself_loses_their_rows() -> None:
+    rows = noise((1, HEADS, 3, DIM), 1)
+    chunk = ChunkedKVCache(512)
+    chunk.update_and_fetch(rows, rows)
+    with pytest.raises(UnsupportedLayer, match=r"layer 1\.1 is a ChunkedKVCache"):
+        capture([fed(KVCache(), 3), CacheList(KVCache(), chunk)], 3)
+    with pytest.raises(UnsupportedLayer, match="ChunkedKVCache"):
+        Blueprint.of(tiny.chunked(), PLAIN)
+    assert Blueprint.of(tiny.rotating(), PLAIN).rows
+
+
 def test_numbers_texts_and_nests_of_them_are_taken_down() -> None:
     odd = ArraysCache(1)
     extra = (1, [2.5, "three", None, (True, mx.array([4, 5]))], ())
@@ -409,6 +436,15 @@ def test_filling_refuses_a_window_that_is_not_this_one() -> None:
     for change in changes:
         with pytest.raises(UnsupportedLayer):
             fill([RotatingKVCache(16, keep=2)], [replace(content, **change)], 25, PLAIN)
+
+
+@pytest.mark.parametrize("slots", [0, 1, 3])
+def test_filling_refuses_another_number_of_places_than_the_model_has(slots: int) -> None:
+    contents = capture([fed(ArraysCache(2), 5)], 5)
+    odd = capture([ArraysCache(slots)], 5)
+    refilled(contents, lambda: ArraysCache(2), 5)
+    with pytest.raises(UnsupportedLayer, match="2 places in 'cache'"):
+        refilled(odd, lambda: ArraysCache(2), 5)
 
 
 def test_filling_refuses_rows_of_which_some_are_missing() -> None:

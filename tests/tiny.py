@@ -205,7 +205,9 @@ def _parts(state: State) -> list[Any]:
     parts: list[Any] = [state.tokens, state.logits, state.embedding, state.rng, state.sampling]
     for layer in state.contents:
         arrays = {**layer.rows, **layer.arrays}
-        parts += [layer.path, layer.attributes, *sorted(arrays), *map(arrays.get, sorted(arrays))]
+        # In order: releases of mlx-lm set the same attributes one after the other, or otherwise.
+        attributes = sorted((layer.attributes or {}).items())
+        parts += [layer.path, attributes, *sorted(arrays), *map(arrays.get, sorted(arrays))]
     return parts
 
 

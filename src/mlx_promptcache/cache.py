@@ -237,8 +237,8 @@ class PromptCache:
         """Return the state of a name, or of a snapshot's id.
 
         Raises:
-            CacheMiss: there is none, it was made by another model or with other settings, or it
-                is damaged; `.reason` says which.
+            CacheMiss: there is none, it was made by another model or with other settings, it does
+                not fit the model's layers, or it is damaged; `.reason` says which.
         """
         with self._store.shared():
             stem, header = catalog.find(self._store, name)
@@ -248,6 +248,10 @@ class PromptCache:
             try:
                 state = self._loader().snapshot(stem)
             except BadFile as exc:
+                if isinstance(exc.__cause__, UnsupportedLayer):  # of another release of mlx-lm
+                    raise CacheMiss(
+                        f"the state {name!r} does not fit: {exc}; save it again"
+                    ) from exc
                 raise DamagedFile(f"the state {name!r} is damaged: {exc}; save it again") from exc
             self._record_use(stem, stem, state)
             return state

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FORMAT = "1"  # of the states, not of the container: raised when old states must not be used
 PIECE_BYTES = 1 << 24
+QUANT_CONFIG = "hf_quant_config.json"  # how weights are quantised, where config.json is silent
 HUB_BLOB = re.compile(r"[0-9a-f]{64}")  # large files of the Hub's cache are named by their sha256
 
 BITS = (2, 3, 4, 5, 6, 8)  # what mlx.core.quantize takes
@@ -261,7 +262,13 @@ def _whole_file(path: Path) -> str:
 
 
 def _config(model: Path) -> str:
-    return _hash(json.dumps(models.config(model), sort_keys=True).encode())
+    """What the model is built from: its configuration, and what mlx-lm reads beside it."""
+    settings = models.config(model)
+    text = json.dumps(settings, sort_keys=True).encode()
+    for name in (QUANT_CONFIG, settings.get("model_file")):
+        if isinstance(name, str) and (model / name).is_file():
+            text += b"\0" + (model / name).read_bytes()
+    return _hash(text)
 
 
 def _adapter(adapter: Path, memo: Memo) -> str:

@@ -11,6 +11,7 @@ attributes of what it made. No class is ever looked up by a name from a file.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -165,7 +166,8 @@ def capture(layers: Iterable[Any], n_past: int) -> tuple[Layer, ...]:
     rows are left out.
 
     Raises:
-        UnsupportedLayer: an attribute is neither array nor number nor text.
+        UnsupportedLayer: an attribute is neither array nor number nor text, or mlx-lm itself loses
+            rows of such a layer.
     """
     return tuple(capture_one(path, layer, n_past) for path, layer in leaves(layers))
 
@@ -173,6 +175,10 @@ def capture(layers: Iterable[Any], n_past: int) -> tuple[Layer, ...]:
 def capture_one(path: str, layer: Any, n_past: int) -> Layer:
     """Take down one live layer; see `capture`."""
     kind = type(layer).__name__
+    if type(layer) is mlx_cache.ChunkedKVCache and chunks_lose_rows():
+        raise UnsupportedLayer(
+            f"layer {path} is a {kind}, which loses rows in this release of mlx-lm: use a newer one"
+        )
     if is_sliceable(layer, n_past):
         return Layer(path, kind, {name: a[:, :, :n_past] for name, a in _rows(layer)})
     if (window := window_of(layer, n_past)) is not None:
@@ -259,6 +265,19 @@ def _rows(layer: Any) -> Iterator[tuple[str, mx.array]]:
         else:
             for i, part in enumerate(value):
                 yield f"{name}.{i}", part
+
+
+@functools.cache
+def chunks_lose_rows() -> bool:
+    """Whether this mlx-lm counts a chunk's padding when it drops the oldest rows, as 0.31 does.
+
+    Rows that are still needed go with them, and which ones depends on where passes ended: another
+    release would go on from such a state as from no run of its own. Nothing is evaluated.
+    """
+    layer, row = mlx_cache.ChunkedKVCache(2), mx.zeros((1, 1, 1, 1))
+    layer.update_and_fetch(row, row)
+    layer.maybe_trim_front()
+    return bool(layer.start_position)
 
 
 def _held_rows(layer: Any) -> int | None:
@@ -392,9 +411,16 @@ def _fill_opaque(layer: Any, content: Layer, n_past: int) -> None:
         default = vars(layer)[name]
         if default is not None and built is not None and type(built) is not type(default):
             raise UnsupportedLayer(f"{where} cannot hold a {type(built).__name__} in {name!r}")
+        if _are_slots(default) and len(built or ()) != len(default):
+            raise UnsupportedLayer(f"{where} has {len(default)} places in {name!r}")
         if name == "offset" and built not in {0, n_past}:
             raise UnsupportedLayer(f"{where} does not hold {n_past} tokens")
         setattr(layer, name, built)
+
+
+def _are_slots(value: Any) -> bool:
+    """Whether it is a list of places to be filled, whose number is the model's."""
+    return isinstance(value, (list, tuple)) and bool(value) and all(x is None for x in value)
 
 
 def _build(value: Any, content: Layer) -> Any:
