@@ -60,10 +60,11 @@ class Container:
 
 @dataclass(frozen=True)
 class Stored:
-    """A state: by the path of a layer its rows by name, or its attributes."""
+    """A state: by the path of a layer its rows by name, or its attributes; of a window both."""
 
     tokens: list[int]
     rows: dict[str, dict[str, Array]]
+    windows: dict[str, tuple[dict[str, Array], Json]]
     opaque: dict[str, Json]
     arrays: dict[str, Array]
     content: Json
@@ -176,6 +177,7 @@ def state(store: Path, name: str) -> Stored:
     return Stored(
         tokens=tokens,
         rows=_rows([(block, rows) for _, block, rows in blocks]),
+        windows=_windows(snapshot, [(block, rows) for _, block, rows in blocks]),
         opaque=_opaque(snapshot),
         arrays=own,
         content=content,
@@ -212,6 +214,8 @@ def _rows(blocks: Sequence[tuple[Container, int]]) -> dict[str, dict[str, Array]
         for label, array in block.arrays.items():
             paths = block.content["stacks"][label]
             _check(array.shape[0] == len(paths), "a stack's layers")
+            if label.startswith("window."):
+                continue
             _check(array.shape[3] == len(block.content["tokens"]), "a stack's rows")
             for path, layer in zip(paths, array.items, strict=True):
                 piece = Array(array.dtype, layer[:, :, :rows])
@@ -220,6 +224,44 @@ def _rows(blocks: Sequence[tuple[Container, int]]) -> dict[str, dict[str, Array]
     for (path, name), pieces in parts.items():
         joined = np.concatenate([piece.items for piece in pieces], axis=2)
         found.setdefault(path, {})[name] = Array(pieces[0].dtype, joined)
+    return found
+
+
+def _windows(
+    snapshot: Container, blocks: Sequence[tuple[Container, int]]
+) -> dict[str, tuple[dict[str, Array], Json]]:
+    found: dict[str, tuple[dict[str, Array], Json]] = {}
+    n = snapshot.content["n_past"]
+    for path, told in snapshot.content["windows"].items():
+        size, keep = told["window"]
+        held = [*range(n)] if n <= size else [*range(keep), *range(n - size + keep, n)]
+        rows = {}
+        for name in ("keys", "values"):
+            own = snapshot.arrays.get(f"{path}/{name}")
+            if own is None:
+                one_by_one = _window_rows(path, name, blocks)
+                dtype = next(row.dtype for row in one_by_one.values())
+                items = np.concatenate([one_by_one[p].items for p in held], axis=2)
+                own = Array(dtype, items)
+            _check(own.shape[2] == len(held), "a window's rows")
+            rows[name] = own
+        found[path] = (rows, told["attributes"])
+    return found
+
+
+def _window_rows(path: str, name: str, blocks: Sequence[tuple[Container, int]]) -> dict[int, Array]:
+    """The rows of a window that blocks have, by position."""
+    found: dict[int, Array] = {}
+    for block, used in blocks:
+        start, end = block.content["start"], block.content["start"] + used
+        begin = block.content["window"]["from"]
+        for label, array in block.arrays.items():
+            if label.startswith(f"window.{name}/") and path in block.content["stacks"][label]:
+                whole = start + len(block.content["tokens"])
+                _check(array.shape[3] == whole - begin, "a stack's rows of windows")
+                layer = array.items[block.content["stacks"][label].index(path)]
+                for p in range(begin, end):
+                    found[p] = Array(array.dtype, layer[:, :, p - begin : p - begin + 1])
     return found
 
 
@@ -240,5 +282,7 @@ def _opaque(snapshot: Container) -> dict[str, Json]:
         path: {name: built(path, value) for name, value in layer["attributes"].items()}
         for path, layer in snapshot.content["opaque"].items()
     }
-    _check(sorted(used) == sorted(k for k in snapshot.arrays if "/" in k), "arrays of layers")
+    windows = snapshot.content["windows"]
+    layered = [k for k in snapshot.arrays if "/" in k and k.partition("/")[0] not in windows]
+    _check(sorted(used) == sorted(layered), "arrays of layers")
     return layers

@@ -197,6 +197,11 @@ def test_the_second_reader_finds_what_the_package_finds(name: str, directory: Pa
         if layer.sliceable:
             found = {key: array.bits for key, array in theirs.rows.pop(layer.path).items()}
             assert found == {key: tiny.bits(array) for key, array in layer.rows.items()}
+        elif layer.window is not None:
+            rows, attributes = theirs.windows.pop(layer.path)
+            bits = {key: array.bits for key, array in rows.items()}
+            assert bits == {key: tiny.bits(array) for key, array in layer.rows.items()}
+            assert attributes == layer.attributes
         else:
             assert layer.attributes is not None
             attributes = theirs.opaque.pop(layer.path)
@@ -205,7 +210,7 @@ def test_the_second_reader_finds_what_the_package_finds(name: str, directory: Pa
             assert arrays == [tiny.bits(array) for array in layer.arrays.values()]
             plain = {k: v for k, v in attributes.items() if not _arrays([v])}
             assert plain == {key: _plain(layer.attributes[key]) for key in plain}
-    assert (theirs.rows, theirs.opaque) == ({}, {})
+    assert (theirs.rows, theirs.windows, theirs.opaque) == ({}, {}, {})
     assert theirs.content["sampling"] == ours.sampling.to_json()
 
 
