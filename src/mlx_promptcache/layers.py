@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_cache
 
 from mlx_promptcache.container import ITEMSIZE, Array
-from mlx_promptcache.errors import UnsupportedLayer
+from mlx_promptcache.errors import NotQuantisable, UnsupportedLayer
 from mlx_promptcache.fingerprint import PLAIN
 from mlx_promptcache.tree import CELL
 
@@ -33,6 +33,7 @@ SLICEABLE = (mlx_cache.KVCache, mlx_cache.QuantizedKVCache)
 ROWS = ("keys", "values")
 PROBE_TOKENS = 2
 LARGEST_UNKNOWN_BYTES = 1 << 26
+HEAP_TYPE = 1 << 9  # CPython's flag of classes that a class statement made
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,12 @@ def make_layers(model: Any, kv: KVSettings) -> list[Any]:
 
 
 def leaves(layers: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every cache object with its path; those inside a `CacheList` one by one."""
+    """Every cache object with its path; those inside a `CacheList` one by one.
+
+    A class derived from `CacheList` is one of its own: it may keep more than its list.
+    """
     for i, layer in enumerate(layers):
-        if isinstance(layer, mlx_cache.CacheList):
+        if type(layer) is mlx_cache.CacheList:
             yield from leaves(layer.caches, f"{prefix}{i}.")
         else:
             yield f"{prefix}{i}", layer
@@ -99,7 +103,7 @@ def quantise(layers: list[Any], kv: KVSettings) -> None:
     """Replace layers by quantised ones where mlx-lm would: in place, after a pass.
 
     Raises:
-        UnsupportedLayer: mlx-lm cannot quantise this kind of layer.
+        NotQuantisable: mlx-lm cannot quantise this kind of layer, or not so.
     """
     if kv.bits is None:
         return
@@ -108,11 +112,11 @@ def quantise(layers: list[Any], kv: KVSettings) -> None:
             try:
                 layers[i] = layer.to_quantized(group_size=kv.group_size, bits=kv.bits)
             except NotImplementedError:
-                raise UnsupportedLayer(
+                raise NotQuantisable(
                     f"mlx-lm cannot quantise a {type(layer).__name__}: leave --kv-bits out"
                 ) from None
             except ValueError as exc:
-                raise UnsupportedLayer(f"these layers cannot be quantised so: {exc}") from exc
+                raise NotQuantisable(f"these layers cannot be quantised so: {exc}") from exc
 
 
 def check_quantised(layers: Iterable[Any], n_past: int, kv: KVSettings) -> None:
@@ -130,7 +134,7 @@ def live_arrays(layers: Iterable[Any]) -> list[mx.array]:
     """All arrays that the layers hold, padding included: what is to be evaluated."""
     found: list[mx.array] = []
     for _, layer in leaves(layers):
-        _collect(vars(layer), found)
+        _collect(getattr(layer, "__dict__", layer), found)
     return found
 
 
@@ -152,8 +156,8 @@ def capture(layers: Iterable[Any], n_past: int) -> tuple[Layer, ...]:
     rows are left out.
 
     Raises:
-        UnsupportedLayer: an attribute is neither array nor number nor text, or mlx-lm itself loses
-            rows of such a layer.
+        UnsupportedLayer: an attribute is neither array nor number nor text, an object keeps content
+            elsewhere than in attributes, or mlx-lm itself loses rows of such a layer.
     """
     return tuple(capture_one(path, layer, n_past) for path, layer in leaves(layers))
 
@@ -167,6 +171,8 @@ def capture_one(path: str, layer: Any, n_past: int) -> Layer:
         )
     if is_sliceable(layer, n_past):
         return Layer(path, kind, {name: a[:, :, :n_past] for name, a in _rows(layer)})
+    if not _is_all_attributes(layer):
+        raise UnsupportedLayer(f"layer {path} is a {kind}, which keeps more than attributes")
     arrays: dict[str, mx.array] = {}
     held = _held_rows(layer)
     attributes = {
@@ -174,6 +180,15 @@ def capture_one(path: str, layer: Any, n_past: int) -> Layer:
         for name, value in vars(layer).items()
     }
     return Layer(path, kind, {}, arrays, attributes)
+
+
+def _is_all_attributes(layer: Any) -> bool:
+    """Whether there is nothing of an object but its `__dict__`: no slots, no list or dict within,
+    as in a class that is derived from one, such as MLX's `Module`.
+    """
+    classes = type(layer).__mro__[:-1]
+    slots = any(vars(one).get("__slots__") for one in classes)
+    return not slots and bool(classes) and all(one.__flags__ & HEAP_TYPE for one in classes)
 
 
 def _rows(layer: Any) -> Iterator[tuple[str, mx.array]]:
@@ -296,13 +311,26 @@ def _fill_opaque(layer: Any, content: Layer, n_past: int) -> None:
             raise UnsupportedLayer(f"{where} of this mlx-lm has no {name!r}")
         built = _build(value, content)
         default = vars(layer)[name]
-        if default is not None and built is not None and type(built) is not type(default):
+        if not _fits(built, default):
             raise UnsupportedLayer(f"{where} cannot hold a {type(built).__name__} in {name!r}")
         if _are_slots(default) and len(built or ()) != len(default):
             raise UnsupportedLayer(f"{where} has {len(default)} places in {name!r}")
-        if name == "offset" and built not in {0, n_past}:
+        if name == "offset" and not isinstance(built, mx.array) and built not in {0, n_past}:
             raise UnsupportedLayer(f"{where} does not hold {n_past} tokens")
         setattr(layer, name, built)
+
+
+def _fits(built: Any, default: Any) -> bool:
+    """Whether an attribute that is made as `default` may come to be this. None may come to be
+    anything, and a number another one, or an array of them.
+    """
+    if default is None or built is None or type(built) is type(default):
+        return True
+    return _is_number(default) and (_is_number(built) or isinstance(built, mx.array))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _are_slots(value: Any) -> bool:
@@ -359,6 +387,10 @@ class Blueprint:
         """Read it off a forward call over two tokens that is built, but never evaluated.
 
         Where layers may be quantised, they may look like either.
+
+        Raises:
+            UnsupportedLayer: a layer cannot be taken down, or not be filled with what was.
+            NotQuantisable: a layer cannot be quantised as the settings ask for.
         """
         blueprint = cls._of(model, kv, quantised=False)
         return blueprint if kv.bits is None else blueprint | cls._of(model, kv, quantised=True)
@@ -369,10 +401,12 @@ class Blueprint:
         logits = model(mx.zeros((1, PROBE_TOKENS), mx.int32), cache=layers)
         if quantised:
             quantise(layers, _from_the_start(kv))
+        contents = capture(layers, PROBE_TOKENS)
+        fill(make_layers(model, kv), contents, PROBE_TOKENS, kv)
         rows: dict[str, dict[str, Shape]] = {}
         opaque: dict[str, dict[str, Shape]] = {}
-        for path, layer in leaves(layers):
-            content = capture_one(path, layer, PROBE_TOKENS)
+        for content in contents:
+            path = content.path
             if content.sliceable:
                 rows[path] = {name: _shape(a, any_tokens=True) for name, a in content.rows.items()}
             else:

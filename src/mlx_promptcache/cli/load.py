@@ -16,6 +16,7 @@ from mlx_promptcache.cli.options import (
     sampling_options,
     take,
 )
+from mlx_promptcache.errors import UnsupportedLayer
 from mlx_promptcache.store import check_name
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def command(**options: Any) -> int:
     from mlx_promptcache.cli.session import Session
 
     runner = choice.runner()
-    assert runner.cache is not None  # noqa: S101 - it was asked for
+    if runner.cache is None:
+        raise UnsupportedLayer(str(runner.why_not_kept))
     session = Session(
         runner, as_json=options["as_json"], quiet=options["quiet"], seed=options["seed"]
     )
