@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_promptcache.arrays import dtype_name
 from mlx_promptcache.container import raw_bytes
 from mlx_promptcache.errors import UnsupportedLayer
-from mlx_promptcache.layers import ROWS, TOKEN_AXIS, capture_one, leaves, make_layers, quantise
+from mlx_promptcache.layers import ROWS, TOKEN_AXIS, capture, fill, make_layers, quantise
 from mlx_promptcache.tree import CELL
 
 if TYPE_CHECKING:
@@ -67,6 +67,10 @@ class Blueprint:
         """Read it off a forward call over two tokens that is built, but never evaluated.
 
         Where layers may be quantised, they may look like either.
+
+        Raises:
+            UnsupportedLayer: a layer cannot be taken down, or not be filled with what was.
+            NotQuantisable: a layer cannot be quantised as the settings ask for.
         """
         blueprint = cls._of(model, kv, quantised=False)
         return blueprint if kv.bits is None else blueprint | cls._of(model, kv, quantised=True)
@@ -77,11 +81,13 @@ class Blueprint:
         logits = model(mx.zeros((1, PROBE_TOKENS), mx.int32), cache=layers)
         if quantised:
             quantise(layers, replace(kv, quantized_start=0))
+        contents = capture(layers, PROBE_TOKENS)
+        fill(make_layers(model, kv), contents, PROBE_TOKENS, kv)
         rows: dict[str, dict[str, Shape]] = {}
         opaque: dict[str, dict[str, Shape]] = {}
         windows: dict[str, Window] = {}
-        for path, layer in leaves(layers):
-            content = capture_one(path, layer, PROBE_TOKENS)
+        for content in contents:
+            path = content.path
             if content.opaque:
                 opaque[path] = {name: _shape(a) for name, a in content.arrays.items()}
                 continue

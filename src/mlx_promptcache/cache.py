@@ -21,6 +21,7 @@ from mlx_promptcache.blueprint import Blueprint
 from mlx_promptcache.errors import (
     CacheMiss,
     DamagedFile,
+    NotQuantisable,
     PromptCacheError,
     StoreError,
     UnsupportedLayer,
@@ -304,12 +305,21 @@ class PromptCache:
 
     def fetch(self, model: Any, tokens: Sequence[int]) -> tuple[list[Any], builtins.list[int]]:
         """Return mlx-lm cache objects that hold the longest stored prefix, and the tokens (at least
-        one) that are still to be processed.
+        one) that are still to be processed. A model whose states cannot be kept is a miss.
+
+        Raises:
+            NotQuantisable: mlx-lm cannot quantise its layers as the settings ask for.
         """
         tokens = [int(token) for token in tokens]
         if not tokens:
             return make_layers(model, self.kv), tokens
-        self.blueprint = Blueprint.of(model, self.kv)
+        try:
+            self.blueprint = Blueprint.of(model, self.kv)
+        except NotQuantisable:
+            raise
+        except UnsupportedLayer as exc:
+            log.warning("states of this model cannot be kept: %s", exc)
+            return make_layers(model, self.kv), tokens
         state, layers, _ = self.resume(tokens, model, limit=len(tokens) - 1)
         if state is None or layers is None:
             return make_layers(model, self.kv), tokens
@@ -324,10 +334,11 @@ class PromptCache:
         the prompt and every generated token that went through the model.
 
         Raises:
-            UnsupportedLayer: the objects hold another number of tokens.
+            UnsupportedLayer: the objects hold another number of tokens, or cannot be taken down.
             StoreError: the file system refuses.
         """
         tokens = tuple(int(token) for token in tokens)
+        self.blueprint = Blueprint.of(model, self.kv)
         expected = [path for path, _ in leaves(make_layers(model, self.kv))]
         if expected != [path for path, _ in leaves(prompt_cache)]:
             raise UnsupportedLayer("these layers are not those that the model makes")

@@ -7,6 +7,7 @@ PromptCacheError
 ├── CacheLocked          another process holds the store's lock
 ├── StoreError           the file system said no: disk full, no permission
 ├── UnsupportedLayer     a layer that cannot be captured, or filled from this file
+│   └── NotQuantisable   a layer that mlx-lm cannot quantise as it was asked to
 ├── ModelError           no such model, or not one that mlx-lm can load
 └── PromptError          a prompt that cannot be run: empty, or longer than the context
 
@@ -47,6 +48,10 @@ class StoreError(PromptCacheError):
 
 class UnsupportedLayer(PromptCacheError):
     """A layer's content does not fit this model's layers, or cannot be taken down at all."""
+
+
+class NotQuantisable(UnsupportedLayer):
+    """mlx-lm cannot quantise such a layer, or not with these settings."""
 
 
 class ModelError(PromptCacheError):

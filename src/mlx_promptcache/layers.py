@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_cache
 
-from mlx_promptcache.errors import UnsupportedLayer
+from mlx_promptcache.errors import NotQuantisable, UnsupportedLayer
 from mlx_promptcache.fingerprint import PLAIN
 from mlx_promptcache.tree import CELL
 from mlx_promptcache.windows import Window
@@ -32,6 +32,7 @@ TOKEN_AXIS = 2  # of [batch, heads, tokens, head_dim]
 SLICEABLE = (mlx_cache.KVCache, mlx_cache.QuantizedKVCache)
 ROWS = ("keys", "values")
 WINDOW_ATTRIBUTES = {*ROWS, "offset", "max_size", "keep", "_idx"}
+HEAP_TYPE = 1 << 9  # CPython's flag of classes that a class statement made
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,12 @@ def make_layers(model: Any, kv: KVSettings) -> list[Any]:
 
 
 def leaves(layers: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every cache object with its path; those inside a `CacheList` one by one."""
+    """Every cache object with its path; those inside a `CacheList` one by one.
+
+    A class derived from `CacheList` is one of its own: it may keep more than its list.
+    """
     for i, layer in enumerate(layers):
-        if isinstance(layer, mlx_cache.CacheList):
+        if type(layer) is mlx_cache.CacheList:
             yield from leaves(layer.caches, f"{prefix}{i}.")
         else:
             yield f"{prefix}{i}", layer
@@ -115,18 +119,18 @@ def quantise(layers: list[Any], kv: KVSettings) -> None:
     """Replace layers by quantised ones where mlx-lm would: in place, after a pass.
 
     Raises:
-        UnsupportedLayer: mlx-lm cannot quantise this kind of layer.
+        NotQuantisable: mlx-lm cannot quantise this kind of layer, or not so.
     """
     for i, layer in enumerate(layers):
         if _is_due(layer, kv):
             try:
                 layers[i] = layer.to_quantized(group_size=kv.group_size, bits=kv.bits)
             except NotImplementedError:
-                raise UnsupportedLayer(
+                raise NotQuantisable(
                     f"mlx-lm cannot quantise a {type(layer).__name__}: leave --kv-bits out"
                 ) from None
             except ValueError as exc:
-                raise UnsupportedLayer(f"these layers cannot be quantised so: {exc}") from exc
+                raise NotQuantisable(f"these layers cannot be quantised so: {exc}") from exc
 
 
 def check_quantised(layers: Iterable[Any], n_past: int, kv: KVSettings) -> None:
@@ -144,7 +148,7 @@ def live_arrays(layers: Iterable[Any]) -> list[mx.array]:
     """All arrays that the layers hold, padding included: what is to be evaluated."""
     found: list[mx.array] = []
     for _, layer in leaves(layers):
-        _collect(vars(layer), found)
+        _collect(getattr(layer, "__dict__", layer), found)
     return found
 
 
@@ -166,8 +170,8 @@ def capture(layers: Iterable[Any], n_past: int) -> tuple[Layer, ...]:
     rows are left out.
 
     Raises:
-        UnsupportedLayer: an attribute is neither array nor number nor text, or mlx-lm itself loses
-            rows of such a layer.
+        UnsupportedLayer: an attribute is neither array nor number nor text, an object keeps content
+            elsewhere than in attributes, or mlx-lm itself loses rows of such a layer.
     """
     return tuple(capture_one(path, layer, n_past) for path, layer in leaves(layers))
 
@@ -183,6 +187,8 @@ def capture_one(path: str, layer: Any, n_past: int) -> Layer:
         return Layer(path, kind, {name: a[:, :, :n_past] for name, a in _rows(layer)})
     if (window := window_of(layer, n_past)) is not None:
         return _capture_window(path, layer, n_past, window)
+    if not _is_all_attributes(layer):
+        raise UnsupportedLayer(f"layer {path} is a {kind}, which keeps more than attributes")
     arrays: dict[str, mx.array] = {}
     held = _held_rows(layer)
     attributes = {
@@ -198,11 +204,8 @@ def window_of(layer: Any, n_past: int) -> Window | None:
         return None
     window = Window(layer.max_size, layer.keep)
     sound = layer.offset == n_past and 0 <= window.keep < window.size
-    return (
-        window
-        if sound and _in_order(layer, "keys").shape[TOKEN_AXIS] >= min(n_past, window.size)
-        else None
-    )
+    rows = _in_order(layer, "keys").shape[TOKEN_AXIS]
+    return window if sound and rows >= min(n_past, window.size) else None
 
 
 def _is_window(layer: Any) -> bool:
@@ -215,9 +218,7 @@ def _capture_window(path: str, layer: Any, n_past: int, window: Window) -> Layer
     rows = {}
     for name in ROWS:
         ordered = _in_order(layer, name)
-        surplus = (
-            ordered.shape[TOKEN_AXIS] - held
-        )  # a pass of many tokens leaves more than a window
+        surplus = ordered.shape[TOKEN_AXIS] - held  # more than a window after a long pass
         if surplus:
             kept = ordered[:, :, : window.keep]
             ordered = mx.concatenate([kept, ordered[:, :, window.keep + surplus :]], TOKEN_AXIS)
@@ -255,6 +256,15 @@ def latest_rows(layer: Any, n_past: int, count: int) -> tuple[int, dict[str, mx.
     return n_past - count, {
         name: mx.contiguous(array[:, :, length - count :]) for name, array in rows.items()
     }
+
+
+def _is_all_attributes(layer: Any) -> bool:
+    """Whether there is nothing of an object but its `__dict__`: no slots, no list or dict within,
+    as in a class that is derived from one, such as MLX's `Module`.
+    """
+    classes = type(layer).__mro__[:-1]
+    slots = any(vars(one).get("__slots__") for one in classes)
+    return not slots and bool(classes) and all(one.__flags__ & HEAP_TYPE for one in classes)
 
 
 def _rows(layer: Any) -> Iterator[tuple[str, mx.array]]:
@@ -409,13 +419,26 @@ def _fill_opaque(layer: Any, content: Layer, n_past: int) -> None:
             raise UnsupportedLayer(f"{where} of this mlx-lm has no {name!r}")
         built = _build(value, content)
         default = vars(layer)[name]
-        if default is not None and built is not None and type(built) is not type(default):
+        if not _fits(built, default):
             raise UnsupportedLayer(f"{where} cannot hold a {type(built).__name__} in {name!r}")
         if _are_slots(default) and len(built or ()) != len(default):
             raise UnsupportedLayer(f"{where} has {len(default)} places in {name!r}")
-        if name == "offset" and built not in {0, n_past}:
+        if name == "offset" and not isinstance(built, mx.array) and built not in {0, n_past}:
             raise UnsupportedLayer(f"{where} does not hold {n_past} tokens")
         setattr(layer, name, built)
+
+
+def _fits(built: Any, default: Any) -> bool:
+    """Whether an attribute that is made as `default` may come to be this. None may come to be
+    anything, and a number another one, or an array of them.
+    """
+    if default is None or built is None or type(built) is type(default):
+        return True
+    return _is_number(default) and (_is_number(built) or isinstance(built, mx.array))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _are_slots(value: Any) -> bool:

@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_promptcache import arithmetic, models, places
 from mlx_promptcache.blueprint import PROBE_TOKENS, Blueprint
 from mlx_promptcache.cache import Match, PromptCache
-from mlx_promptcache.errors import ModelError, PromptError, UnsupportedLayer
+from mlx_promptcache.errors import ModelError, NotQuantisable, PromptError, UnsupportedLayer
 from mlx_promptcache.fingerprint import KVSettings, remembered
 from mlx_promptcache.headers import MOST_DRAFT_TOKENS
 from mlx_promptcache.layers import make_layers
@@ -89,7 +89,10 @@ class Runner:
         self.forward_passes = 0
         """Forward calls so far; `tokens_fed` is how many tokens went through them."""
         self.tokens_fed = 0
+        self.why_not_kept: str | None = None
+        """Why states of this model cannot be kept; then there is no cache, whatever was given."""
         self._vocabulary = 0
+        self._to_be_told = False
         self._trunk = Trunk.of(model, self._probe)
         self._blueprint = self._look()
         if draft_model is not None:
@@ -153,15 +156,14 @@ class Runner:
     def _look(self) -> Blueprint | None:
         """What the model's layers look like; None, and no cache, if they cannot be taken down."""
         try:
-            blueprint = Blueprint.of(self._whole, self.kv)
+            return Blueprint.of(self._whole, self.kv)
+        except NotQuantisable:
+            raise
         except UnsupportedLayer as exc:
-            if self.kv.bits is not None:
-                raise
-            if self.cache is not None:
-                log.warning("prompts of this model are not kept: %s", exc)
+            self.why_not_kept = f"states of this model cannot be kept: {exc}"
+            self._to_be_told = self.cache is not None
             self.cache = None
             return None
-        return blueprint
 
     def _check_draft(self) -> None:
         if not self.sliceable or self.kv.max_size is not None:
@@ -398,6 +400,9 @@ class Runner:
     def _resume(
         self, prompt: Prompt, *, exact: bool
     ) -> tuple[State | None, list[Any] | None, Match | None]:
+        if self._to_be_told:
+            log.warning("%s", self.why_not_kept)
+            self._to_be_told = False
         if self.cache is None:
             return None, None, None
         plan = None

@@ -19,7 +19,7 @@ from mlx_promptcache.cli.options import (
     sampling_options,
     take,
 )
-from mlx_promptcache.errors import CacheMiss, PromptCacheError
+from mlx_promptcache.errors import CacheMiss, PromptCacheError, UnsupportedLayer
 from mlx_promptcache.store import check_name
 
 if TYPE_CHECKING:
@@ -124,8 +124,9 @@ def _keep(session: Session, run: Run | None, options: dict[str, Any]) -> PromptC
     Returns the error of a save that was asked for: the answer comes first.
     """
     exact, name = options["exact"], options["save_as"]
+    why_not = session.runner.why_not_kept
     if session.runner.cache is None:
-        return None
+        return UnsupportedLayer(why_not) if name is not None and why_not else None
     if run is None:  # interrupted in the prompt: keep what is computed of it
         partial = session.runner.run_in_progress
         if partial is not None and partial.prefilled_tokens:

@@ -17,6 +17,7 @@ from mlx_promptcache.cli.options import (
     sampling_options,
     take,
 )
+from mlx_promptcache.errors import UnsupportedLayer
 from mlx_promptcache.store import check_name
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def command(**options: Any) -> int:
 
     asked.sampling()  # what makes no sense is told before the model is loaded
     runner = choice.runner()
-    assert runner.cache is not None  # noqa: S101 - it was asked for
+    if runner.cache is None:
+        raise UnsupportedLayer(str(runner.why_not_kept))
     session = Session(runner, as_json=options["as_json"], quiet=options["quiet"], seed=asked.seed)
     began = time.perf_counter()
     state = runner.cache.load(options["name"])

@@ -15,6 +15,7 @@ from mlx_promptcache.cli.options import (
     prompt_options,
     take,
 )
+from mlx_promptcache.errors import UnsupportedLayer
 from mlx_promptcache.store import check_name
 
 
@@ -36,7 +37,8 @@ def command(**options: Any) -> int:
 
     runner = choice.runner()
     session = Session(runner, as_json=options["as_json"], quiet=options["quiet"], seed=0)
-    assert runner.cache is not None  # noqa: S101 - it was asked for
+    if runner.cache is None:
+        raise UnsupportedLayer(str(runner.why_not_kept))
     prompt = runner.prompter.beginning(origin_of(prompts, runner.prompter)[0])
     with session.interrupt:
         try:
