@@ -47,19 +47,27 @@ class Uneven(Embedding):
     """An embedding whose last bits depend on how many tokens go through it at once.
 
     On a GPU, and with a fast BLAS, the bits of all that is computed do. Where they do not, a test
-    that compares bits could not tell rows of one pass from those of another.
+    that compares bits could not tell rows of one pass from those of another. Every other item is
+    touched: what all have in common a normalisation takes out again.
     """
+
+    step: float
 
     def __call__(self, x: mx.array) -> mx.array:
         rows: mx.array = self["weight"][x]
-        return rows * (1 + x.shape[-1] % 251 * 2.0**-23)
+        touched = mx.arange(rows.shape[-1]) % 2
+        return rows * (1 + touched * (x.shape[-1] % 251 * self.step))
 
 
-def uneven(model: Any) -> Any:
-    """Let the bits of all that a model computes depend on the width of its passes."""
+def uneven(model: Any, *, step: float = 2.0**-23) -> Any:
+    """Let the bits of all that a model computes depend on the width of its passes.
+
+    Models that round what they compute, or that soon forget it, need a larger step than others.
+    """
     for module in model.modules():
         if type(module) is Embedding:
             object.__setattr__(module, "__class__", Uneven)
+            object.__setattr__(module, "step", step)
     return model
 
 
