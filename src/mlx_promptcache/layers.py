@@ -333,6 +333,9 @@ class Blueprint:
         """Read it off a forward call over two tokens that is built, but never evaluated.
 
         Where layers may be quantised, they may look like either.
+
+        Raises:
+            UnsupportedLayer: they cannot be taken down, or cannot be quantised as `kv` asks.
         """
         blueprint = cls._of(model, kv, quantised=False)
         return blueprint if kv.bits is None else blueprint | cls._of(model, kv, quantised=True)
@@ -340,7 +343,8 @@ class Blueprint:
     @classmethod
     def _of(cls, model: Any, kv: KVSettings, *, quantised: bool) -> Blueprint:
         layers = make_layers(model, kv)
-        logits = model(mx.zeros((1, PROBE_TOKENS), mx.int32), cache=layers)
+        tokens = mx.zeros((1, PROBE_TOKENS), mx.int32)
+        logits = model(tokens, cache=layers)
         if quantised:
             quantise(layers, _from_the_start(kv))
         rows: dict[str, dict[str, Shape]] = {}
@@ -351,6 +355,8 @@ class Blueprint:
                 rows[path] = {name: _shape(a, any_tokens=True) for name, a in content.rows.items()}
             else:
                 opaque[path] = {name: _shape(a) for name, a in content.arrays.items()}
+        if quantised:
+            _go_on(model, tokens, layers)
         return cls(rows, opaque, Shape(dtype_name(logits), (logits.shape[-1],)))
 
     def __or__(self, other: Blueprint) -> Blueprint:
@@ -400,6 +406,18 @@ def _merged(
     a: Mapping[str, Mapping[str, Shape]], b: Mapping[str, Mapping[str, Shape]]
 ) -> dict[str, dict[str, Shape]]:
     return {path: {**a.get(path, {}), **b.get(path, {})} for path in {**a, **b}}
+
+
+def _go_on(model: Any, tokens: mx.array, layers: list[Any]) -> None:
+    """Call the model once more. Some read their keys as one array, which quantised ones are not:
+    without this they would fail in the middle of a long prompt.
+    """
+    try:
+        model(tokens, cache=layers)
+    except Exception as exc:
+        raise UnsupportedLayer(
+            "mlx-lm cannot go on from quantised layers with this model: leave --kv-bits out"
+        ) from exc
 
 
 def _from_the_start(kv: KVSettings) -> KVSettings:
