@@ -3,6 +3,7 @@
 `modules()` lists the architectures when it is called, so that one which a newer mlx-lm adds is
 missing from `CONFIGS` instead of being passed over. Each configuration has every kind of layer that
 its architecture can have, and windows, chunks and kernels that a prompt of 40 tokens goes past.
+`SHAPES` are those of models that many people have, with fewer layers and narrower ones.
 
 The weights are the same in every process: each array has a key of its own, made of its name.
 """
@@ -648,6 +649,117 @@ CONFIGS: dict[str, Config] = {
     },
 }
 
+# Shapes of models that many people have: their ratios and flags, not their sizes.
+
+LLAMA_3_1: Config = {  # 8B: 4,096 wide, 32 heads of 128, 8 for keys and values
+    "hidden_size": 128,
+    "intermediate_size": 448,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+QWEN3: Config = {  # 0.6B: 1,024 wide, 16 heads of 128 (twice the width), 8 for keys and values
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+}
+MINIMIND: Config = {
+    "vocab_size": 6400,
+    "hidden_size": 128,
+    "num_attention_heads": 8,
+    "head_dim": 16,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+}
+MINIMIND_2: Config = {  # 512 wide; saved as a llama, which names no size of the heads
+    **MINIMIND,
+    "intermediate_size": 384,
+    "num_key_value_heads": 2,
+    "head_dim": None,
+    "rms_norm_eps": 1e-5,
+}
+MINIMIND_3: Config = {  # 768 wide; saved as a qwen3, or a qwen3_moe
+    **MINIMIND,
+    "intermediate_size": 448,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "use_sliding_window": False,
+    "sliding_window": None,
+}
+
+SHAPES: dict[str, tuple[str, Config]] = {
+    "Llama 3.1": ("llama", LLAMA_3_1),
+    "MiniMind 2, saved as a llama": ("llama", MINIMIND_2),
+    "MiniMind 3, saved as a qwen3": ("qwen3", MINIMIND_3),
+    "MiniMind 3 with experts, saved as a qwen3_moe": (
+        "qwen3_moe",
+        {
+            **MINIMIND_3,
+            "num_experts": 4,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 448,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        },
+    ),
+    "Qwen 3": ("qwen3", QWEN3),
+}
+"""By name, the architecture and the configuration of models, made smaller."""
+
+# Rows that MLX can quantise have 32 items, or a multiple of that.
+
+WIDE: Config = {
+    "global_head_dim": 32,
+    "head_dim": 32,
+    "hidden_size_per_head": 32,
+    "index_head_dim": 32,
+    "kv_channels": 32,
+    "kv_lora_rank": 32,
+    "n_head": 2,
+    "n_heads": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "swa_head_dim": 32,
+    "swa_num_attention_heads": 2,
+    "swa_num_key_value_heads": 1,
+    "swa_v_head_dim": 32,
+    "v_head_dim": 32,
+}
+WIDE_CONFIGS: dict[str, Config] = {
+    "afm7": {"num_heads": 2, "num_kv_heads": 1},
+    "minicpm3": {"rope_scaling": {"short_factor": [1.0] * 16, "long_factor": [1.5] * 16}},
+    "nemotron-nas": {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32},
+    "phimoe": {
+        "rope_scaling": {
+            "long_factor": [1.5] * 16,
+            "short_factor": [1.0] * 16,
+            "long_mscale": 1.0,
+            "short_mscale": 1.0,
+        },
+    },
+    "phixtral": {"num_heads": 2},
+}
+"""What `WIDE` cannot say: names and lists that mean something else elsewhere."""
+
 KNOWN_BROKEN: dict[str, str] = {
     "bitnet": "[metal_kernel] No Metal back-end.",
     "muse_spark": "[metal_kernel] No Metal back-end.",
@@ -661,6 +773,19 @@ DEPEND_ON_PASSES: dict[str, str] = {
 }
 """Architectures whose logits are not the same, but for rounding, where passes end elsewhere."""
 
+DEPENDS_ON_CACHE: dict[str, str] = {
+    "gemma3n": "layers that share keys and values compute their own where there is no cache",
+}
+"""Architectures whose logits are others without a cache than with an empty one."""
+
+UNWRITTEN: dict[str, str] = {
+    "nemotron-nas": "has a KVCache for a layer without attention, and never writes to it",
+}
+"""Architectures with an object that holds no rows, so that where one is kept counts."""
+
+DECAYS = ("dt_bias", "dt_proj.bias", "recurrent_param", "w_lora.lora.2.bias")
+"""Parameters that say how fast recurrent layers forget: slowly, as trained ones do."""
+
 PROBES = ("hf_olmo",)
 """Packages that mlx-lm's modules only import to see whether they are there."""
 
@@ -671,10 +796,28 @@ def modules() -> list[str]:
     return sorted(n for n in found if {"Model", "ModelArgs"} <= vars(_module(n)).keys())
 
 
-def build(name: str) -> Any:
-    """A model of an architecture, in float32, with weights that depend on nothing but its name."""
-    module = _module(name)
-    model = module.Model(module.ModelArgs.from_dict(config_of(name)))
+def runnable() -> list[str]:
+    """The architectures that run here, and then the shapes of known models."""
+    return [*(name for name in modules() if name not in broken()), *SHAPES]
+
+
+def is_known(name: str) -> bool:
+    """Whether somebody has written a configuration."""
+    return name in CONFIGS or name in SHAPES
+
+
+def broken() -> dict[str, str]:
+    """Of the architectures that mlx-lm cannot run on a CPU, those that it cannot run here."""
+    metal = mx.metal.is_available()
+    return {name: why for name, why in KNOWN_BROKEN.items() if not (metal and "Metal" in why)}
+
+
+def build(name: str, *, wide: bool = False) -> Any:
+    """A model of an architecture or a shape, in float32, with weights that depend on nothing but
+    its name. A `wide` one has fewer and wider heads, whose rows MLX can quantise.
+    """
+    module = _module(architecture_of(name))
+    model = module.Model(module.ModelArgs.from_dict(config_of(name, wide=wide)))
     parameters: list[Any] = list(tree_flatten(model.parameters()))
     weights = [(path, _weight(path, array)) for path, array in parameters]
     model.update(tree_unflatten(weights))
@@ -685,12 +828,31 @@ def build(name: str) -> Any:
     return model
 
 
-def config_of(name: str) -> Config:
-    """What would be in the `config.json` of a model of this architecture."""
-    config = copy.deepcopy({**BASE, **CONFIGS[name], "model_type": name})
+def architecture_of(name: str) -> str:
+    """The architecture of a shape; an architecture is its own."""
+    return SHAPES[name][0] if name in SHAPES else name
+
+
+def config_of(name: str, *, wide: bool = False) -> Config:
+    """What would be in the `config.json` of such a model.
+
+    Raises:
+        LookupError: this mlx-lm has an architecture that nobody has written one for.
+    """
+    known = SHAPES[name][1] if name in SHAPES else CONFIGS.get(name)
+    if known is None:
+        raise LookupError(f"mlx-lm has {name}: add a tiny configuration of it to CONFIGS")
+    config = copy.deepcopy({**BASE, **known, "model_type": architecture_of(name)})
     if "text_config" in config:
         config["text_config"].setdefault("model_type", f"{name}_text")
-    return config
+    return {**_widened(config), **WIDE_CONFIGS.get(name, {})} if wide else config
+
+
+def _widened(config: Config) -> Config:
+    return {
+        key: _widened(value) if isinstance(value, dict) else WIDE.get(key, value)
+        for key, value in config.items()
+    }
 
 
 def _module(name: str) -> ModuleType:
@@ -717,6 +879,8 @@ def _weight(path: str, array: mx.array) -> mx.array:
     noise = mx.random.normal(array.shape, key=key)
     if kind == "A_log":
         return mx.log(mx.random.uniform(1.0, 16.0, array.shape, key=key))
+    if path.endswith(DECAYS):
+        return noise - 4
     if kind == "signs":
         return mx.sign(noise)
     if array.ndim <= 1:

@@ -15,6 +15,7 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_logits_processors
 
+import architectures
 import processes
 import tiny
 from families import CHATML
@@ -709,6 +710,13 @@ def test_rows_of_other_kv_settings_are_not_used_and_the_miss_says_why(
     assert run.match is not None
     assert run.match.reason is not None
     assert "other KV cache settings" in run.match.reason
+
+
+def test_a_model_that_cannot_read_quantised_rows_says_so_before_the_prompt() -> None:
+    model = architectures.build("stablelm", wide=True)
+    with pytest.raises(UnsupportedLayer, match="quantised layers"):
+        Runner(model, kv=KVSettings(8, 32, 5000))
+    assert Runner(model).prefill(random_tokens(5, seed=18)).n_past == 5
 
 
 @pytest.mark.parametrize("kind", ["recurrent", "hybrid", "nested"])

@@ -6,6 +6,7 @@ name. Nothing here reads or sets MLX's global random state.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -13,7 +14,6 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-from mlx.nn.layers.embedding import Embedding
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import falcon_h1, lfm2, llama, llama4, mamba2, qwen2
 
@@ -44,24 +44,32 @@ LLAMA = {
 }
 
 
-class Uneven(Embedding):
-    """An embedding whose last bits depend on how many tokens go through it at once.
+def uneven(model: Any, *, step: float = 2.0**-23) -> Any:
+    """Let the bits of all that a model computes depend on the width of its passes.
 
-    On a GPU, and with a fast BLAS, the bits of all that is computed do. Where they do not, a test
-    that compares bits could not tell rows of one pass from those of another.
+    On a GPU, and with a fast BLAS, they do. Where they do not, a test that compares bits could not
+    tell rows of one pass from those of another. Models that round what they compute, or that soon
+    forget it, need a larger step than others.
+    """
+    for module in model.modules():
+        if hasattr(module, "as_linear"):  # an embedding
+            kind: Any = type(module)
+            object.__setattr__(module, "__class__", _uneven(kind, step))
+    return model
+
+
+@functools.cache
+def _uneven(embedding: Any, step: float) -> Any:
+    """A class of embeddings whose rows depend on how many tokens go through it at once. Every other
+    item does: what all have in common a normalisation takes out again.
     """
 
-    def __call__(self, x: mx.array) -> mx.array:
-        rows: mx.array = self["weight"][x]
-        return rows * (1 + x.shape[-1] % 251 * 2.0**-23)
+    def call(self: Any, x: mx.array) -> mx.array:
+        rows: mx.array = embedding.__call__(self, x)
+        touched = mx.arange(rows.shape[-1]) % 2
+        return rows * (1 + touched * (x.shape[-1] % 251 * step))
 
-
-def uneven(model: Any) -> Any:
-    """Let the bits of all that a model computes depend on the width of its passes."""
-    for module in model.modules():
-        if type(module) is Embedding:
-            object.__setattr__(module, "__class__", Uneven)
-    return model
+    return type(f"Uneven{embedding.__name__}", (embedding,), {"__call__": call})
 
 
 def with_weights(model: Any) -> Any:

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_promptcache.arrays import dtype_name
 from mlx_promptcache.container import raw_bytes
-from mlx_promptcache.errors import UnsupportedLayer
+from mlx_promptcache.errors import NotQuantisable, UnsupportedLayer
 from mlx_promptcache.layers import ROWS, TOKEN_AXIS, capture, fill, make_layers, quantise
 from mlx_promptcache.tree import CELL
 
@@ -78,7 +78,8 @@ class Blueprint:
     @classmethod
     def _of(cls, model: Any, kv: KVSettings, *, quantised: bool) -> Blueprint:
         layers = make_layers(model, kv)
-        logits = model(mx.zeros((1, PROBE_TOKENS), mx.int32), cache=layers)
+        tokens = mx.zeros((1, PROBE_TOKENS), mx.int32)
+        logits = model(tokens, cache=layers)
         if quantised:
             quantise(layers, replace(kv, quantized_start=0))
         contents = capture(layers, PROBE_TOKENS)
@@ -94,6 +95,8 @@ class Blueprint:
             rows[path] = {name: _shape(a, any_tokens=True) for name, a in content.rows.items()}
             if content.window is not None:
                 windows[path] = content.window
+        if quantised:
+            _go_on(model, tokens, layers)
         return cls(rows, opaque, windows, Shape(dtype_name(logits), (logits.shape[-1],)))
 
     def __or__(self, other: Blueprint) -> Blueprint:
@@ -123,6 +126,18 @@ class Blueprint:
         ):
             return
         raise UnsupportedLayer(f"{name!r} of layer {path} is not of this model")
+
+
+def _go_on(model: Any, tokens: mx.array, layers: list[Any]) -> None:
+    """Call the model once more. Some read their keys as one array, which quantised ones are not:
+    without this they would fail in the middle of a long prompt.
+    """
+    try:
+        model(tokens, cache=layers)
+    except Exception as exc:
+        raise NotQuantisable(
+            "mlx-lm cannot go on from quantised layers with this model: leave --kv-bits out"
+        ) from exc
 
 
 def _differs_by_tokens(
