@@ -342,14 +342,19 @@ def fill(layers: list[Any], contents: Sequence[Layer], n_past: int, kv: KVSettin
             _fill_window(layer, content, content.window, n_past)
             continue
         if content.opaque:
+            if type(layer) is mlx_cache.KVCache and "bits" in (content.attributes or {}):
+                layer = layers[int(path)] = _quantised_layer(kv)  # quantised before it was written
             _fill_opaque(layer, content, n_past)
             continue
         if type(layer) not in SLICEABLE:
             raise UnsupportedLayer(f"layer {path} is a {type(layer).__name__} and takes no rows")
         if "keys" not in content.rows and type(layer) is mlx_cache.KVCache:
-            layer = mlx_cache.QuantizedKVCache(kv.group_size, kv.bits or 0)
-            layers[int(path)] = layer
+            layer = layers[int(path)] = _quantised_layer(kv)
         _fill_rows(layer, content, n_past)
+
+
+def _quantised_layer(kv: KVSettings) -> Any:
+    return mlx_cache.QuantizedKVCache(kv.group_size, kv.bits or 0)
 
 
 def _fill_rows(layer: Any, content: Layer, n_past: int) -> None:
@@ -394,7 +399,7 @@ def _fill_window(layer: Any, content: Layer, window: Window, n_past: int) -> Non
     if (
         (layer.max_size, layer.keep, layer.offset) != (*window, n_past)
         or (turned and held < window.size)
-        or not window.keep <= layer._idx <= held
+        or not min(window.keep, held) <= layer._idx <= held
     ):
         raise UnsupportedLayer(f"layer {content.path} does not hold such a window")
     turn = window.keep + held - layer._idx  # where the ring's first row is in the order
