@@ -29,8 +29,7 @@ ALTERNATES = (
 class Family:
     """A shape: its template, its special tokens, and what the tokenizer itself puts before text.
 
-    `system` and `alternates` say what the template allows; `rewrites` whether later turns change
-    how earlier ones are rendered.
+    `system` and `alternates` say what the template takes, and what it insists on.
     """
 
     template: str | None
@@ -40,7 +39,11 @@ class Family:
     adds_bos: bool = False
     system: bool = True
     alternates: bool = False
-    rewrites: bool = False
+
+    @property
+    def begins(self) -> bool:
+        """Whether a prompt begins with the beginning of a sequence."""
+        return self.adds_bos if self.template is None else "bos_token" in self.template
 
 
 CHATML = Family(
@@ -64,6 +67,14 @@ LLAMA3 = Family(  # BOS in the template, and from the tokenizer as well; a syste
     end="<|eot_id|>",
     bos="<|begin_of_text|>",
     specials=("<|start_header_id|>", "<|end_header_id|>"),
+    adds_bos=True,
+)
+
+ZEPHYR = Family(  # BOS from the tokenizer, and so none in a chat
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+    end="</s>",
+    bos="<s>",
     adds_bos=True,
 )
 
@@ -106,7 +117,6 @@ MISTRAL = Family(  # folds the system turn into the last one, and so out of all 
     specials=("[INST]", "[/INST]"),
     adds_bos=True,
     alternates=True,
-    rewrites=True,
 )
 
 QWEN3_TURNS = (
@@ -129,13 +139,11 @@ QWEN3 = Family(  # takes back what was thought in earlier turns
     QWEN3_TURNS,
     end="<|im_end|>",
     specials=("<|im_start|>", "<think>", "</think>"),
-    rewrites=True,
 )
 QWEN3_SILENT = Family(  # mlx-lm lets none think whose vocabulary has no word for it
     QWEN3_TURNS,
     end="<|im_end|>",
     specials=("<|im_start|>",),
-    rewrites=True,
 )
 
 PLAIN = Family(None, end="</s>", bos="<s>", adds_bos=True)  # no template, BOS from the tokenizer
@@ -143,6 +151,7 @@ PLAIN = Family(None, end="</s>", bos="<s>", adds_bos=True)  # no template, BOS f
 FAMILIES = {
     "chatml": CHATML,
     "llama3": LLAMA3,
+    "zephyr": ZEPHYR,
     "gemma2": GEMMA2,
     "gemma3": GEMMA3,
     "mistral": MISTRAL,

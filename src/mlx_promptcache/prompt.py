@@ -32,10 +32,15 @@ class Prompt:
 
 
 class Prompter:
-    """Makes prompts with one tokenizer, mlx-lm's wrapper around a Hugging Face tokenizer."""
+    """Makes prompts with one tokenizer, mlx-lm's wrapper around a Hugging Face tokenizer.
 
-    def __init__(self, tokenizer: Any) -> None:
+    With `marks_turns` the end of what the next turn of a chat leaves as it is, is declared worth
+    keeping, too: for models that can only be resumed where a state was kept.
+    """
+
+    def __init__(self, tokenizer: Any, *, marks_turns: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._marks_turns = marks_turns
 
     @property
     def has_template(self) -> bool:
@@ -51,12 +56,24 @@ class Prompter:
         tokens = self._encode(origin)
         if not tokens:
             raise PromptError("the prompt is empty: give some text with --prompt")
-        boundaries = []
-        if prefix is not None:
-            position = agreeing(self._stable(prefix), tokens)
-            if 0 < position < len(tokens):
-                boundaries.append(position)
+        ends = set() if prefix is None else {agreeing(self._stable(prefix), tokens)}
+        if self._marks_turns:
+            ends.add(self._left_by_next_turn(origin, tokens))
+        boundaries = sorted(end for end in ends if 0 < end < len(tokens))
         return Prompt(tuple(tokens), tuple(boundaries), origin)
+
+    def _left_by_next_turn(self, origin: Origin, tokens: Sequence[int]) -> int:
+        """Where a rendering with an answer and another question begins to differ, or 0.
+
+        Some templates take back what they put before an answer, such as an empty thought.
+        """
+        if origin.messages is None and not origin.template:
+            return 0
+        try:
+            position = agreeing(self._encode(continued(answered(origin, "a"), "a")), tokens)
+        except PromptError:
+            return 0
+        return position if 2 * position > len(tokens) else 0  # else there is little to keep
 
     def beginning(self, origin: Origin) -> Prompt:
         """The prompt up to where continuations of it can differ: what is worth keeping of it.

@@ -395,7 +395,7 @@ class Runner:
         """
         if self.tokenizer is None:
             raise PromptError("there is no tokenizer: give the prompt as token ids")
-        return Prompter(self.tokenizer)
+        return Prompter(self.tokenizer, marks_turns=not self.sliceable)
 
     def _resume(
         self, prompt: Prompt, *, exact: bool
