@@ -22,7 +22,7 @@ FIGURES = pytest.StashKey[list[str]]()
 """Lines that the end of a session shows: what was measured on the way."""
 REAL_MODEL = places.demo_model()
 # These start processes, or run the real model.
-LAST = ("test_adapters", "test_cli", "test_scripts", "test_real")
+LAST = ("test_adapters", "test_kv_settings", "test_cli", "test_scripts", "test_real")
 
 
 def pytest_configure(config: pytest.Config) -> None:
