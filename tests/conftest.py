@@ -21,7 +21,8 @@ CACHE = pytest.StashKey[str]()
 FIGURES = pytest.StashKey[list[str]]()
 """Lines that the end of a session shows: what was measured on the way."""
 REAL_MODEL = places.demo_model()
-LAST = ("test_cli", "test_scripts", "test_real")  # these start processes, or run the real model
+LAST = ("test_conformance", "test_cli", "test_scripts", "test_real")
+"""Tests of many models, then those that start processes, then those that run the real model."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
