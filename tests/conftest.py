@@ -21,8 +21,11 @@ CACHE = pytest.StashKey[str]()
 FIGURES = pytest.StashKey[list[str]]()
 """Lines that the end of a session shows: what was measured on the way."""
 REAL_MODEL = places.demo_model()
-# These start processes, or run the real model.
-LAST = ("test_conformance", "test_cli", "test_kv_settings", "test_scripts", "test_real")
+# Tests of many models, then those that start processes, then those that run the real model.
+LAST = (
+    "test_conformance", "test_adapters", "test_kv_settings", "test_cli", "test_scripts",
+    "test_real",
+)  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
