@@ -19,8 +19,8 @@ import architectures
 import processes
 import tiny
 from families import CHATML
-from mlx_promptcache import PromptCache, Runner, Sampling, State, headers
-from mlx_promptcache.errors import ModelError, PromptError, UnsupportedLayer
+from mlx_promptcache import PromptCache, Runner, Sampling, State, headers, window_rows
+from mlx_promptcache.errors import ModelError, PromptError, StoreError, UnsupportedLayer
 from mlx_promptcache.fingerprint import KVSettings
 from mlx_promptcache.layers import live_arrays, make_layers
 from mlx_promptcache.store import SNAPSHOTS, Store
@@ -1010,8 +1010,8 @@ def test_where_blocks_lack_rows_of_windows_the_snapshot_holds_them(tmp_path: Pat
         (stem,) = [x for x in Store(tmp_path).stems(SNAPSHOTS) if f"-{held - cell}-" in x]
         assert headers.has_window_rows(headers.snapshot_header(Store(tmp_path), stem)) == own
         more = mx.array([random_tokens(5, seed=34)])
-        fetched, rest = PromptCache(tmp_path, "bare", kv=kv).fetch(model, [*tokens[:held], 1])
-        assert rest == [1]
+        state = PromptCache(tmp_path, "bare", kv=kv).load(stem.rpartition("-")[2])
+        fetched = state.layers(model)
         straight = make_layers(model, kv)
         for begin, end in [(0, 30), (30, held)] if held > 30 else [(0, 30)]:
             model(mx.array([tokens[begin:end]]), cache=straight)
@@ -1128,3 +1128,113 @@ def test_where_any_position_can_be_resumed_no_snapshots_are_taken_on_the_way(
         assert keep(runner, other).marks == ()
     with pytest.raises(ValueError, match="more than 0"):
         runner_of("plain", None, snapshot_every=0)
+
+
+# What hostile eyes found
+
+
+def test_what_goes_on_from_a_prompt_state_is_stored_with_rows_of_its_own(tmp_path: Path) -> None:
+    """The rows that windows moved past in one continuation are none of another."""
+    runner = runner_of("rotating", tmp_path)
+    run = runner.start(random_tokens(300, seed=51), sampling=Sampling(temp=1, seed=1))
+    list(run.steps(90))
+    state = run.prompt_state()
+    assert {rows.span.stop for rows in state.passed} == {300}
+    said = tokens_of(runner, state, 90, Sampling(temp=1, seed=2))
+    assert runner.cache is not None
+    runner.cache.keep(runner.state)
+    for shared in (340, 380):
+        prompt = [*[*state.tokens, *said][:shared], 3, 4]
+        warm = runner_of("rotating", tmp_path).start(prompt)
+        assert warm.cached_tokens == shared
+        assert_close(warm.state(), runner_of("rotating").prefill(prompt))
+
+
+@main_kinds
+def test_what_a_forward_call_left_when_it_was_broken_off_is_no_state(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = runner_of(kind, tmp_path)
+    calls = 0
+    forward = runner.forward
+
+    def broken(inputs: mx.array, layers: list[Any]) -> Any:
+        nonlocal calls
+        calls += 1
+        answer = forward(inputs, layers)
+        if calls == 2:
+            raise KeyboardInterrupt
+        return answer
+
+    monkeypatch.setattr(runner, "forward", broken)
+    with pytest.raises(KeyboardInterrupt):
+        runner.start(random_tokens(1300, seed=52))
+    run = runner.run_in_progress
+    assert run is not None
+    with pytest.raises(PromptError, match="broken off"):
+        run.state()
+    with pytest.raises(PromptError, match="broken off"):
+        run.prompt_state()
+
+
+def test_marks_do_not_pile_up_where_states_are_resumed_again_and_again(tmp_path: Path) -> None:
+    for kind in ("rotating", "hybrid"):
+        runner = runner_of(kind, tmp_path / kind)
+        state = runner.prefill(random_tokens(60, seed=53), boundaries=(40,))
+        for _ in range(5):
+            tokens_of(runner, state, 1, GREEDY)
+            state = runner.state
+        assert [mark.position for mark in state.marks] == [40]
+
+
+def test_later_writers_who_know_more_rows_of_windows_are_found(tmp_path: Path) -> None:
+    model, tokens = model_of("rotating"), random_tokens(700, seed=54)
+    layers = make_layers(model, KVSettings())
+    model(mx.array([tokens]), cache=layers)
+    PromptCache(tmp_path, "rotating").store(model, tokens, layers)
+    assert runner_of("rotating", tmp_path).start([*tokens[:300], 3, 4]).cached_tokens == 0
+    runner = runner_of("rotating", tmp_path)
+    assert runner.cache is not None
+    runner.cache.keep(runner.start(tokens, reuse=False).state())
+    for shared in (100, 300, 600):
+        prompt = [*tokens[:shared], (tokens[shared] + 1) % tiny.VOCAB, 4]
+        run = runner_of("rotating", tmp_path).start(prompt)
+        assert run.cached_tokens == shared
+        assert_close(run.state(), runner_of("rotating").prefill(prompt))
+
+
+def test_a_state_whose_rows_are_in_layers_is_not_saved_empty(tmp_path: Path) -> None:
+    for kind in ("plain", "hybrid"):
+        cache = PromptCache(tmp_path / kind, kind)
+        tokens = keep(runner_of(kind, tmp_path / kind), random_tokens(60, seed=55)).tokens
+        resumed = cache.resume(tokens, model_of(kind))
+        assert resumed.state is not None
+        with pytest.raises(StoreError, match="from a run"):
+            cache.save("empty", resumed.state)
+
+
+def test_a_loop_of_its_own_is_given_no_window_that_keeps_its_first_rows(tmp_path: Path) -> None:
+    """What is computed with these depends on the cuts, and those of the caller are not known."""
+    model, kv, tokens = model_of("bare"), KVSettings(max_size=40), random_tokens(300, seed=56)
+    layers = make_layers(model, kv)
+    model(mx.array([tokens]), cache=layers)
+    PromptCache(tmp_path, "bare", kv=kv).store(model, tokens, layers)
+    _, rest = PromptCache(tmp_path, "bare", kv=kv).fetch(model, [*tokens, 1])
+    assert len(rest) == 301
+
+
+def test_rows_that_do_not_wait_are_not_copied_for_every_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = 0
+    latest = window_rows.latest
+
+    def counted_latest(*args: Any) -> Any:
+        nonlocal copies
+        copies += 1
+        return latest(*args)
+
+    monkeypatch.setattr("mlx_promptcache.run.latest", counted_latest)
+    monkeypatch.setattr("mlx_promptcache.window_rows.MOST_PASSED_BYTES", 1000)
+    tokens_of(runner_of("rotating", tmp_path), random_tokens(60, seed=57), 200, GREEDY)
+    assert copies <= 1 + 200 // tiny.WINDOW

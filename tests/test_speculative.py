@@ -102,6 +102,7 @@ def test_n_and_m_tokens_straight_are_n_save_load_m(
     assert loaded.n_past == len(PROMPT) + cut
     assert begin + said(second, loaded, 50 - cut) == whole
     assert digest(second.state) == digest(straight.state)
+    assert second.state.lineage == straight.state.lineage
 
 
 def test_looking_at_the_state_after_every_token_changes_nothing() -> None:
@@ -202,6 +203,15 @@ def test_quantised_layers_of_both_go_on(start: int, tmp_path: Path) -> None:
         assert second.cache is not None
         assert begin + said(second, second.cache.load("so far"), 60 - cut) == whole
         assert digest(second.state) == digest(straight.state)
+
+
+def test_the_state_of_the_prompt_costs_no_round() -> None:
+    runner = speculating(0.0)
+    run = runner.start(PROMPT, sampling=GREEDY)
+    assert [step.token for step in run.steps(1)]
+    assert run.prompt_state().n_past == len(PROMPT)
+    assert runner.forward_passes == 1
+    assert run.state().n_past == len(PROMPT) + 1
 
 
 def test_the_context_is_not_exceeded() -> None:

@@ -295,6 +295,8 @@ class PromptCache:
     def _writing(self, state: State) -> Iterator[None]:
         if self.read_only:
             raise StoreError("this prompt cache is read-only")
+        if not state.contents:
+            raise StoreError("this state's rows are in layers: take the state from a run")
         if state.fingerprint not in {"", self.fingerprint.digest}:
             raise StoreError("this state was computed by another model, or with other settings")
         self._store.create()
@@ -319,6 +321,8 @@ class PromptCache:
             raise
         except UnsupportedLayer as exc:
             log.warning("states of this model cannot be kept: %s", exc)
+            return make_layers(model, self.kv), tokens
+        if self._cuts_matter:  # and where the caller cuts is not known
             return make_layers(model, self.kv), tokens
         state, layers, _ = self.resume(tokens, model, limit=len(tokens) - 1)
         if state is None or layers is None:
@@ -370,6 +374,8 @@ class PromptCache:
         first = next((layer for _, layer in leaves(prompt_cache)), None)
         state = self._fetched.get(first) if first is not None else None
         if state is None or tokens[: state.n_past] != state.tokens:
+            return ()
+        if self.kv.phase_at(state.n_past) != self.kv.phase_at(len(tokens)):  # quantised since
             return ()
         return state.trail.refs
 

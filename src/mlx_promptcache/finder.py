@@ -268,6 +268,8 @@ class _Walk:
         except PromptCacheError as exc:
             self.finder.bad.set_aside(BLOCKS, stem, exc)
             return
+        if self.plan is None and headers.window_span(header).start > position:
+            stem, header = self._fullest(stem, header, position)
         self.digests[stem] = header.digest
         self._complete = self._complete and header.content["complete"]
         if (window := header.content.get("window")) is not None:
@@ -277,6 +279,22 @@ class _Walk:
             rows = self.plan.rows(record_of(header), position, rows)
         if rows:
             yield Stretch(stem, position, rows)
+
+    def _fullest(self, stem: str, header: Header, position: int) -> tuple[str, Header]:
+        """The variant of a block that has the most rows of windows: the first writer may have had
+        fewer than those who came later.
+        """
+        best = stem, header
+        if header.content.get("window") is None:
+            return best
+        names = self._cell(position).get(self.keys[position], ())
+        for name in [n for n in names if n.end_key == header.content["end_key"]]:
+            with contextlib.suppress(PromptCacheError):
+                other = headers.block_header(self.finder.store, str(name))
+                spans = headers.window_span(other), headers.window_span(best[1])
+                if str(name) not in self.finder.bad and spans[0].start < spans[1].start:
+                    best = str(name), other
+        return best
 
     def deepest(self, steps: Sequence[Stretch], last: int) -> int:
         """The deepest position, at most `last`, where the rows of these steps are all that there

@@ -37,6 +37,7 @@ WINDOW = "window."  # begins the labels of the rows of windows
 ROW_DIMENSIONS = 5  # [layers, batch, heads, tokens, ...]
 ROWS_AXIS = 3
 MOST_DRAFT_TOKENS = 1024
+MOST_NESTED = 32  # sequences within sequences, in the attributes of a layer
 TEXTS = ("text", "system")
 LOGITS = "logits"
 EMBEDDING = "embedding"
@@ -113,7 +114,8 @@ def _are_stacks(stacks: Any, header: Header, rows: int) -> bool:
             != (len(paths), span.stop - span.start if label.startswith(WINDOW) else rows)
         ):
             return False
-    return True
+    places = [(label.partition("/")[0], path) for label, paths in stacks.items() for path in paths]
+    return len(places) == len(set(places))  # no layer has the same rows twice
 
 
 def snapshot_header(store: Store, stem: str) -> Header:
@@ -211,6 +213,8 @@ def _is_speculation(value: Any, n_past: int) -> bool:
         return True
     if not isinstance(value, dict) or not isinstance(value.get("key"), list):
         return False
+    if not isinstance(value.get("lineage"), str):
+        return False
     numbers = [value.get("start"), value.get("draft_tokens"), *value["key"]]
     return (
         len(numbers) == 4
@@ -248,13 +252,15 @@ def has_window_rows(snapshot: Header) -> bool:
     return any(f"{path}/keys" in snapshot.entries for path in snapshot.content["windows"])
 
 
-def _arrays_in(value: Any) -> list[str]:
+def _arrays_in(value: Any, depth: int = MOST_NESTED) -> list[str]:
+    if depth == 0:
+        raise DamagedFile("the attributes of a layer are nested too deep")
     if isinstance(value, dict):
         if isinstance(value.get("array"), str):
             return [value["array"]]
-        return [name for item in value.values() for name in _arrays_in(item)]
+        return [name for item in value.values() for name in _arrays_in(item, depth - 1)]
     if isinstance(value, list):
-        return [name for item in value for name in _arrays_in(item)]
+        return [name for item in value for name in _arrays_in(item, depth - 1)]
     return []
 
 

@@ -174,7 +174,7 @@ class Loader:
 
     def _checked(self, ref: Ref, header: Header) -> Header:
         if header.content["start"] != ref.start or len(header.content["tokens"]) < ref.rows:
-            raise DamagedFile("it is not at the position where its name was found")
+            raise _Replaced("a block that is needed is not at its position")
         if ref.digest and header.digest != ref.digest:
             raise _Replaced("a block that is needed was replaced by another")
         check_block(header, self._blueprint)
@@ -216,6 +216,8 @@ class Loader:
                     if (path, name) not in rooms and (not of_window or path in windows):
                         spans = windows[path].spans(n_past) if of_window else [Span(0, n_past)]
                         rooms[path, name] = Room(entry, spans, padded=not of_window)
+                    elif (path, name) in rooms:
+                        rooms[path, name].check(entry)  # before anything is allocated
         Room.open(rooms.values())
         exactly = [
             Ref(ref.stem, block.digest, ref.start, ref.rows)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache.arrays import to_array
-from mlx_promptcache.blueprint import Blueprint, Shape
+from mlx_promptcache.blueprint import LARGEST_UNKNOWN_BYTES, Blueprint, Shape
+from mlx_promptcache.container import raw_bytes
 from mlx_promptcache.errors import UnsupportedLayer
 from mlx_promptcache.headers import EMBEDDING, LOGITS, RNG, WINDOW, window_span, windows_of
 from mlx_promptcache.layers import TOKEN_AXIS, Layer
@@ -125,6 +126,8 @@ def check_snapshot(header: Header, blueprint: Blueprint | None) -> None:
         set(content["opaque"]) != set(blueprint.opaque) or windows != blueprint.windows
     ):
         raise UnsupportedLayer("it has opaque layers that are not those of this model")
+    if blueprint is not None and _unknown_bytes(header, blueprint) > LARGEST_UNKNOWN_BYTES:
+        raise UnsupportedLayer("it has more in its layers than this model can have")
     for name, entry in header.entries.items():
         path, _, array = name.partition("/")
         if path in windows and blueprint is not None:
@@ -135,6 +138,16 @@ def check_snapshot(header: Header, blueprint: Blueprint | None) -> None:
             blueprint.check_opaque(path, array, entry.dtype, entry.shape, content["n_past"])
         elif not array and not _is_head(Shape(entry.dtype, entry.shape), name, blueprint):
             raise UnsupportedLayer(f"its {name} cannot be those of this model")
+
+
+def _unknown_bytes(header: Header, blueprint: Blueprint) -> int:
+    """Bytes of the arrays of opaque layers that the blueprint does not know."""
+    total = 0
+    for name, entry in header.entries.items():
+        path, _, array = name.partition("/")
+        if array and array not in blueprint.opaque.get(path, {}) and path not in blueprint.windows:
+            total += raw_bytes(entry.dtype, entry.shape)
+    return total
 
 
 def _is_head(shape: Shape, name: str, blueprint: Blueprint | None) -> bool:

@@ -63,25 +63,44 @@ class Room:
 
     def __init__(self, entry: Entry, spans: Sequence[Span], *, padded: bool) -> None:
         self._spans, self._dtype = spans, entry.dtype
-        self._missing = self.rows = sum(span.stop - span.start for span in spans)
-        rows = self.rows + (-self.rows % CELL if padded else 0)
-        batch_and_heads, rest = entry.shape[1 : TOKEN_AXIS + 1], entry.shape[TOKEN_AXIS + 2 :]
+        self._missing = rows = sum(span.stop - span.start for span in spans)
+        rows += -rows % CELL if padded else 0
+        batch_and_heads, rest = _around_rows(entry.shape)
         self._shape = (*batch_and_heads, rows, *rest)
         self._row_shape = (entry.dtype, batch_and_heads, rest)
-        # Bytes are put into MLX's own memory: every further copy of a state costs its page faults.
         self._row_bytes = math.prod(rest) * ITEMSIZE[entry.dtype]
-        room = (*batch_and_heads, rows, self._row_bytes)
-        direct = _HOST_SEES_ARRAYS and 0 not in room
-        self._bytes = mx.zeros(room, mx.uint8) if direct else None
-        self._view: Any = np.zeros(room, np.uint8) if self._bytes is None else None
+        self._bytes: mx.array | None = None
+        self._view: Any = None  # where rows are put: the memory of `_bytes`, or an array of its own
 
     @staticmethod
     def open(rooms: Iterable[Room]) -> None:
-        """Make these rooms ready for `put`."""
-        unopened = [room for room in rooms if room._view is None]
-        mx.eval([room._bytes for room in unopened])
-        for room in unopened:
-            room._view = np.asarray(memoryview(room._bytes))  # type: ignore[arg-type]
+        """Allocate what these rooms need: then rows can be put there.
+
+        Bytes are put into MLX's own memory: every further copy of a state costs its page faults.
+        """
+        opened = list(rooms)
+        for room in opened:
+            room._allocate()
+        mx.eval([room._bytes for room in opened if room._bytes is not None])
+        for room in opened:
+            if room._bytes is not None:
+                room._view = np.asarray(memoryview(room._bytes))  # type: ignore[arg-type]
+
+    def _allocate(self) -> None:
+        shape = (*self._shape[: TOKEN_AXIS + 1], self._row_bytes)
+        if _HOST_SEES_ARRAYS and 0 not in shape:
+            self._bytes = mx.zeros(shape, mx.uint8)
+        else:
+            self._view = np.zeros(shape, np.uint8)
+
+    def check(self, stack: Array | Entry) -> None:
+        """Compare the rows of a stack with those that belong here.
+
+        Raises:
+            UnsupportedLayer: they are not rows of this layer.
+        """
+        if self._row_shape != (stack.dtype, *_around_rows(stack.shape)):
+            raise UnsupportedLayer("the blocks do not hold the same layers")
 
     def wants(self, used: Span) -> bool:
         """Whether any of these positions has a place here."""
@@ -93,9 +112,7 @@ class Room:
         Raises:
             UnsupportedLayer: they are not rows of this layer.
         """
-        batch_and_heads, rest = stack.shape[1 : TOKEN_AXIS + 1], stack.shape[TOKEN_AXIS + 2 :]
-        if (stack.dtype, batch_and_heads, rest) != self._row_shape:
-            raise UnsupportedLayer("the blocks do not hold the same layers")
+        self.check(stack)
         source = np.frombuffer(stack.data, np.uint8).reshape(
             *stack.shape[: TOKEN_AXIS + 2], self._row_bytes
         )[layer]
@@ -128,6 +145,11 @@ class Room:
         if not array.size:
             return mx.zeros(self._shape, mlx_dtype(self._dtype))
         return array.view(mlx_dtype(self._dtype)).reshape(self._shape)
+
+
+def _around_rows(stack: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Batch and heads, and the rest, of the shape `[layers, batch, heads, tokens, ...]`."""
+    return stack[1 : TOKEN_AXIS + 1], stack[TOKEN_AXIS + 2 :]
 
 
 # Where the CPU and whatever computes share memory, a view of an array may be written to. CUDA's

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from mlx_promptcache.errors import PromptError
 from mlx_promptcache.layers import capture, live_arrays, quantise, to_be_quantised
 from mlx_promptcache.passes import Pass, extended, next_end
 from mlx_promptcache.prompt import TextStream, answered
@@ -62,8 +63,13 @@ class Run:
         self._trail = state.trail if state else Trail()
         self._passes: list[Pass] = list(self._trail.passes)
         self._marks: list[Mark] = list(state.marks) if state else []
+        self._end: Mark | None = None  # at the end of the prompt
         self._passed: list[WindowRows] = list(state.passed) if state else []
+        self._passed_until = self._passed[-1].span.stop if self._passed else len(self._tokens)
         self._held = len(self._tokens)  # tokens in the layers, those on their way included
+        self._broken = (
+            False  # a forward call was broken off: layers hold different numbers of tokens
+        )
         self._unread: mx.array | None = None  # fed, but its value not yet asked for
         self._unfed: mx.array | None = None  # yielded, but not fed
         self.key: mx.array = state.rng if state else mx.random.key(0)
@@ -99,13 +105,14 @@ class Run:
                 progress(self._held, len(tokens))
             start = self._held
             end = next_end(start, len(tokens), self._runner.prefill_step, boundaries)
+            self._broken = True
+            self._tokens += tokens[start:end]
             self._forward(mx.array(list(tokens[start:end]))[None], end - start)
-            self._tokens += tokens[len(self._tokens) : end]
             arrays = live_arrays(self._layers) + self._keep_passed()
             if end == len(tokens) or end in boundaries or end in marks or self._due(start, end):
                 arrays += [a for a in (self._logits, self._embedding) if a is not None]
                 mx.eval(arrays)
-                self._mark()
+                self._marks.append(self._mark())
             else:
                 mx.eval(arrays)
             mx.clear_cache()
@@ -115,8 +122,8 @@ class Run:
         if self.prefilled_tokens:
             rate = self.prefill_seconds / self.prefilled_tokens
             self._trail = replace(self._trail, seconds_per_token=rate)
-        if not self._marks or self._marks[-1].position != self._held:
-            self._mark()
+        ended = self._marks and self._marks[-1].position == self._held
+        self._end = self._marks[-1] if ended else self._mark()
 
     @property
     def prefilled_tokens(self) -> int:
@@ -131,26 +138,24 @@ class Run:
         """Keep the latest rows of windows for the blocks to come; return the new arrays."""
         if not self._runner.keeps_windows:
             return []
-        rows = latest(self._layers, self._held, self._held - self._passed_until())
+        rows = latest(self._layers, self._held, self._held - self._passed_until)
         if rows is None:
             return []
         self._passed = limited([*self._passed, rows])
+        self._passed_until = self._held
         return rows.arrays
 
-    def _passed_until(self) -> int:
-        return self._passed[-1].span.stop if self._passed else self.cached_tokens
-
-    def _mark(self) -> None:
-        if not self._runner.capturable:
-            return
-        contents = capture(self._layers, self._held) if not self._runner.sliceable else ()
+    def _mark(self) -> Mark:
+        contents = capture(self._layers, self._held) if self._needs_layers() else ()
         layers = tuple(layer for layer in contents if not layer.sliceable)
-        self._marks.append(
-            Mark(self._held, layers, self._logits, self._embedding, self.key, self._lineage)
-        )
+        return Mark(self._held, layers, self._logits, self._embedding, self.key, self._lineage)
+
+    def _needs_layers(self) -> bool:
+        return self._runner.capturable and not self._runner.sliceable
 
     def _forward(self, inputs: mx.array, count: int) -> None:
         """One pass over `inputs`, `[1, count]`; nothing is evaluated."""
+        self._broken = True
         logits, hidden = self._runner.forward(inputs, self._layers)
         self._logits = logits[0, -1]
         self._embedding = None if hidden is None else hidden[0, -1]
@@ -160,24 +165,24 @@ class Run:
         self._held = end
         if to_be_quantised(self._layers, self._runner.kv):
             self._quantise()
+        self._broken = False
 
     def _quantise(self) -> None:
         """Quantise layers. Marks keep the rows that they were taken with, and what is stored of the
         rows until now is not what the layers hold from now on.
         """
-        contents = capture(self._layers, self._held) if self._marks else ()
+        contents = capture(self._layers, self._held) if self._marks or self._end else ()
         rows = [layer for layer in contents if layer.sliceable]
         trail = replace(self._trail, passes=tuple(self._passes))
-        self._marks = [
-            mark
-            if mark.trail is not None
-            else replace(
-                mark,
-                layers=(*mark.layers, *(layer.cut(mark.position) for layer in rows)),
-                trail=trail,
-            )
-            for mark in self._marks
-        ]
+
+        def with_rows(mark: Mark) -> Mark:
+            if mark.trail is not None:
+                return mark
+            own = tuple(layer.cut(mark.position) for layer in rows)
+            return replace(mark, layers=(*mark.layers, *own), trail=trail)
+
+        self._marks = [with_rows(mark) for mark in self._marks]
+        self._end = self._end and with_rows(self._end)
         quantise(self._layers, self._runner.kv)
         self._trail = replace(self._trail, refs=())
 
@@ -229,7 +234,7 @@ class Run:
     def _feed(self, token: mx.array) -> None:
         self._forward(token[None], 1)
         self._unread = token
-        if self._held - self._passed_until() >= self._runner.shortest_window:
+        if self._held - self._passed_until >= self._runner.shortest_window:
             mx.async_eval(self._keep_passed())
 
     def _read(self) -> int:
@@ -255,9 +260,14 @@ class Run:
         return self._take_down()
 
     def prompt_state(self) -> State:
-        """The state at the end of the prompt, also after tokens were generated."""
-        whole = self._take_down()
-        mark = self._marks[-1]
+        """The state at the end of the prompt, also after tokens were generated.
+
+        Raises:
+            PromptError: the prompt has not come to its end.
+        """
+        if self._end is None:
+            raise PromptError("the prompt was broken off: there is no state at its end")
+        whole, mark = self._as_held(), self._end
         earlier = tuple(m for m in self._marks if m.position < mark.position)
         return replace(whole.at(mark), origin=self.origin, marks=earlier)
 
@@ -270,6 +280,12 @@ class Run:
         )
 
     def _take_down(self) -> State:
+        return self._as_held()
+
+    def _as_held(self) -> State:
+        """The state of the tokens that the layers hold."""
+        if self._broken:
+            raise PromptError("a forward call was broken off: what the layers hold is no state")
         if self._unread is not None:
             self._read()
         arrays = [a for a in (self._logits, self._embedding, self.key) if a is not None]

@@ -308,6 +308,8 @@ class Runner:
         """Where a prompt leaves what is stored of others, if nothing can be resumed there: with a
         snapshot there the next one can.
         """
+        if self.cache is None or self.cache.read_only:
+            return None
         saves = match.stored - match.position >= LEAST_BRANCH
         return match.stored if saves and match.stored < length else None
 

@@ -130,6 +130,7 @@ class SpeculativeRun(Run):
 
     def _check(self, this: _Round) -> None:
         """Let the draft model propose, and the model check."""
+        self._broken = True
         start, key = this.start, this.keys[1]
         room = self._runner.room_for(start + 1, self._draft_tokens)
         fed = [mx.array(this.tokens)]
@@ -163,6 +164,7 @@ class SpeculativeRun(Run):
         self._held = this.start + len(this.tokens)
         this.lineage = speculated(self._lineage, this.start, this.start + 1 + room)
         self._passes.append(Pass(this.start, self._held, this.lineage))
+        self._broken = False
 
     def _close(self) -> None:
         """End a round all of whose tokens have been yielded: the run stands at its end."""
@@ -184,14 +186,14 @@ class SpeculativeRun(Run):
             self._check(this)
         if this is None or len(self._tokens) == self._held:
             self._close()
-            return super()._take_down()
+            return self._as_held()
         return self._inside(this)
 
     def _inside(self, this: _Round) -> State:
         """The state in the middle of a round."""
         assert this.logits is not None  # noqa: S101 - the round was checked
         count, n_past = len(self._tokens) - this.start, len(self._tokens)
-        whole = super()._take_down()
+        whole = self._as_held()
         contents = tuple(layer.cut(n_past) for layer in capture(self._layers, self._held))
         logits, key = this.logits[count - 1], this.keys[count]
         hidden = None if this.hidden is None else this.hidden[count - 1]
@@ -204,7 +206,7 @@ class SpeculativeRun(Run):
             embedding=hidden,
             rng=key,
             lineage=extended(this.lineage, this.start, n_past),
-            speculation=Speculation(this.start, (first, second), self._draft_tokens),
+            speculation=Speculation(this.start, (first, second), self._draft_tokens, self._lineage),
         )
 
     def repeat(self, speculation: Speculation) -> bool:
@@ -213,8 +215,10 @@ class SpeculativeRun(Run):
         """
         start, said = speculation.start, self._tokens[speculation.start :]
         self._pair.rewind(self._layers, len(said), len(said))
-        self._held = start
+        self._held, self._lineage = start, speculation.lineage
         self._passes = [p for p in self._passes if p.start < start]
+        refs = tuple(ref for ref in self._trail.refs if ref.end <= start)
+        self._trail = replace(self._trail, refs=refs)  # the rows after `start` are made again
         key = mx.array(speculation.key, mx.uint32)
         following, _ = mx.random.split(key)
         this = _Round(start, said[:1], [key, following])

@@ -107,22 +107,28 @@ class Mark:
 class Speculation:
     """That a state was taken in the middle of a round of speculative decoding.
 
-    The round began at `start`, with `key`, and with `draft_tokens` proposals to make.
+    The round began at `start`, with `key` and `lineage`, and with `draft_tokens` proposals to make.
     """
 
     start: int
     key: tuple[int, int]
     draft_tokens: int
+    lineage: str
 
     def to_json(self) -> dict[str, Any]:
         """It as JSON."""
-        return {"start": self.start, "key": list(self.key), "draft_tokens": self.draft_tokens}
+        return {
+            "start": self.start,
+            "key": list(self.key),
+            "draft_tokens": self.draft_tokens,
+            "lineage": self.lineage,
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Speculation:
         """It from JSON."""
         first, second = value["key"]
-        return cls(value["start"], (first, second), value["draft_tokens"])
+        return cls(value["start"], (first, second), value["draft_tokens"], value["lineage"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,11 +190,16 @@ class State:
         """The state at one of its marks."""
         rows = {x.path: x.cut(mark.position) for x in self.contents if x.sliceable}
         own = {x.path: x for x in mark.layers}
+        trail = mark.trail or self.trail
+        passes = tuple(p for p in trail.passes if p.start < mark.position)
+        # What went on from here is not the only way on: its rows must not be taken for others'.
+        passed = [r.until(mark.position) for r in self.passed if r.span.start < mark.position]
         return replace(
             self,
             tokens=self.tokens[: mark.position],
             contents=tuple(own.get(x.path) or rows[x.path] for x in self.contents),
-            trail=mark.trail or self.trail,
+            trail=replace(trail, passes=passes),
+            passed=tuple(passed),
             logits=mark.logits,
             embedding=mark.embedding,
             rng=mark.rng,

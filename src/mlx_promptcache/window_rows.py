@@ -33,6 +33,10 @@ class WindowRows:
         """All the arrays."""
         return [array for named in self.rows.values() for array in named.values()]
 
+    def until(self, stop: int) -> WindowRows:
+        """Those before a position."""
+        return self.cut(self.span.start, min(stop, self.span.stop))
+
     def cut(self, start: int, stop: int) -> WindowRows:
         """Those of the positions `[start, stop)`, which must be among these."""
         i, j = start - self.span.start, stop - self.span.start
