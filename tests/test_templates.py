@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import mlx_promptcache.runner
 import tiny
 from families import FAMILIES
 from mlx_promptcache import Runner, cli
-from mlx_promptcache.prompt import Prompter, answered
+from mlx_promptcache.prompt import CONTINUATIONS, Prompter, answered
 from mlx_promptcache.state import Origin
 from mlx_promptcache.tree import agreeing
 from processes import Ended
@@ -240,6 +241,50 @@ def test_what_is_kept_of_a_text_is_what_it_has_in_common_with_its_continuations(
         assert list(kept.tokens) == wholes[0][: len(kept.tokens)]
 
 
+LONG = {
+    "sentences": "The cat sat on the mat, and the dog sat on the cat. " * 200,
+    "one word": "a" * 6000,
+    "a word without a pattern": "".join(random.Random(1).choices("abcdeino", k=6000)),
+    "spaces": "a" + " " * 6000,
+    "signs": "🐈" * 1500,
+    "special tokens": "</s><s><|im_end|>" * 400,
+}
+
+
+@every_family
+@pytest.mark.parametrize("kind", LONG)
+def test_of_a_long_text_as_much_is_kept_and_only_its_end_is_encoded_again(
+    name: str, kind: str, talk: Callable[..., Talk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it, prefix = talk(name), LONG[kind]
+    system = SYSTEM if it.system else None
+    origin = Origin(prefix, None, system, it.family.template is not None)
+    wholes = [it.whole(prefix + rest) for rest in CONTINUATIONS]
+    encoded: list[int] = []
+    encode = Prompter.encode_text
+
+    def counted(self: Prompter, text: str, *, special: bool) -> list[int]:
+        encoded.append(len(text))
+        return encode(self, text, special=special)
+
+    monkeypatch.setattr(Prompter, "encode_text", counted)
+    kept = Prompter(it.tokenizer).beginning(origin)
+    assert list(kept.tokens) == wholes[0][: common(wholes)]
+    if kind == "sentences":
+        assert sum(encoded) < 4 * len(prefix)
+
+
+def test_what_does_not_line_up_is_encoded_whole(
+    talk: Callable[..., Talk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it, prefix = talk("chatml"), LONG["sentences"]
+    expected = Prompter(it.tokenizer).beginning(Origin(prefix)).tokens
+    asked = []
+    monkeypatch.setattr(Prompter, "_seam", lambda *_: asked.append(1))
+    assert Prompter(it.tokenizer).beginning(Origin(prefix)).tokens == expected
+    assert asked
+
+
 @every_family
 @both_kinds
 def test_what_follows_a_saved_text_is_encoded_with_it_and_all_that_was_saved_is_reused(
@@ -297,6 +342,17 @@ def test_exact_runs_after_a_saved_text_reuse_it_as_well(
     saved = it("save", "few", *it.text(PREFIXES[1]), *it.system, "--json").json["tokens"]
     answer = it.generate("--prompt-cache", "few", *it.text(" four"), "--exact")
     assert answer.cached == saved
+
+
+def test_a_text_that_may_become_another_token_altogether_is_told(
+    talk: Callable[..., Talk],
+) -> None:
+    it = talk("chatml")
+    assert common([it.tokenizer.encode(text) for text in (" ", "  ", " a")]) == 0
+    ended = it("save", "few", *it.text(" "), "--ignore-chat-template")
+    (line,) = ended.err.splitlines()
+    assert (ended.code, ended.out) == (1, "")
+    assert "give a longer one" in line
 
 
 # Chats
