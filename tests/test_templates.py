@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import mlx_promptcache.runner
 import tiny
 from families import FAMILIES
 from mlx_promptcache import Runner, cli
-from mlx_promptcache.prompt import Prompter, answered
+from mlx_promptcache.prompt import CONTINUATIONS, TAIL, Prompter, answered
 from mlx_promptcache.state import Origin
 from mlx_promptcache.tree import agreeing
 from processes import Ended
@@ -90,7 +91,7 @@ class Talk:
         others = [*self.family.specials, *([self.family.bos] if self.family.bos else [])]
         ids = [self.tokenizer.convert_tokens_to_ids(special) for special in others]
         # An answer of random weights is no chat of its own.
-        self._said = [part for i in ids for part in ("--logit-bias", f"{i}=-10000")]
+        self.plainly = [part for i in ids for part in ("--logit-bias", f"{i}=-10000")]
 
     def __call__(self, command: str, *arguments: str | Path) -> Ended:
         chosen = ("-m", self.model, "--cache-dir", self.store)
@@ -100,7 +101,7 @@ class Talk:
         """Generate, and check that what was held and fed makes the prompt, once."""
         self.fed.clear()
         self.started.clear()
-        options = ("-n", str(count), "--temp", "0", "--json", *self._said)
+        options = ("-n", str(count), "--temp", "0", "--json", *self.plainly)
         said = self("generate", *arguments, *options).json
         (run,) = self.started
         prompt = list(run.prompt_state().tokens)
@@ -240,6 +241,56 @@ def test_what_is_kept_of_a_text_is_what_it_has_in_common_with_its_continuations(
         assert list(kept.tokens) == wholes[0][: len(kept.tokens)]
 
 
+LONG = {
+    "sentences": "The cat sat on the mat, and the dog sat on the cat. " * 200,
+    "one word": "a" * 6000,
+    "a word without a pattern": "".join(random.Random(1).choices("abcdeino", k=6000)),
+    "spaces": "a" + " " * 6000,
+    "signs": "🐈" * 1500,
+    "special tokens": "</s><s><|im_end|>" * 400,
+}
+
+
+@every_family
+@pytest.mark.parametrize("kind", LONG)
+def test_of_a_long_text_as_much_is_kept_and_only_its_end_is_encoded_again(
+    name: str, kind: str, talk: Callable[..., Talk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it, prefix = talk(name), LONG[kind]
+    system = SYSTEM if it.system else None
+    origin = Origin(prefix, None, system, it.family.template is not None)
+    wholes = [it.whole(prefix + rest) for rest in CONTINUATIONS]
+    encoded: list[int] = []
+    encode = Prompter.encode_text
+
+    def counted(self: Prompter, text: str, *, special: bool) -> list[int]:
+        encoded.append(len(text))
+        return encode(self, text, special=special)
+
+    monkeypatch.setattr(Prompter, "encode_text", counted)
+    kept = Prompter(it.tokenizer).beginning(origin)
+    assert list(kept.tokens) == wholes[0][: common(wholes)]
+    if kind == "sentences":
+        assert sum(encoded) < 4 * len(prefix)
+
+
+class InPairs:
+    """A tokenizer whose every token depends on where the text began."""
+
+    bos_token = None
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        pairs = [int.from_bytes(text[i : i + 2].encode(), "big") for i in range(0, len(text), 2)]
+        return [*pairs, 0] if add_special_tokens else pairs  # it closes texts, as some do
+
+
+@pytest.mark.parametrize("length", [4, 5, TAIL + 3, 3 * TAIL, 3 * TAIL + 1])
+def test_what_does_not_line_up_is_encoded_whole(length: int) -> None:
+    it, prefix = InPairs(), "".join(random.Random(2).choices("abcdefgh", k=length))
+    kept = Prompter(it).beginning(Origin(prefix)).tokens
+    assert list(kept) == it.encode(prefix, add_special_tokens=False)[: length // 2]
+
+
 @every_family
 @both_kinds
 def test_what_follows_a_saved_text_is_encoded_with_it_and_all_that_was_saved_is_reused(
@@ -297,6 +348,17 @@ def test_exact_runs_after_a_saved_text_reuse_it_as_well(
     saved = it("save", "few", *it.text(PREFIXES[1]), *it.system, "--json").json["tokens"]
     answer = it.generate("--prompt-cache", "few", *it.text(" four"), "--exact")
     assert answer.cached == saved
+
+
+def test_a_text_that_may_become_another_token_altogether_is_told(
+    talk: Callable[..., Talk],
+) -> None:
+    it = talk("chatml")
+    assert common([it.tokenizer.encode(text) for text in (" ", "  ", " a")]) == 0
+    ended = it("save", "few", *it.text(" "), "--ignore-chat-template")
+    (line,) = ended.err.splitlines()
+    assert (ended.code, ended.out) == (1, "")
+    assert "give a longer one" in line
 
 
 # Chats
@@ -358,6 +420,57 @@ def test_an_answer_that_was_cut_goes_on_where_it_was_cut(
     for saved, text in (("more", going_on.text), ("loaded", loaded["text"])):
         answer = it.generate("--prompt-cache", saved, *it.text("And now?"))
         assert answer.prompt == it.whole(it.messages("Hello", first.text + text, "And now?"))
+
+
+@every_family
+@both_kinds
+def test_text_that_was_generated_after_a_saved_text_goes_on_as_text(
+    name: str, kind: str, talk: Callable[..., Talk]
+) -> None:
+    it = talk(name, kind)
+    it("save", "few", *it.text(PREFIXES[0]), *it.system)
+    loaded = it("load", "few", "-n", "5", "--save-as", "more", "--json", *it.plainly).json
+    text = PREFIXES[0] + loaded["text"]
+    answer = it.generate("--prompt-cache", "more", "-p", " And now?")
+    assert answer.prompt == it.whole(text + " And now?")
+
+
+def test_plain_text_goes_on_after_its_answer(talk: Callable[..., Talk]) -> None:
+    it = talk("plain")
+    text = PREFIXES[0]
+    for count in (5, 3, 1):
+        chosen = ["--prompt-cache", "talk"] if text != PREFIXES[0] else it.text(text)
+        answer = it.generate(*chosen, "--save-as", "talk", count=count)
+        assert answer.prompt == it.whole(text)
+        text += answer.text
+
+
+@every_talking_family
+def test_what_was_generated_between_two_messages_is_gone_on_from_by_its_tokens(
+    name: str, talk: Callable[..., Talk], tmp_path: Path
+) -> None:
+    it, file = talk(name), tmp_path / "chat.json"
+    file.write_text(json.dumps(it.messages("Hello", "Four.")), "utf-8")
+    it("save", "talk", "--messages", file)
+    it("load", "talk", "-n", "4", "--save-as", "more")
+    tokens = it("show", "more", "--tokens", "--json").json["token_ids"]
+    answer = it.generate("--prompt-cache", "more", "-p", " And now?")
+    following = it.tokenizer.encode(" And now?", add_special_tokens=False)
+    assert (answer.prompt, answer.cached) == ([*tokens, *following], len(tokens))
+
+
+@every_talking_family
+@both_kinds
+def test_only_layers_that_cannot_be_cut_need_a_state_where_the_next_turn_begins(
+    name: str, kind: str, talk: Callable[..., Talk]
+) -> None:
+    it = talk(name, kind)
+    runner = Runner.load(str(it.model), use_cache=False)
+    prompt = runner.prompter.whole(Origin(messages=tuple(it.messages("Hello"))))
+    left = it.left_by_next_turn(["Hello"], list(prompt.tokens))
+    needed = not it.sliceable and 0 < len(left) < len(prompt.tokens)
+    assert prompt.boundaries == ((len(left),) if needed else ())
+    assert needed == (kind == "rotating" and name == "qwen3, silent")
 
 
 @every_talking_family

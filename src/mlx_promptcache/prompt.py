@@ -8,6 +8,7 @@ continuations: it ends where they begin to differ.
 
 from __future__ import annotations
 
+import os.path
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # Beginnings that merge in different ways with what stands before them.
 CONTINUATIONS = ("a", " a", "\n", "\n\na", " ", "1", ".", "-", "é")
+TAIL = 2048  # characters before a seam that may decide where it is
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Prompter:
 
         Some templates take back what they put before an answer, such as an empty thought.
         """
-        if origin.messages is None and not origin.template:
+        if not _is_chat(origin):
             return 0
         try:
             position = agreeing(self._encode(continued(answered(origin, "a"), "a")), tokens)
@@ -81,26 +83,48 @@ class Prompter:
         Text stays open, inside its user message; after messages a new one may follow.
 
         Raises:
-            PromptError: it is empty, or the template refuses it.
+            PromptError: it is empty or all seam, or the template refuses it.
         """
-        tokens = self._stable(origin)
-        if not tokens or not (origin.text or origin.messages):
+        if not (origin.text or origin.messages):
             raise PromptError("the prompt is empty: give some text with --prompt")
+        tokens = self._stable(origin)
+        if not tokens:
+            raise PromptError(
+                "no token of this prompt is sure to stay when it goes on: give a longer one"
+            )
         return Prompt(tuple(tokens), (), replace(origin, open=True))
 
     def _stable(self, origin: Origin) -> list[int]:
         """The tokens that all continuations begin with."""
         try:
-            longer = [self._encode(continued(origin, text)) for text in CONTINUATIONS]
+            texts = [self._text(continued(origin, text)) for text in CONTINUATIONS]
         except PromptError:
             # A template that allows no second user message: what follows is the answer.
-            longer = [self._encode(origin), self._encode(origin, answer=False)]
-        return longer[0][: min(agreeing(longer[0], other) for other in longer[1:])]
+            texts = [self._text(origin), self._text(origin, answer=False)]
+        special = not _is_chat(origin)
+        whole = self.encode_text(texts[0], special=special)
+        position = self._seam(texts, whole)
+        if position is None:
+            others = [self.encode_text(text, special=special) for text in texts[1:]]
+            position = min(agreeing(whole, other) for other in others)
+        return whole[:position]
 
-    def _encode(self, origin: Origin, *, answer: bool = True) -> list[int]:
-        if origin.messages is not None or origin.template:
-            return self.encode_text(self._render(_messages(origin), answer), special=False)
-        return self.encode_text(origin.text or "", special=True)
+    def _seam(self, texts: Sequence[str], whole: Sequence[int]) -> int | None:
+        """How many tokens of the first text, `whole`, the others begin with, found without encoding
+        all of them: what is far before the seam is left out. None if the rest does not line up.
+        """
+        cut = max(0, len(os.path.commonprefix(texts)) - TAIL)  # noqa: RUF071 - of characters
+        first, *others = (self.encode_text(text[cut:], special=False) for text in texts)
+        shared = min(agreeing(first, other) for other in others)
+        shift = len(whole) - len(first)
+        middle = shared // 2 if cut else 0  # by then a cut inside a word is forgotten
+        return shift + shared if shift >= 0 and whole[shift + middle :] == first[middle:] else None
+
+    def _encode(self, origin: Origin) -> list[int]:
+        return self.encode_text(self._text(origin), special=not _is_chat(origin))
+
+    def _text(self, origin: Origin, *, answer: bool = True) -> str:
+        return self._render(_messages(origin), answer) if _is_chat(origin) else origin.text or ""
 
     def encode_text(self, text: str, *, special: bool) -> list[int]:
         """The tokens of a text; with `special` those that the tokenizer puts around text, too.
@@ -143,6 +167,10 @@ class Prompter:
                 continue_final_message=goes_on,
             )
         )
+
+
+def _is_chat(origin: Origin) -> bool:
+    return origin.messages is not None or origin.template
 
 
 def _messages(origin: Origin) -> list[Mapping[str, Any]]:
