@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 from mlx.nn.layers.embedding import Embedding
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models import falcon_h1, lfm2, llama, llama4, mamba2
+from mlx_lm.models import falcon_h1, lfm2, llama, llama4, mamba2, qwen2
 
 from mlx_promptcache.layers import to_array
 from mlx_promptcache.state import State
@@ -78,9 +78,25 @@ def with_weights(model: Any) -> Any:
     return model
 
 
+def without_biases(model: Any) -> Any:
+    """Set all biases to 0: those of a linear layer are made from MLX's global random state."""
+    parameters: list[Any] = list(tree_flatten(model.parameters()))
+    biases = [(name, mx.zeros_like(a)) for name, a in parameters if name.endswith(".bias")]
+    model.update(tree_unflatten(biases))
+    return model
+
+
 def plain() -> Any:
     """A llama: every layer a `KVCache`."""
     return uneven(with_weights(llama.Model(llama.ModelArgs.from_dict(LLAMA))))
+
+
+def bare() -> Any:
+    """A qwen2, which leaves its caches to mlx-lm: with a `max_size` each is a `RotatingKVCache`.
+
+    Models that make their own, as llamas do, pass that setting over.
+    """
+    return uneven(without_biases(with_weights(qwen2.Model(qwen2.ModelArgs.from_dict(LLAMA)))))
 
 
 def smallest() -> Any:
@@ -222,7 +238,9 @@ CORPUS = [
 
 
 def on_disk(directory: Path, kind: str = "plain") -> Path:
-    """Write the directory of a tiny llama (`plain` or `rotating`) that `mlx_lm.load` accepts."""
+    """Write the directory of a tiny model that `mlx_lm.load` accepts: a llama (`plain` or
+    `rotating`), or the qwen2 (`bare`).
+    """
     directory.mkdir(parents=True, exist_ok=True)
     vocabulary = _write_tokenizer(directory)
     config: dict[str, Any] = {
@@ -234,9 +252,12 @@ def on_disk(directory: Path, kind: str = "plain") -> Path:
     if kind == "rotating":
         config["layer_types"] = ["sliding_attention", "full_attention"]
         config["sliding_window"] = WINDOW
+    elif kind == "bare":
+        config["model_type"] = "qwen2"
     elif kind != "plain":
-        raise ValueError(f"only llamas are written, not {kind!r}")
-    model = with_weights(llama.Model(llama.ModelArgs.from_dict(config)))
+        raise ValueError(f"only llamas and the qwen2 are written, not {kind!r}")
+    module: Any = qwen2 if kind == "bare" else llama
+    model = without_biases(with_weights(module.Model(module.ModelArgs.from_dict(config))))
     config["eos_token_id"] = 1
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     weights = dict(tree_flatten(model.parameters()))
