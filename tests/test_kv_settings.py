@@ -35,8 +35,10 @@ def options_of(kv: KVSettings) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.on_disk(tmp_path_factory.mktemp("settings") / "model")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A llama, and a qwen2, which has windows where a largest size is set."""
+    directory = tmp_path_factory.mktemp("settings")
+    return {kind: tiny.on_disk(directory / kind, kind) for kind in ("plain", "bare")}
 
 
 def run(model: Path, store: Path, *arguments: str) -> processes.Ended:
@@ -52,8 +54,9 @@ def here(model: Path, kv: KVSettings, store: Path | None = None) -> Runner:
 
 @every_setting
 def test_a_run_goes_on_and_prompts_begin_in_new_processes_as_in_one(
-    kv: KVSettings, model: Path, tmp_path: Path
+    kv: KVSettings, models: dict[str, Path], tmp_path: Path
 ) -> None:
+    model = models["plain" if kv.max_size is None else "bare"]
     store, chosen = tmp_path / "store", options_of(kv)
     prompt = ("--prefix", PREFIX, "-p", QUESTION, *chosen)
     half = run(model, store, "generate", *prompt, *SAMPLED, "-n", "8", "--save-as", "half").json
@@ -93,8 +96,9 @@ def parts_of(state: Any) -> list[Any]:
 
 
 def test_states_of_other_settings_are_not_used_and_that_is_told(
-    model: Path, tmp_path: Path
+    models: dict[str, Path], tmp_path: Path
 ) -> None:
+    model = models["plain"]
     store, prompt = tmp_path / "store", ("-p", PREFIX, "-n", "2", "--temp", "0")
     for number, (name, kv) in enumerate(SETTINGS.items()):
         options = (*prompt, *options_of(kv), "--save-as", name)

@@ -137,7 +137,12 @@ CASES: dict[str, tuple[str, KVSettings | None, Sampling, int]] = {
 }
 CASES |= {
     f"plain, {kv}, {before} before": ("plain", kv, SAMPLED, before)
-    for kv in (KV8, KV4, KV8_LATER, KVSettings(4, 32, 70), KVSettings(None, 64, 5000, 24))
+    for kv in (KV8, KV4, KV8_LATER, KVSettings(4, 32, 70))
+    for before in (0, 3, 9)
+}
+CASES |= {
+    f"bare, {kv}, {before} before": ("bare", kv, SAMPLED, before)
+    for kv in (KVSettings(max_size=24), KVSettings(max_size=75))
     for before in (0, 3, 9)
 }
 CASES |= {

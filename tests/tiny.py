@@ -87,14 +87,25 @@ def with_weights(model: Any) -> Any:
     return model
 
 
+def without_biases(model: Any) -> Any:
+    """Set all biases to 0: those of a linear layer are made from MLX's global random state."""
+    parameters: list[Any] = list(tree_flatten(model.parameters()))
+    biases = [(name, mx.zeros_like(a)) for name, a in parameters if name.endswith(".bias")]
+    model.update(tree_unflatten(biases))
+    return model
+
+
 def plain() -> Any:
     """A llama: every layer a `KVCache`."""
     return uneven(with_weights(llama.Model(llama.ModelArgs.from_dict(LLAMA))))
 
 
 def bare() -> Any:
-    """A qwen2, which leaves it to mlx-lm to make its layers: `max_kv_size` makes them windows."""
-    return uneven(with_weights(qwen2.Model(qwen2.ModelArgs.from_dict(LLAMA))))
+    """A qwen2, which leaves its caches to mlx-lm: with a `max_size` each is a `RotatingKVCache`.
+
+    Models that make their own, as llamas do, pass that setting over.
+    """
+    return uneven(without_biases(with_weights(qwen2.Model(qwen2.ModelArgs.from_dict(LLAMA)))))
 
 
 def smallest() -> Any:
@@ -122,15 +133,18 @@ def recurrent() -> Any:
     return uneven(with_weights(mamba2.Model(args)))
 
 
+HYBRID: dict[str, Any] = {
+    "model_type": "lfm2", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 4096, "norm_eps": 1e-5,
+    "conv_bias": False, "conv_L_cache": 3, "block_dim": 64, "block_multiple_of": 8,
+    "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": False, "block_ff_dim": 96,
+    "layer_types": ["conv", "full_attention", "conv"],
+}  # fmt: skip
+
+
 def hybrid() -> Any:
     """An lfm2: convolutions (`ArraysCache`) around attention (`KVCache`)."""
-    args = lfm2.ModelArgs(
-        model_type="lfm2", vocab_size=VOCAB, hidden_size=64, num_hidden_layers=3,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=4096, norm_eps=1e-5,
-        conv_bias=False, conv_L_cache=3, block_dim=64, block_multiple_of=8,
-        block_ffn_dim_multiplier=1.0, block_auto_adjust_ff_dim=False, block_ff_dim=96,
-        layer_types=["conv", "full_attention", "conv"],
-    )  # fmt: skip
+    args = lfm2.ModelArgs(**HYBRID, vocab_size=VOCAB)
     return uneven(with_weights(lfm2.Model(args)))
 
 
@@ -223,7 +237,9 @@ def _parts(state: State) -> list[Any]:
 
 
 def on_disk(directory: Path, kind: str = "plain", family: Family = CHATML) -> Path:
-    """Write the directory of a tiny llama (`plain` or `rotating`) that `mlx_lm.load` accepts."""
+    """Write the directory of a tiny model that `mlx_lm.load` accepts: a llama (`plain` or
+    `rotating`), the qwen2 (`bare`), or the lfm2 (`hybrid`).
+    """
     directory.mkdir(parents=True, exist_ok=True)
     vocabulary, end = write_tokenizer(directory, family)
     config: dict[str, Any] = {
@@ -235,9 +251,15 @@ def on_disk(directory: Path, kind: str = "plain", family: Family = CHATML) -> Pa
     if kind == "rotating":
         config["layer_types"] = ["sliding_attention", "full_attention"]
         config["sliding_window"] = WINDOW
+    elif kind == "bare":
+        config["model_type"] = "qwen2"
+    elif kind == "hybrid":
+        config |= HYBRID
     elif kind != "plain":
-        raise ValueError(f"only llamas are written, not {kind!r}")
-    model = with_weights(llama.Model(llama.ModelArgs.from_dict(config)))
+        raise ValueError(f"a {kind!r} is not written")
+    modules: dict[str, Any] = {"bare": qwen2, "hybrid": lfm2}
+    module = modules.get(kind, llama)
+    model = without_biases(with_weights(module.Model(module.ModelArgs.from_dict(config))))
     config["eos_token_id"] = end
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     weights = dict(tree_flatten(model.parameters()))

@@ -397,7 +397,8 @@ class Runner:
         """
         if self.tokenizer is None:
             raise PromptError("there is no tokenizer: give the prompt as token ids")
-        return Prompter(self.tokenizer, marks_turns=not self.sliceable)
+        cuts_matter = self._blueprint is not None and self._blueprint.cuts_matter
+        return Prompter(self.tokenizer, marks_turns=self.opaque or cuts_matter)
 
     def _resume(
         self, prompt: Prompt, *, exact: bool
