@@ -414,10 +414,10 @@ def test_an_answer_that_was_cut_goes_on_where_it_was_cut(
 ) -> None:
     it = talk(name, kind)
     first = it.generate(*it.system, *it.text("Hello"), "--save-as", "talk", count=4)
-    going_on = it.generate("--prompt-cache", "talk", "--save-as", "more", count=3)
+    going_on = it.generate("--prompt-cache", "talk", "--save-as", "longer", count=3)
     assert going_on.prompt == it.whole(it.messages("Hello", first.text))
     loaded = it("load", "talk", "-n", "3", "--save-as", "loaded", "--json").json
-    for saved, text in (("more", going_on.text), ("loaded", loaded["text"])):
+    for saved, text in (("longer", going_on.text), ("loaded", loaded["text"])):
         answer = it.generate("--prompt-cache", saved, *it.text("And now?"))
         assert answer.prompt == it.whole(it.messages("Hello", first.text + text, "And now?"))
 
@@ -429,9 +429,9 @@ def test_text_that_was_generated_after_a_saved_text_goes_on_as_text(
 ) -> None:
     it = talk(name, kind)
     it("save", "few", *it.text(PREFIXES[0]), *it.system)
-    loaded = it("load", "few", "-n", "5", "--save-as", "more", "--json", *it.plainly).json
+    loaded = it("load", "few", "-n", "5", "--save-as", "longer", "--json", *it.plainly).json
     text = PREFIXES[0] + loaded["text"]
-    answer = it.generate("--prompt-cache", "more", "-p", " And now?")
+    answer = it.generate("--prompt-cache", "longer", "-p", " And now?")
     assert answer.prompt == it.whole(text + " And now?")
 
 
@@ -452,9 +452,9 @@ def test_what_was_generated_between_two_messages_is_gone_on_from_by_its_tokens(
     it, file = talk(name), tmp_path / "chat.json"
     file.write_text(json.dumps(it.messages("Hello", "Four.")), "utf-8")
     it("save", "talk", "--messages", file)
-    it("load", "talk", "-n", "4", "--save-as", "more")
-    tokens = it("show", "more", "--tokens", "--json").json["token_ids"]
-    answer = it.generate("--prompt-cache", "more", "-p", " And now?")
+    it("load", "talk", "-n", "4", "--save-as", "longer")
+    tokens = it("show", "longer", "--tokens", "--json").json["token_ids"]
+    answer = it.generate("--prompt-cache", "longer", "-p", " And now?")
     following = it.tokenizer.encode(" And now?", add_special_tokens=False)
     assert (answer.prompt, answer.cached) == ([*tokens, *following], len(tokens))
 
