@@ -1,8 +1,8 @@
 """One side of a handover of states between two releases of mlx-lm; scripts/releases runs it.
 
-    handover.py model DIR                           write a tiny model for both sides to load
-    handover.py fill DIR --answer MINE              run every case to a state with a name
-    handover.py read DIR --told THEIRS --answer MINE     read these, judge, and go on
+    handover.py model DIR                             write a tiny model for both sides to load
+    handover.py fill DIR --answer MINE                run every case to a state with a name
+    handover.py read DIR --told THEIRS --answer MINE  read these, judge, and go on
 
 `DIR` holds the store, and the other side's mlx-lm objects as they are in memory (`by-hand/`). These
 are put into this side's objects attribute by attribute, with none of the package's code: a second
@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import architectures  # noqa: E402
 import tiny  # noqa: E402
-from mlx_promptcache import KVSettings, PromptCache, Runner, Sampling, arithmetic, places  # noqa: E402  # noqa: E402
+from mlx_promptcache import KVSettings, PromptCache, Runner, Sampling, arithmetic, places  # noqa: E402
 from mlx_promptcache.errors import PromptCacheError  # noqa: E402
 from mlx_promptcache.layers import capture, make_layers  # noqa: E402
 
@@ -62,16 +62,14 @@ class Case:
     sampling: Sampling
     path: Path | None = None
 
-    def runner(self, store: Path | None) -> Runner:
-        """A runner with that store, or with none."""
+    def runner(self, store: Path) -> Runner:
+        """A runner with that store."""
         kv = self.kv
         if self.path is None:
-            cache = None if store is None else PromptCache(store, self.name.split(",")[0], kv=kv)
-            return Runner(self.make(), None, cache, kv=kv)
+            return Runner(self.make(), None, PromptCache(store, self.name.split(",")[0], kv=kv))
         return Runner.load(
-            str(self.path), None, kv.bits, None if store is None else str(store),
-            kv_group_size=kv.group_size, quantized_kv_start=kv.quantized_start,
-            max_kv_size=kv.max_size, use_cache=store is not None,
+            str(self.path), None, kv.bits, str(store), kv_group_size=kv.group_size,
+            quantized_kv_start=kv.quantized_start, max_kv_size=kv.max_size,
         )  # fmt: skip
 
     def prompt(self, runner: Runner) -> list[int]:
