@@ -146,7 +146,7 @@ def verdict(case: Json) -> str:
     if case["bits"]:
         return "ok, same bits"
     tokens = "same tokens" if case["equal tokens"] else "other tokens"
-    return f"ok, {tokens}, {case['difference']:.0e}"
+    return f"ok, {tokens}, {case['difference']:.0e}" if case["difference"] else f"ok, {tokens}"
 
 
 def report(answers: list[Json]) -> list[str]:
