@@ -37,12 +37,17 @@ FLOORS = [
     "catalog",
     "verification",
     "finder",
+    "templates",
+    "engine",
+    "checkpoint",
     "arrays",
     "layers",
     "blueprint",
     "window_rows",
     "rows",
     "arithmetic",
+    "tokenizer",
+    "tokenizer_store",
     "sampling",
     "state",
     "parts",
@@ -70,7 +75,7 @@ FLOORS = [
     "__main__",
 ]
 
-WITHOUT_MLX = FLOORS[: FLOORS.index("arrays")]
+WITHOUT_MLX = FLOORS[: FLOORS.index("engine")]
 COMMANDS_WITHOUT_MLX = ["cli.__init__", "cli.list", "cli.show", "cli.clear", "cli.verify"]
 VAGUE = {"utils", "util", "helpers", "common", "base", "manager", "misc", "core"}
 UNSAFE = {"pickle", "marshal", "shelve", "dill", "joblib", "torch"}  # what loads code from files

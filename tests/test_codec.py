@@ -265,10 +265,10 @@ def test_a_frame_that_holds_less_than_it_states_is_damage() -> None:
         decode([Plane(ZSTD, frame(1000, 1, 100))], 1000)
 
 
-def test_decoding_allocates_the_array_and_one_plane() -> None:
+def test_decoding_allocates_the_array_and_two_planes() -> None:
     raw = bytes(8 << 20)
     planes = encode(raw, 8)
-    assert peak_bytes(lambda: decode(planes, len(raw))) < len(raw) + len(raw) // 8 + SLACK_BYTES
+    assert peak_bytes(lambda: decode(planes, len(raw))) < len(raw) + len(raw) // 4 + SLACK_BYTES
 
 
 @FIXED
@@ -308,4 +308,4 @@ def test_an_altered_frame_is_the_right_size_or_damage(data: st.DataObject) -> No
 
 
 def test_the_level_is_the_one_that_was_measured() -> None:
-    assert (codec.LEVEL, LEAST_GAIN) == (1, 64)
+    assert (codec.LEVEL, LEAST_GAIN) == (1, 32)

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-import mlx_promptcache.runner
 import tiny
 from families import FAMILIES
-from mlx_promptcache import Runner, cli
+from mlx_promptcache import Runner, checkpoint, cli
 from mlx_promptcache.prompt import CONTINUATIONS, TAIL, Prompter, answered
 from mlx_promptcache.state import Origin
 from mlx_promptcache.tree import agreeing
@@ -201,8 +200,8 @@ def talk(
         monkeypatch.setattr(Runner, "start", started)
         return talk
 
-    load = functools.cache(mlx_promptcache.runner._load)
-    monkeypatch.setattr(mlx_promptcache.runner, "_load", load)
+    load = functools.cache(checkpoint.load)
+    monkeypatch.setattr(checkpoint, "load", load)
     return of
 
 

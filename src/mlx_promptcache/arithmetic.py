@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from importlib import metadata
 
 import mlx.core as mx
 
+from mlx_promptcache import engine
 from mlx_promptcache.arrays import to_array
 from mlx_promptcache.version import __version__
 
@@ -31,7 +31,7 @@ def lineage() -> str:
 def versions() -> dict[str, str]:
     """The releases that compute a state and write it."""
     return {
-        "mlx": metadata.version("mlx"),
-        "mlx-lm": metadata.version("mlx-lm"),
+        "mlx": str(vars(mx)["__version__"]),
+        "mlx-lm": engine.version(),
         "mlx-promptcache": __version__,
     }

@@ -35,6 +35,7 @@ from mlx_promptcache.quarantine import BadFile, Quarantine
 from mlx_promptcache.saver import Saved, Saver
 from mlx_promptcache.state import Ref, State, Trail
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
+from mlx_promptcache.tokenizer_store import TokenizerStore
 
 if TYPE_CHECKING:
     import builtins
@@ -126,6 +127,11 @@ class PromptCache:
         if kv == self.kv:
             return self
         return PromptCache(self.directory, self.fingerprint, kv=kv, read_only=self.read_only)
+
+    @property
+    def tokenizers(self) -> TokenizerStore:
+        """The tokenizers that are kept beside the states."""
+        return TokenizerStore(self._store, self._bad)
 
     def _loader(self) -> Loader:
         return Loader(self._finder, self.blueprint)

@@ -3,7 +3,7 @@
 The bytes of floating-point numbers compress badly as they stand: sign and exponent repeat, the
 mantissa is noise, and the two are interleaved. So the bytes are dealt out into *planes*, the first
 byte of every item, then the second, and so on, and each plane is compressed by itself (zstd,
-level 1). A plane that does not shrink by 1/64 is kept as it is. Measured on real K/V in
+level 1). A plane that does not shrink by 1/32 is kept as it is. Measured on real K/V in
 `docs/design.md`; the idea is the byte shuffle of Blosc and of HDF5.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import zstandard
 
 from mlx_promptcache.errors import DamagedFile
@@ -23,7 +22,7 @@ RAW = "raw"
 ZSTD = "zstd"
 
 LEVEL = 1  # higher levels were slower and no smaller on K/V
-LEAST_GAIN = 64  # keep a plane compressed only if it is smaller by 1/64 of itself
+LEAST_GAIN = 32  # keep a plane compressed only if it is smaller by 1/32 of itself
 
 
 class Plane(NamedTuple):
@@ -39,37 +38,53 @@ def encode(raw: bytes | memoryview, itemsize: int) -> list[Plane]:
     `len(raw)` must be a multiple of `itemsize` (bytes per item). The same bytes give the same
     planes as long as the zstd library is the same one.
     """
-    items = np.frombuffer(raw, np.uint8).reshape(-1, itemsize)
+    items = bytes(raw)
+    if itemsize == 0 or len(items) % itemsize:
+        raise ValueError(f"{len(items)} bytes are no whole number of items of {itemsize} bytes")
     compressor = zstandard.ZstdCompressor(level=LEVEL, write_content_size=True)
-    return [_encode_plane(np.ascontiguousarray(items[:, k]), compressor) for k in range(itemsize)]
+    return [_encode_plane(items[k::itemsize], compressor) for k in range(itemsize)]
 
 
-def _encode_plane(plane: np.ndarray, compressor: zstandard.ZstdCompressor) -> Plane:
-    data = plane.data
-    packed = compressor.compress(data)
-    if len(packed) <= plane.size - plane.size // LEAST_GAIN and len(packed) < plane.size:
+def _encode_plane(plane: bytes, compressor: zstandard.ZstdCompressor) -> Plane:
+    packed = compressor.compress(plane)
+    if len(packed) <= len(plane) - len(plane) // LEAST_GAIN and len(packed) < len(plane):
         return Plane(ZSTD, packed)
-    return Plane(RAW, data.tobytes())
+    return Plane(RAW, plane)
 
 
 def decode(planes: Sequence[Plane], nbytes: int) -> memoryview:
     """Return the `nbytes` bytes that `encode` was given.
 
-    Never allocates more than `nbytes` and one plane, whatever the planes claim.
+    Never allocates more than `nbytes` and two planes, whatever the planes claim.
 
     Raises:
         DamagedFile: the planes do not hold `nbytes` bytes.
     """
     itemsize = len(planes)
-    if itemsize == 0 or nbytes % itemsize:
-        raise DamagedFile(f"{itemsize} byte planes cannot hold {nbytes} bytes")
-    items = np.empty((nbytes // itemsize, itemsize), np.uint8)
+    size = plane_bytes(planes, nbytes)
+    items = bytearray(nbytes)
     for k, plane in enumerate(planes):
-        items[:, k] = np.frombuffer(_decode_plane(plane, nbytes // itemsize), np.uint8)
-    return items.reshape(-1).data
+        items[k::itemsize] = decode_plane(plane, size)
+    return memoryview(items)
 
 
-def _decode_plane(plane: Plane, size: int) -> bytes | memoryview:
+def plane_bytes(planes: Sequence[Plane], nbytes: int) -> int:
+    """How many bytes each plane of an array of `nbytes` bytes holds.
+
+    Raises:
+        DamagedFile: there are none, or too many.
+    """
+    if not planes or nbytes % len(planes):
+        raise DamagedFile(f"{len(planes)} byte planes cannot hold {nbytes} bytes")
+    return nbytes // len(planes)
+
+
+def decode_plane(plane: Plane, size: int) -> bytes | memoryview:
+    """Return the `size` bytes of one plane; allocates no more than that, whatever it claims.
+
+    Raises:
+        DamagedFile: it does not hold `size` bytes.
+    """
     if plane.codec == RAW:
         data = plane.data
     elif plane.codec == ZSTD:

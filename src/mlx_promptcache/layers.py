@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-from mlx_lm.models import cache as mlx_cache
 
+from mlx_promptcache.engine import cache as mlx_cache
 from mlx_promptcache.errors import NotQuantisable, UnsupportedLayer
 from mlx_promptcache.fingerprint import PLAIN
 from mlx_promptcache.tree import CELL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,7 +18,7 @@ from mlx_promptcache.layers import Layer
 from mlx_promptcache.parts import check_block, check_snapshot, in_order, of_layer, opaque_layers
 from mlx_promptcache.passes import Lineage
 from mlx_promptcache.quarantine import BadFile
-from mlx_promptcache.rows import Room, name_of
+from mlx_promptcache.rows import Room, Staging, interleaved, name_of
 from mlx_promptcache.sampling import Sampling
 from mlx_promptcache.state import Origin, Ref, Speculation, State, Trail
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS
@@ -25,7 +26,7 @@ from mlx_promptcache.tree import Keys
 from mlx_promptcache.windows import Span
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from mlx_promptcache.blueprint import Blueprint
     from mlx_promptcache.container import Header
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from mlx_promptcache.windows import Window
 
     T = TypeVar("T")
+    Rooms = Mapping[tuple[str, str], Room]
 
 READERS = 4  # threads that read, check and decompress blocks: all three release the GIL
 
@@ -168,9 +170,10 @@ class Loader:
 
     def _headers(self, refs: Sequence[Ref]) -> list[Header]:
         """The headers of blocks, checked to be those that are meant."""
-        return self._each(
+        read = self._each(
             refs, lambda ref: self._checked(ref, headers.block_header(self._store, ref.stem))
         )
+        return [header for _, header in read]
 
     def _checked(self, ref: Ref, header: Header) -> Header:
         if header.content["start"] != ref.start or len(header.content["tokens"]) < ref.rows:
@@ -180,21 +183,25 @@ class Loader:
         check_block(header, self._blueprint)
         return header
 
-    def _each(self, refs: Sequence[Ref], read: Callable[[Ref], T]) -> list[T]:
-        """Read blocks with several threads. One that cannot be used is set aside."""
+    def _each(self, refs: Sequence[Ref], read: Callable[[Ref], T]) -> Iterator[tuple[Ref, T]]:
+        """Read blocks with several threads, few at a time. One that cannot be used is set aside."""
         with ThreadPoolExecutor(READERS) as pool:
-            futures = [pool.submit(read, ref) for ref in refs]
-            results = []
-            for ref, future in zip(refs, futures, strict=True):
+            waiting = deque((ref, pool.submit(read, ref)) for ref in refs[:READERS])
+            for following in [*refs[READERS:], *[None] * READERS]:
+                if not waiting:
+                    return
+                ref, future = waiting.popleft()
                 try:
-                    results.append(future.result())
+                    result = future.result()
                 except PromptCacheError as exc:
-                    for other in futures:
+                    for _, other in waiting:
                         other.cancel()
                     if isinstance(exc, _Replaced):
                         raise BadFile(str(exc)) from exc
                     raise self._bad.set_aside(BLOCKS, ref.stem, exc) from exc
-        return results
+                if following is not None:
+                    waiting.append((following, pool.submit(read, following)))
+                yield ref, result
 
     def _layers(
         self,
@@ -223,29 +230,55 @@ class Loader:
             Ref(ref.stem, block.digest, ref.start, ref.rows)
             for ref, block in zip(refs, blocks, strict=True)
         ]
-        self._each(exactly, lambda ref: self._place(ref, rooms))
+        staging = Staging()
+        for ref, read in self._each(exactly, lambda ref: self._read(ref, rooms, staging)):
+            _put(ref, read, rooms, staging)
         arrays: dict[str, dict[str, mx.array]] = {}
         for (path, name), room in rooms.items():
             arrays.setdefault(path, {})[name] = room.close()
         return [_layer(path, named, n_past, windows.get(path)) for path, named in arrays.items()]
 
-    def _place(self, ref: Ref, rooms: Mapping[tuple[str, str], Room]) -> None:
-        """Read a block, and put its rows where there is room for them."""
+    def _read(
+        self, ref: Ref, rooms: Rooms, staging: Staging
+    ) -> tuple[Header, dict[str, bytearray]]:
+        """Read the planes of those arrays of a block whose rows there is room for."""
+        planes: dict[str, bytearray] = {}
         with self._store.reader(BLOCKS, ref.stem) as reader:
             header = self._checked(ref, headers.checked_block(reader.header(), ref.stem))
             for label, entry in header.entries.items():
-                name, of_window = name_of(label)
-                start = headers.window_span(header).start if of_window else ref.start
-                used = Span(start, max(start, ref.end))
-                places = [
-                    (i, rooms[path, name])
-                    for i, path in enumerate(header.content["stacks"][label])
-                    if (path, name) in rooms and rooms[path, name].wants(used)
-                ]
-                if places:
-                    stack = container.read_array(reader.read, entry)
-                    for i, room in places:
-                        room.put(stack, i, used)
+                if _wanting(ref, header, label, rooms):
+                    planes[label] = staging.take(entry)
+                    into = memoryview(planes[label])
+                    container.read_planes(reader.read, reader.read_into, entry, into)
+        return header, planes
+
+
+def _wanting(ref: Ref, header: Header, label: str, rooms: Rooms) -> list[tuple[int, Room]]:
+    """Which layers of a stack have room for its rows: their places in it, and the room."""
+    name, used = name_of(label)[0], _used(ref, header, label)
+    paths = enumerate(header.content["stacks"][label])
+    there = [(i, rooms[path, name]) for i, path in paths if (path, name) in rooms]
+    return [(i, room) for i, room in there if room.wants(used)]
+
+
+def _used(ref: Ref, header: Header, label: str) -> Span:
+    """The positions of the rows of a stack that are used."""
+    of_window = name_of(label)[1]
+    start = headers.window_span(header).start if of_window else ref.start
+    return Span(start, max(start, ref.end))
+
+
+def _put(
+    ref: Ref, block: tuple[Header, dict[str, bytearray]], rooms: Rooms, staging: Staging
+) -> None:
+    """Put the rows of a block where there is room for them."""
+    header, planes = block
+    for label, own in planes.items():
+        stack = interleaved(own, header.entries[label])
+        staging.give_back(own)
+        mx.eval(stack)
+        for i, room in _wanting(ref, header, label, rooms):
+            room.put(stack, i, _used(ref, header, label))
 
 
 def _layer(path: str, arrays: dict[str, mx.array], n_past: int, window: Window | None) -> Layer:

@@ -6,7 +6,6 @@ import logging
 from typing import TYPE_CHECKING
 
 from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError
-from mlx_promptcache.store import BLOCKS
 
 if TYPE_CHECKING:
     from mlx_promptcache.store import Store
@@ -46,7 +45,7 @@ class Quarantine:
         moved = damaged and self._store.quarantine(kind, stem)
         if not moved:
             self._stems.add(stem)
-        what = "block" if kind == BLOCKS else "snapshot"
+        what = kind.removesuffix("s")
         done = "was moved aside" if moved else "is passed over"
         log.warning("a stored %s cannot be used and %s: %s", what, done, why)
         return BadFile(f"a stored {what} cannot be used: {why}")

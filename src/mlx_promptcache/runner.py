@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_promptcache import arithmetic, models, places
+from mlx_promptcache import arithmetic, checkpoint, models, places
 from mlx_promptcache.blueprint import PROBE_TOKENS, Blueprint
 from mlx_promptcache.cache import Match, PromptCache
 from mlx_promptcache.errors import ModelError, NotQuantisable, PromptError, UnsupportedLayer
@@ -33,6 +33,7 @@ from mlx_promptcache.trunk import Trunk
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from mlx_promptcache.checkpoint import Weights
     from mlx_promptcache.run import Progress
 
     PromptLike = str | Sequence[Mapping[str, Any]] | Sequence[int] | Prompt
@@ -76,8 +77,9 @@ class Runner:
             raise ValueError(f"prefill_step must be a multiple of {CELL}, not {prefill_step}")
         if snapshot_every <= 0:
             raise ValueError(f"snapshot_every must be more than 0, not {snapshot_every}")
-        self.model = model
-        self.draft_model = draft_model
+        self._model = model
+        self._draft_model = draft_model
+        self._awaited: list[Weights] = []
         self.num_draft_tokens = num_draft_tokens
         self._whole = model if draft_model is None else Pair(model, draft_model)
         self.tokenizer = tokenizer
@@ -135,10 +137,13 @@ class Runner:
             Store(directory).check()
             fingerprint = remembered(path, adapter=adapter, kv=kv, salt=salt, draft=draft_path)
             cache = PromptCache(directory, fingerprint, kv=kv, read_only=read_only)
-        model, tokenizer = _load(path, adapter)
-        draft = None if draft_path is None else _load(draft_path, None)[0]
+        model, told, weights = checkpoint.load(path, adapter)
+        tokenizer = _tokenizer(path, told, cache)
+        draft, others = None, None
+        if draft_path is not None:
+            draft, _, others = checkpoint.load(draft_path, None)
         length = None if max_kv_size is not None else models.context_length(settings)
-        return cls(
+        runner = cls(
             model,
             tokenizer,
             cache,
@@ -147,6 +152,20 @@ class Runner:
             draft_model=draft,
             num_draft_tokens=num_draft_tokens,
         )
+        runner._awaited = [each for each in (weights, others) if each is not None]
+        return runner
+
+    @property
+    def model(self) -> Any:
+        """The model, with its weights."""
+        self._wait_for_weights()
+        return self._model
+
+    @property
+    def draft_model(self) -> Any:
+        """The draft model, with its weights; None if there is none."""
+        self._wait_for_weights()
+        return self._draft_model
 
     @property
     def embeds(self) -> bool:
@@ -174,7 +193,7 @@ class Runner:
         if not 0 < self.num_draft_tokens <= MOST_DRAFT_TOKENS:
             raise ValueError(f"num_draft_tokens must be between 1 and {MOST_DRAFT_TOKENS}")
         tokens = mx.zeros((1, PROBE_TOKENS), mx.int32)
-        proposed: mx.array = self.draft_model(tokens)
+        proposed: mx.array = self._draft_model(tokens)
         if proposed.shape[-1] != self._vocabulary:
             raise ModelError(
                 f"the draft model has {proposed.shape[-1]} tokens and the model "
@@ -220,7 +239,7 @@ class Runner:
 
     def _probe(self) -> mx.array:
         tokens = mx.zeros((1, PROBE_TOKENS), mx.int32)
-        logits: mx.array = self.model(tokens, cache=make_layers(self.model, self.kv))
+        logits: mx.array = self._model(tokens, cache=make_layers(self._model, self.kv))
         self._vocabulary = logits.shape[-1]
         return logits
 
@@ -228,19 +247,26 @@ class Runner:
         """One forward call over `inputs` `[1, tokens]`: logits `[1, 1 or tokens, vocab]`, and the
         hidden state `[1, 1, hidden]` of the last token where it can be read. Evaluates nothing.
         """
+        self._wait_for_weights()
         with self._trunk.watched():
             logits = self._whole(inputs, cache=layers)
         self.forward_passes += 1
         self.tokens_fed += inputs.size
         return logits, self._trunk.hidden
 
+    def _wait_for_weights(self) -> None:
+        while self._awaited:
+            self._awaited[-1].wait()
+            self._awaited.pop()
+
     def check(self, inputs: mx.array, layers: list[Any]) -> tuple[mx.array, mx.array | None]:
         """One forward call of the model alone, without its draft model: logits `[tokens, vocab]`
         and hidden states `[tokens, hidden]` of every token. Evaluates nothing.
         """
         assert isinstance(self._whole, Pair)  # noqa: S101 - who else proposes
+        self._wait_for_weights()
         with self._trunk.watched(every=True):
-            logits: mx.array = self.model(inputs, cache=layers[: self._whole.own])
+            logits: mx.array = self._model(inputs, cache=layers[: self._whole.own])
         self.forward_passes += 1
         self.tokens_fed += inputs.size
         hidden = self._trunk.hidden
@@ -471,21 +497,18 @@ class Runner:
         return self._run.state()
 
 
-def _load(path: Path, adapter: Path | None) -> tuple[Any, Any]:
-    import mlx_lm
+def _tokenizer(path: Path, told: Mapping[str, Any], cache: PromptCache | None) -> Any:
+    """The tokenizer of a model: as it is kept in the store, or through mlx-lm, and then kept."""
 
-    try:
-        loaded = mlx_lm.load(str(path), adapter_path=None if adapter is None else str(adapter))
-    except Exception as exc:
-        raise ModelError(f"mlx-lm cannot load {path}: {exc}") from exc
-    _keep_in_memory()
-    return loaded[0], loaded[1]
+    def whole() -> Any:
+        return checkpoint.load_tokenizer(path, told)
 
-
-def _keep_in_memory() -> None:
-    """Let Metal wire as much memory as it recommends: without it large models are slow, and so
-    mlx-lm does the same. Elsewhere there is nothing to do.
-    """
-    recommended = mx.device_info().get("max_recommended_working_set_size")
-    if isinstance(recommended, int):
-        mx.set_wired_limit(recommended)
+    if cache is None:
+        return whole()
+    kept = cache.tokenizers.load(path, whole)
+    if kept is not None:
+        return kept
+    tokenizer = whole()
+    if not cache.read_only:
+        cache.tokenizers.keep(path, tokenizer)
+    return tokenizer

@@ -14,12 +14,8 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
-from mlx_lm.sample_utils import (
-    apply_min_p,
-    apply_top_k,
-    apply_top_p,
-    make_logits_processors,
-)
+
+from mlx_promptcache.engine import sample_utils
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -224,7 +220,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
-        self._processors = make_logits_processors(
+        self._processors = sample_utils.make_logits_processors(
             logit_bias=dict(sampling.logit_bias) if sampling.logit_bias else None,
             repetition_penalty=sampling.repetition_penalty,
             repetition_context_size=sampling.repetition_context_size,
@@ -268,15 +264,15 @@ class Sampler:
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         vocabulary = logprobs.shape[-1]
         if 0 < sampling.top_p < 1:
-            logprobs = apply_top_p(logprobs, sampling.top_p)
+            logprobs = sample_utils.apply_top_p(logprobs, sampling.top_p)
         if sampling.min_p > 0:
             # An error inside a compiled function would break MLX's global random state for good.
             kept = min(sampling.min_tokens_to_keep, vocabulary)
-            logprobs = apply_min_p(logprobs, sampling.min_p, kept)
+            logprobs = sample_utils.apply_min_p(logprobs, sampling.min_p, kept)
         if sampling.xtc_probability > 0:
             logprobs = self._without_top_choices(logprobs, coin)
         if 0 < sampling.top_k < vocabulary:
-            logprobs = apply_top_k(logprobs, sampling.top_k)
+            logprobs = sample_utils.apply_top_k(logprobs, sampling.top_k)
         return logprobs
 
     def _without_top_choices(self, logprobs: mx.array, coin: mx.array) -> mx.array:

@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import trim_prompt_cache
 
+from mlx_promptcache.engine import cache as mlx_cache
 from mlx_promptcache.fingerprint import KVSettings
 from mlx_promptcache.layers import capture, live_arrays, make_layers, to_be_quantised
 from mlx_promptcache.passes import Pass, extended, speculated
@@ -62,8 +62,8 @@ class Pair:
 
     def rewind(self, cache: list[Any], own: int, drafted: int) -> None:
         """Forget the last tokens: so many of the model's, and of the draft model's."""
-        trim_prompt_cache(cache[: self.own], own)
-        trim_prompt_cache(cache[self.own :], drafted)
+        mlx_cache.trim_prompt_cache(cache[: self.own], own)
+        mlx_cache.trim_prompt_cache(cache[self.own :], drafted)
 
 
 @dataclass

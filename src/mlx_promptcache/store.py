@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 BLOCKS = "blocks"
 SNAPSHOTS = "snapshots"
 NAMES = "names"
+TOKENIZERS = "tokenizers"
 QUARANTINE = "quarantine"
 USES = "uses.jsonl"
 LOCK = "lock"
@@ -83,7 +84,7 @@ class Store:
             self.directory.mkdir(0o700, parents=True, exist_ok=True)
             with contextlib.suppress(OSError):  # of another owner: not ours to change
                 self.directory.chmod(0o700)
-            for kind in (BLOCKS, SNAPSHOTS, NAMES):
+            for kind in (BLOCKS, SNAPSHOTS, NAMES, TOKENIZERS):
                 (self.directory / kind).mkdir(0o700, exist_ok=True)
             os.close(os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600))
 
@@ -418,6 +419,24 @@ class Reader:
             offset += len(chunk)
             length -= len(chunk)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def read_into(self, offset: int, memory: memoryview) -> int:
+        """Read from `offset` into memory, and return how many bytes that were: fewer than there is
+        room for only at the end of the file.
+
+        Raises:
+            StoreError: the file system refuses.
+        """
+        done = 0
+        while done < len(memory):
+            try:
+                count = os.preadv(self._fd, [memory[done:]], offset + done)
+            except OSError as exc:
+                raise StoreError(f"a file of the store cannot be read: {exc.strerror}") from exc
+            if not count:
+                break
+            done += count
+        return done
 
     def header(self) -> container.Header:
         """Return the file's header, checked.

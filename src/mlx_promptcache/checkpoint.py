@@ -1,0 +1,117 @@
+"""From a model's directory to a model, through mlx-lm's own loading code."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import threading
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_promptcache import engine
+from mlx_promptcache.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+
+class Weights:
+    """The weights of a model, on their way from its files while other things are done."""
+
+    def __init__(self, model: Any, path: Path) -> None:
+        self._path = path
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._read, args=(model,), daemon=True)
+        if _reading() is not None:
+            self._thread.start()
+        else:
+            self._thread.run()
+
+    def _read(self, model: Any) -> None:
+        try:
+            parameters: Any = tree_flatten(model.parameters())
+            for _, array in parameters:
+                mx.eval(array)  # one by one: the other cores have other things to do
+        except Exception as exc:  # noqa: BLE001 - whatever it is, `wait` tells of it
+            self._error = exc
+
+    def wait(self) -> None:
+        """Return when they are there.
+
+        Raises:
+            ModelError: they cannot be read.
+        """
+        if self._thread.ident is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise ModelError(f"the weights of {self._path} cannot be read: {self._error}")
+
+
+def load(path: Path, adapter: Path | None) -> tuple[Any, Mapping[str, Any], Weights]:
+    """Load a model, and return it with its configuration, and its weights, which are being read.
+
+    Nothing may be computed with them before they are there.
+
+    Raises:
+        ModelError: mlx-lm cannot load it.
+    """
+    try:
+        with _beside():
+            model, config = engine.utils().load_model(path, lazy=True)
+            if adapter is not None:
+                model = engine.utils().load_adapters(model, str(adapter))
+                model.eval()
+    except Exception as exc:
+        raise ModelError(f"mlx-lm cannot load {path}: {exc}") from exc
+    _keep_in_memory()
+    return model, config, Weights(model, path)
+
+
+def load_tokenizer(path: Path, config: Mapping[str, Any]) -> Any:
+    """The tokenizer of a model, as `mlx_lm.load` makes it.
+
+    Raises:
+        ModelError: mlx-lm cannot load it.
+    """
+    try:
+        return _tokenizer(path, config.get("eos_token_id"))
+    except Exception as exc:
+        raise ModelError(f"mlx-lm cannot load the tokenizer of {path}: {exc}") from exc
+
+
+def _tokenizer(path: Path, ends: Any) -> Any:
+    return importlib.import_module("mlx_lm.utils").load_tokenizer(path, eos_token_ids=ends)
+
+
+@contextlib.contextmanager
+def _beside() -> Iterator[None]:
+    """Where that is possible, read weights on a stream that another thread can wait for."""
+    stream = _reading()
+    if stream is None:
+        yield
+        return
+    with mx.stream(stream):
+        yield
+
+
+@functools.cache
+def _reading() -> mx.Stream | None:
+    """A stream that any thread may use, which MLX has since 0.32. None on a GPU: what is computed
+    of the weights as they come is computed there, in the stream of this thread.
+    """
+    make = getattr(mx, "new_thread_unsafe_stream", None)
+    cpu = mx.Device(mx.cpu)
+    return make(cpu) if make is not None and mx.default_device() == cpu else None
+
+
+def _keep_in_memory() -> None:
+    """Let Metal wire as much memory as it recommends: without it large models are slow, and so
+    mlx-lm does the same. Elsewhere there is nothing to do.
+    """
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    if isinstance(recommended, int):
+        mx.set_wired_limit(recommended)

@@ -1,0 +1,172 @@
+"""mlx-lm, without all that it imports.
+
+`import mlx_lm` brings in everything that mlx-lm can do, `transformers` with it: seconds, of which a
+model whose prompt is stored needs none. Nothing is replaced here and nothing is rewritten; two
+imports are put off until somebody wants what they bring.
+
+* The package itself becomes lazy. `import mlx_lm.models.llama` runs the `__init__` of `mlx_lm`
+  first; here a module stands in its place that runs this very `__init__` when it is first asked for
+  a name that is not there. For whoever imports mlx-lm in the same process nothing changes.
+* `mlx_lm.utils` and `mlx_lm.tokenizer_utils` import the Hub's client and `transformers` for what
+  loading a model does not use. `utils()` and `tokenizer_utils()` are private copies of the two,
+  made from mlx-lm's own files, in which these few names are looked up when they are first used.
+
+If anything is not as expected, such as a release of mlx-lm that needs more of what is put off, the
+plain import serves: slower, and the same.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import importlib
+import importlib.util
+import logging
+import sys
+import threading
+import types
+from importlib.machinery import SourceFileLoader
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from importlib.machinery import ModuleSpec
+
+log = logging.getLogger("mlx_promptcache")
+
+PACKAGE = "mlx_lm"
+
+
+class _LazyPackage(types.ModuleType):
+    """A package whose `__init__` runs when it is first asked for what only that can give."""
+
+    def __init__(self, spec: ModuleSpec) -> None:
+        super().__init__(spec.name)
+        self.__spec__ = spec
+        self.__loader__ = spec.loader
+        self.__file__ = spec.origin
+        self.__path__ = list(spec.submodule_search_locations or [])
+        self.__package__ = spec.name
+        self.__dict__["_lock"] = threading.RLock()
+        self.__dict__["_begun"] = False
+
+    def __getattr__(self, name: str) -> Any:
+        own = self.__dict__
+        with own["_lock"]:
+            if not own["_begun"]:
+                own["_begun"] = True
+                try:
+                    self.__spec__.loader.exec_module(self)  # type: ignore[union-attr]
+                except BaseException:
+                    own["_begun"] = False
+                    raise
+        if name in own:
+            return own[name]
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+
+def _make_lazy() -> None:
+    if PACKAGE in sys.modules:
+        return
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is not None and spec.loader is not None:
+        sys.modules[PACKAGE] = _LazyPackage(spec)
+
+
+class _Later:
+    """A function that is looked up when it is first called."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self._module, self._name = module, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(self._module), self._name)(*args, **kwargs)
+
+
+class _Unused:
+    """Stands for a class that mlx-lm's loading code only names, or derives others from."""
+
+    @classmethod
+    def register(cls, *args: Any, **kwargs: Any) -> None:
+        """Take part in a registry that nobody asks."""
+
+
+def version() -> str:
+    """The release of mlx-lm."""
+    found: str = importlib.import_module(f"{PACKAGE}._version").__version__
+    return found
+
+
+@functools.cache
+def utils() -> Any:
+    """`mlx_lm.utils`, which loads models: its own code, without tokenizers and the Hub."""
+    later: dict[str, dict[str, Any]] = {
+        "huggingface_hub": {"snapshot_download": _Later("huggingface_hub", "snapshot_download")},
+        ".tokenizer_utils": {
+            "TokenizerWrapper": _Unused,
+            "load": _Later(f"{PACKAGE}.tokenizer_utils", "load"),
+        },
+    }
+    return _without(later, "utils")
+
+
+@functools.cache
+def tokenizer_utils() -> Any:
+    """`mlx_lm.tokenizer_utils`, which makes text of tokens: its own code, without transformers."""
+    later: dict[str, dict[str, Any]] = {
+        "transformers": {"AutoTokenizer": _Unused, "PreTrainedTokenizerFast": _Unused},
+        "transformers.tokenization_utils_base": {"PreTrainedTokenizerBase": Renderer},
+    }
+    return _without(later, "tokenizer_utils")
+
+
+class Renderer:
+    """What has the usual `apply_chat_template`, as mlx-lm sees it: see `tokenizer.Tokenizer`."""
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+        """Render a chat."""
+        raise NotImplementedError
+
+
+def _without(later: Mapping[str, Mapping[str, Any]], name: str) -> Any:
+    """A module of mlx-lm, where these modules (`.x` is one of its own) are not imported but have
+    only these names.
+    """
+    whole = f"{PACKAGE}.{name}"
+    if whole in sys.modules:
+        return sys.modules[whole]
+    try:
+        return _copy(later, whole)
+    except Exception as exc:  # noqa: BLE001 - whatever another release does otherwise
+        log.debug("%s is imported as a whole: %s", whole, exc)
+        return importlib.import_module(whole)
+
+
+def _copy(later: Mapping[str, Mapping[str, Any]], whole: str) -> types.ModuleType:
+    spec = importlib.util.find_spec(whole)
+    if spec is None or not isinstance(spec.loader, SourceFileLoader):
+        raise ImportError(f"there is no source of {whole}")
+    code: Any = spec.loader.get_code(whole)
+    module = importlib.util.module_from_spec(spec)
+    stand_ins = {name: types.SimpleNamespace(**names) for name, names in later.items()}
+    running = True
+
+    def importing(name: str, *args: Any) -> Any:
+        level = args[3] if len(args) > 3 else 0
+        stand_in = stand_ins.get("." * level + name) if running else None
+        return builtins.__import__(name, *args) if stand_in is None else stand_in
+
+    # Import statements look `__import__` up among the builtins of their own module: nothing that
+    # others can see is changed, not even for a moment.
+    module.__dict__["__builtins__"] = {**vars(builtins), "__import__": importing}
+    exec(code, module.__dict__)  # noqa: S102 - mlx-lm's own code, from where it is installed
+    running = False
+    return module
+
+
+_make_lazy()
+
+import mlx_lm.models.cache as cache  # noqa: E402
+import mlx_lm.sample_utils as sample_utils  # noqa: E402
+
+__all__ = ["Renderer", "cache", "sample_utils", "tokenizer_utils", "utils", "version"]

@@ -1,0 +1,341 @@
+"""Tokenizer: what a Hugging Face tokenizer does, from what it left behind, without transformers.
+
+Making a tokenizer out of a model's files takes `transformers` seconds, and gives a Rust tokenizer,
+a chat template and a handful of special tokens. These are kept in the store, by the content of the
+files that they came from; the next process encodes and renders with `tokenizers` and `jinja2`.
+
+Only what is known to be the same is kept: a tokenizer whose encoding, decoding and rendering are
+those of transformers' own classes, and that gives the same for a number of texts, all special
+tokens and several chats as the one that it was made from. Any other is loaded by mlx-lm, every
+time. Whatever else is asked is answered by the whole tokenizer, loaded when that happens.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlx_promptcache import engine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import tokenizers
+
+BPE, SPM, SPM_NO_SPACE, NAIVE = "bpe", "spm", "spm, no space", "naive"
+CLEANED = (
+    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"),
+    (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
+)  # fmt: skip
+"""What `clean_up_tokenization_spaces` does, in this order (transformers 5.23)."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a tokenizer besides its Rust part."""
+
+    special_tokens: dict[str, str]
+    eos_token_id: int | None
+    eos_token_ids: list[int]
+    chat_template: str | None
+    detokenizer: str
+    splits_special_tokens: bool
+    cleans_up: bool
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Facts:
+        """Facts as they were written.
+
+        Raises:
+            TypeError: they are not all there.
+        """
+        return cls(**value)
+
+
+class Tokenizer(engine.Renderer):
+    """A Hugging Face tokenizer as far as mlx-lm and this program ask it.
+
+    `whole` makes the tokenizer that this one was kept of, for whatever else is asked.
+    """
+
+    def __init__(self, rust: tokenizers.Tokenizer, facts: Facts, whole: Callable[[], Any]) -> None:
+        self._rust, self._facts, self._whole = rust, facts, whole
+        rust.no_truncation()
+        rust.no_padding()
+        rust.encode_special_tokens = facts.splits_special_tokens
+        self.chat_template = facts.chat_template
+        self.eos_token_id = facts.eos_token_id
+        self._render: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        special: dict[str, str] = self.__dict__["_facts"].special_tokens
+        if name.endswith("_token") and name in special:
+            return special[name]
+        whole = self.__dict__["_whole"]()
+        return getattr(whole, name)
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """The special tokens by their roles."""
+        return dict(self._facts.special_tokens)
+
+    @property
+    def bos_token(self) -> str | None:
+        """The token that begins a sequence."""
+        return self._facts.special_tokens.get("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        """The token that ends a sequence."""
+        return self._facts.special_tokens.get("eos_token")
+
+    def __len__(self) -> int:
+        return int(self._rust.get_vocab_size(with_added_tokens=True))
+
+    def get_vocab(self) -> Mapping[str, int]:
+        """The vocabulary, looked up token by token."""
+        return _Vocabulary(self._rust)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, **others: Any) -> list[int]:
+        """The ids of a text."""
+        if others or not isinstance(text, str):
+            ids: list[int] = self._whole().encode(
+                text, add_special_tokens=add_special_tokens, **others
+            )
+            return ids
+        return list(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: int | Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text of ids."""
+        ids = [ids] if isinstance(ids, int) else list(ids)
+        text: str = self._rust.decode(ids, skip_special_tokens=skip_special_tokens)
+        for found, put in CLEANED if self._facts.cleans_up else ():
+            text = text.replace(found, put)
+        return text
+
+    def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> Any:
+        """The tokens of ids, looked up one by one as they are asked for."""
+        return self._rust.id_to_token(ids) if isinstance(ids, int) else _Tokens(self._rust, ids)
+
+    def convert_tokens_to_ids(self, token: str) -> int | None:
+        """The id of a token."""
+        if not isinstance(token, str) or (found := self._rust.token_to_id(token)) is None:
+            other: int | None = self._whole().convert_tokens_to_ids(token)
+            return other
+        return int(found)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        *,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_dict: bool = False,
+        **variables: Any,
+    ) -> Any:
+        """The text of a chat; its ids with `tokenize`. `variables` are the template's own.
+
+        Raises:
+            ValueError: the template refuses the messages, or there is none.
+        """
+        plain = all(isinstance(value, (str, int, float, bool)) for value in variables.values())
+        if self.chat_template is None or return_dict or not plain or not _is_plain(conversation):
+            return self._whole().apply_chat_template(
+                conversation, tokenize=tokenize, add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message, return_dict=return_dict, **variables,
+            )  # fmt: skip
+        if self._render is None:
+            from mlx_promptcache.templates import Template
+
+            self._render = Template(self.chat_template)
+        text = self._render(
+            conversation, {**self._facts.special_tokens, **variables},
+            answer=add_generation_prompt, goes_on=continue_final_message,
+        )  # fmt: skip
+        return self.encode(text, add_special_tokens=False) if tokenize else text
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether there is nothing in it but what JSON has."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return value is None or type(value) in (str, int, float, bool)
+
+
+class _Vocabulary(Mapping[str, int]):
+    """Tokens to ids, looked up one by one: a dict of all takes as long as encoding a long text."""
+
+    def __init__(self, rust: tokenizers.Tokenizer) -> None:
+        self._rust = rust
+
+    def __getitem__(self, token: str) -> int:
+        found = self._rust.token_to_id(token)
+        if found is None:
+            raise KeyError(token)
+        return int(found)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rust.get_vocab(with_added_tokens=True))
+
+    def __len__(self) -> int:
+        return int(self._rust.get_vocab_size(with_added_tokens=True))
+
+
+class _Tokens(Sequence[Any]):
+    """The tokens of ids, looked up one by one."""
+
+    def __init__(self, rust: tokenizers.Tokenizer, ids: Sequence[int]) -> None:
+        self._rust, self._ids = rust, ids
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._rust.id_to_token(i) for i in self._ids[index]]
+        return self._rust.id_to_token(self._ids[index])
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+
+def wrapped(tokenizer: Tokenizer, facts: Facts) -> Any:
+    """The tokenizer in mlx-lm's wrapper, which makes text of tokens as they come."""
+    module = engine.tokenizer_utils()
+    detokenizer = {
+        BPE: module.BPEStreamingDetokenizer,
+        SPM: module.SPMStreamingDetokenizer,
+        SPM_NO_SPACE: functools.partial(module.SPMStreamingDetokenizer, trim_space=False),
+        NAIVE: module.NaiveStreamingDetokenizer,
+    }[facts.detokenizer]
+
+    class Wrapper(module.TokenizerWrapper):  # type: ignore[misc, name-defined]
+        @property  # type: ignore[misc]
+        def __class__(self) -> type:
+            # mlx-lm asks whether a tokenizer is wrapped already, of its own class of that name.
+            own = sys.modules.get("mlx_lm.tokenizer_utils")
+            return type(self) if own is None else own.TokenizerWrapper
+
+    return Wrapper(tokenizer, detokenizer, eos_token_ids=facts.eos_token_ids)
+
+
+# What may be kept
+
+
+def facts_of(wrapper: Any) -> Facts | None:
+    """What a tokenizer that mlx-lm loaded comes to; None if it does something of its own.
+
+    Imports transformers, which whoever has such a tokenizer has done already.
+    """
+    from transformers import PreTrainedTokenizerFast
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+    whole = wrapper._tokenizer
+    kind = type(whole)
+    usual = isinstance(whole, PreTrainedTokenizerFast) and all(
+        getattr(kind, name, None) is getattr(base, name)
+        for base, names in ((PreTrainedTokenizerBase, SHARED), (PreTrainedTokenizerFast, FAST))
+        for name in names
+    )
+    detokenizer = _detokenizer_of(wrapper)
+    template = whole.chat_template
+    own = getattr(wrapper, "_chat_template", None)
+    if not usual or detokenizer is None or own is not None:
+        return None
+    if not (template is None or isinstance(template, str)):
+        return None
+    return Facts(
+        special_tokens={k: v for k, v in whole.special_tokens_map.items() if isinstance(v, str)},
+        eos_token_id=whole.eos_token_id,
+        eos_token_ids=sorted(wrapper.eos_token_ids),
+        chat_template=template,
+        detokenizer=detokenizer,
+        splits_special_tokens=bool(getattr(whole, "split_special_tokens", False)),
+        cleans_up=_cleans_up(whole),
+    )
+
+
+SHARED = ("encode", "decode", "apply_chat_template", "special_tokens_map", "clean_up_tokenization")
+FAST = ("_encode_plus", "_decode", "convert_ids_to_tokens", "__len__")
+
+
+def _detokenizer_of(wrapper: Any) -> str | None:
+    detokenizer = wrapper.detokenizer
+    name = type(detokenizer).__name__
+    if name == "SPMStreamingDetokenizer":
+        return SPM if detokenizer.trim_space else SPM_NO_SPACE
+    return {"BPEStreamingDetokenizer": BPE, "NaiveStreamingDetokenizer": NAIVE}.get(name)
+
+
+def _cleans_up(whole: Any) -> bool:
+    """Whether decoding closes the spaces before punctuation: found out by trying."""
+    rust = whole.backend_tokenizer
+    ids = rust.encode("a . b , c ! d n't", add_special_tokens=False).ids
+    return bool(whole.decode(ids) != rust.decode(ids, skip_special_tokens=False))
+
+
+TEXTS = (
+    "The quick brown fox, 12345 times.  Twice!\n\n\tIndented: yes; 'quoted' isn't \"it\"?",
+    "naïve café Ünïcödé 日本語の文 русский עברית हिन्दी 👩‍👩‍👧‍👦🇺🇳 \u200b\u00a0\ufeff",
+    "def f(x):\n    return {'a': [x ** 2 for _ in range(10)]}  # \\n\r\n",
+    " leading and trailing ", "", "\n", " ", "<s></s><|im_start|>user\n[INST]</think>",
+)  # fmt: skip
+"""What a kept tokenizer must do as the whole one does, before it is trusted with anything else."""
+USER = {"role": "user", "content": " What is 1 + 1?\n"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+ANSWER = {"role": "assistant", "content": "It is 2. "}
+CHATS = ((USER,), (SYSTEM, USER), (USER, ANSWER), (SYSTEM, USER, ANSWER, USER))
+
+
+def agrees(kept: Any, whole: Any) -> bool:
+    """Whether a kept tokenizer does what the whole one does, as far as trying shows."""
+    specials = sorted(set(whole.all_special_tokens))
+    texts = [*TEXTS, *specials, f"a{'b'.join(specials)}c"]
+    same = kept.eos_token_ids == whole.eos_token_ids and len(kept) == len(whole)
+    same = same and kept.has_chat_template == whole.has_chat_template
+    same = same and all(_same_text(kept, whole, text) for text in texts)
+    if same and whole.has_chat_template:
+        same = all(
+            _rendered(kept, chat, answer=answer) == _rendered(whole, chat, answer=answer)
+            for chat in CHATS
+            for answer in (True, False)
+        )
+    return same
+
+
+def _same_text(kept: Any, whole: Any, text: str) -> bool:
+    for special in (True, False):
+        ids = whole.encode(text, add_special_tokens=special)
+        if kept.encode(text, add_special_tokens=special) != ids:
+            return False
+        if kept.decode(ids) != whole.decode(ids) or _streamed(kept, ids) != _streamed(whole, ids):
+            return False
+    return True
+
+
+def _streamed(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    detokenizer = tokenizer.detokenizer
+    detokenizer.reset()
+    segments = []
+    for token in ids:
+        detokenizer.add_token(token)
+        segments.append(detokenizer.last_segment)
+    detokenizer.finalize()
+    return [*segments, detokenizer.last_segment]
+
+
+def _rendered(tokenizer: Any, chat: Sequence[Mapping[str, Any]], *, answer: bool) -> str | None:
+    """What the template makes of a chat: with `answer`, or going on with its last message."""
+    try:
+        text: str = tokenizer.apply_chat_template(
+            [dict(message) for message in chat], tokenize=False, add_generation_prompt=answer,
+            continue_final_message=not answer and chat[-1] is ANSWER,
+        )  # fmt: skip
+    except Exception:  # noqa: BLE001 - templates raise what they like
+        return None
+    return text

@@ -1,0 +1,161 @@
+"""Tokenizers in a store: made by transformers once, kept as what they came to.
+
+`tokenizers/3f/<key>.safetensors`, a container like any other; the key is a hash of the files of the
+model's directory that a tokenizer is made from, and of the releases that made it. Losing the file
+costs seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import logging
+import re
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_promptcache import arithmetic, container
+from mlx_promptcache.container import Array
+from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError
+from mlx_promptcache.store import TOKENIZERS
+from mlx_promptcache.tokenizer import Facts, Tokenizer, agrees, facts_of, wrapped
+from mlx_promptcache.tree import KEY_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from mlx_promptcache.quarantine import Quarantine
+    from mlx_promptcache.store import Store
+
+log = logging.getLogger("mlx_promptcache")
+
+KIND = "tokenizer"
+ARRAY = "tokenizer.json"
+FORMAT = 1  # raised when what is kept means something else
+FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.jsonl")
+VERSION = re.compile(rb"^__version__ = [\"']([^\"']+)", re.MULTILINE)
+LARGEST_BYTES = 1 << 28
+
+
+class TokenizerStore:
+    """The tokenizers of one store."""
+
+    def __init__(self, store: Store, bad: Quarantine) -> None:
+        self._store, self._bad = store, bad
+
+    def load(self, model: Path, whole: Callable[[], Any]) -> Any:
+        """The tokenizer of a model, wrapped as mlx-lm wraps it; None if it is not kept.
+
+        `whole` makes the whole one, for what the kept one does not know.
+        """
+        stem = stem_of(model)
+        try:
+            with self._store.reader(TOKENIZERS, stem) as reader:
+                header = reader.header()
+                facts, entry = _checked(header)
+                text = bytes(container.read_array(reader.read, entry).data)
+            return _made(text, facts, whole)
+        except CacheMiss as exc:
+            if isinstance(exc, DamagedFile):
+                self._bad.set_aside(TOKENIZERS, stem, exc)
+        except PromptCacheError as exc:
+            self._bad.set_aside(TOKENIZERS, stem, exc)
+        except Exception as exc:  # noqa: BLE001 - whatever another release does otherwise
+            log.debug("the tokenizer that is kept cannot be used: %s", exc)
+        return None
+
+    def keep(self, model: Path, wrapper: Any) -> bool:
+        """Keep a tokenizer that mlx-lm loaded, if the kept one does the same; whether it is kept.
+
+        Failing is no matter.
+        """
+        try:
+            facts = facts_of(wrapper)
+            if facts is None:
+                return False
+            text = _shortened(wrapper.backend_tokenizer.to_str()).encode()
+            if not agrees(_made(text, facts, lambda: wrapper), wrapper):
+                log.debug("this tokenizer is not kept: what would be kept of it differs")
+                return False
+            self._write(model, facts, text)
+        except Exception as exc:  # noqa: BLE001 - it is a convenience
+            log.debug("this tokenizer is not kept: %s", exc)
+            return False
+        return True
+
+    def _write(self, model: Path, facts: Facts, text: bytes) -> None:
+        arrays = {ARRAY: Array("uint8", (len(text),), text)}
+        notes = {"made": round(time.time(), 3), "versions": arithmetic.versions()}
+        packed = container.pack(KIND, asdict(facts), notes, arrays)
+        self._store.create()
+        with self._store.shared():
+            self._store.write(TOKENIZERS, stem_of(model), packed)
+
+
+def _shortened(text: str) -> str:
+    """A tokenizer's JSON with its merges as `"a b"`, which is read a quarter faster than as
+    `["a", "b"]`, if no token of them has a space.
+    """
+    value = json.loads(text)
+    merges = value.get("model", {}).get("merges")
+    pairs = isinstance(merges, list) and all(isinstance(pair, list) for pair in merges)
+    if pairs and not any(" " in token for pair in merges for token in pair):
+        value["model"]["merges"] = [" ".join(pair) for pair in merges]
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _made(text: bytes, facts: Facts, whole: Callable[[], Any]) -> Any:
+    import tokenizers
+
+    return wrapped(Tokenizer(tokenizers.Tokenizer.from_str(text.decode()), facts, whole), facts)
+
+
+def _checked(header: container.Header) -> tuple[Facts, container.Entry]:
+    entry = header.entries.get(ARRAY)
+    if header.kind != KIND or entry is None or entry.dtype != "uint8" or len(entry.shape) != 1:
+        raise DamagedFile("it is no tokenizer")
+    if entry.shape[0] > LARGEST_BYTES:
+        raise DamagedFile("it is too large")
+    try:
+        return Facts.from_json(header.content), entry
+    except TypeError:
+        raise DamagedFile("what it says of a tokenizer makes no sense") from None
+
+
+def stem_of(model: Path) -> str:
+    """Where the tokenizer of a model directory is kept: a hash of all that it is made from."""
+    digest = hashlib.blake2b(f"{FORMAT} {_releases()}".encode(), digest_size=KEY_BYTES)
+    for path in _files(model):
+        data = hashlib.sha256(path.read_bytes()).digest()
+        digest.update(path.name.encode() + b"\0" + data)
+    key = digest.hexdigest()
+    return f"{key[:2]}/{key}"
+
+
+def _files(model: Path) -> Iterator[Path]:
+    found = {path for pattern in FILES for path in model.glob(pattern)}
+    yield from sorted(path for path in found if path.is_file())
+
+
+def _releases() -> str:
+    import tokenizers
+
+    return f"{arithmetic.versions()['mlx-lm']} {tokenizers.__version__} {_transformers()}"
+
+
+def _transformers() -> str:
+    """The release of transformers that is installed, read off its source: importing takes long."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return "none"
+    with contextlib.suppress(OSError):
+        found = VERSION.search(Path(spec.origin).read_bytes())
+        if found:
+            return found[1].decode()
+    from importlib import metadata
+
+    return metadata.version("transformers")
