@@ -19,7 +19,7 @@ import architectures
 import processes
 import tiny
 from families import CHATML
-from mlx_promptcache import PromptCache, Runner, Sampling, State, headers, window_rows
+from mlx_promptcache import PromptCache, Runner, Sampling, State, container, headers, window_rows
 from mlx_promptcache.errors import ModelError, PromptError, StoreError, UnsupportedLayer
 from mlx_promptcache.fingerprint import KVSettings
 from mlx_promptcache.layers import live_arrays, make_layers
@@ -382,6 +382,81 @@ def test_an_exact_hit_calls_no_model_before_the_first_token(
     assert state.tokens == (*prompt, *cold)
     assert widths == [1] * max_tokens
     assert (runner.forward_passes, runner.tokens_fed) == (max_tokens, max_tokens)
+
+
+def planes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of rows that are read from blocks from now on."""
+    read: list[int] = []
+    whole = container.read_planes
+
+    def counting(*args: Any) -> None:
+        read.append(len(args[-1]))
+        whole(*args)
+
+    monkeypatch.setattr(container, "read_planes", counting)
+    return read
+
+
+def test_the_first_token_of_an_exact_hit_does_not_wait_for_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = random_tokens(300, seed=4)
+    cold = tokens_of(runner_of("plain"), prompt, 6, SAMPLED)
+    keep(runner_of("plain", tmp_path), prompt)
+    read = planes_read(monkeypatch)
+    runner = runner_of("plain", tmp_path)
+    run = runner.start(prompt, sampling=SAMPLED, later=True)
+    steps = run.steps(6)
+    said = [next(steps).token]
+    assert (read, runner.forward_passes, run.cached_tokens) == ([], 0, 300)
+    said += [step.token for step in steps]
+    assert said == cold
+    assert sum(read) > 0
+    assert (run.cached_tokens, run.prefilled_tokens, runner.tokens_fed) == (300, 0, 5)
+    again = runner_of("plain").start(prompt, sampling=SAMPLED)
+    assert digest(run.prompt_state()) == digest(again.state())
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_rows_that_are_damaged_after_all_are_computed_and_the_counts_say_so(
+    exact: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt = random_tokens(300, seed=4)
+    cold_runner = runner_of("plain")
+    cold = tokens_of(cold_runner, prompt, 6, SAMPLED)
+    keep(runner_of("plain", tmp_path), prompt)
+    blocks = sorted(tmp_path.glob("blocks/*/*.safetensors"), key=lambda path: path.stat().st_size)
+    spoiled = bytearray(blocks[-1].read_bytes())
+    spoiled[-1] ^= 1
+    blocks[-1].chmod(0o600)
+    blocks[-1].write_bytes(spoiled)
+    runner = runner_of("plain", tmp_path)
+    run = runner.start(prompt, exact=exact, sampling=SAMPLED, later=True)
+    assert run.cached_tokens == 300
+    assert [step.token for step in run.steps(6)] == cold
+    assert run.cached_tokens == 0
+    assert (run.prefilled_tokens, runner.tokens_fed) == (300, 305)
+    assert run.match is not None
+    assert run.match.position == 0
+    assert "moved aside" in caplog.text
+    assert runner.run_in_progress is run
+    assert runner.cache is not None
+    runner.cache.keep(run.prompt_state(), exact=exact)
+    assert runner_of("plain", tmp_path).start(prompt, exact=exact).cached_tokens == 300
+    assert digest(run.state()) == digest(cold_runner.state)
+
+
+@opaque_kinds
+def test_layers_that_rows_do_not_fill_are_read_before_the_first_token(
+    kind: str, tmp_path: Path
+) -> None:
+    prompt = random_tokens(90, seed=4)
+    keep(runner_of(kind, tmp_path), prompt)
+    runner = runner_of(kind, tmp_path)
+    run = runner.start(prompt, sampling=SAMPLED, later=True)
+    cold = runner_of(kind)
+    assert [step.token for step in run.steps(5)] == tokens_of(cold, prompt, 5, SAMPLED)
+    assert run.cached_tokens == 90
 
 
 @every_kind

@@ -8,6 +8,7 @@ again without it. An explicit `load` or `save` raises.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 import weakref
@@ -40,7 +41,7 @@ from mlx_promptcache.tokenizer_store import TokenizerStore
 if TYPE_CHECKING:
     import builtins
     import os
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from mlx_promptcache.finder import Found
@@ -67,10 +68,14 @@ class Match:
 
 
 class Resumed(NamedTuple):
-    """What a prompt starts from: a state and mlx-lm cache objects filled with it, or neither."""
+    """What a prompt starts from: a state and mlx-lm cache objects filled with it, or neither.
+
+    Where rows are still to be read `layers` is a function that reads them; it returns None if they
+    cannot be had after all.
+    """
 
     state: State | None
-    layers: builtins.list[Any] | None
+    layers: builtins.list[Any] | Callable[[], builtins.list[Any] | None] | None
     match: Match
 
 
@@ -174,24 +179,33 @@ class PromptCache:
         *,
         plan: Plan | None = None,
         limit: int | None = None,
+        later: bool = False,
     ) -> Resumed:
         """Return the state of the longest stored prefix of these tokens, in fresh layers.
 
         The state's own `contents` are empty: they are in the layers. At the whole prompt the state
         has logits; at a shorter prefix it may have none. Its key and its sampling are those of
-        another run. With `limit` it holds at most so many tokens.
+        another run. With `limit` it holds at most so many tokens. With `later` the rows of an
+        exact hit are not read yet, if rows are all that the layers hold: the next token does not
+        need them.
 
         What is damaged, locked, cannot be read or does not fit the model is a miss with a notice.
         """
         try:
             with self._store.shared():
-                return self._resume(tokens, model, plan, limit)
+                return self._resume(tokens, model, plan, limit, later=later)
         except PromptCacheError as exc:
             log.warning("the prompt cache is not used: %s", exc)
             return Resumed(None, None, Match(0, False, None, str(exc)))
 
     def _resume(
-        self, tokens: Sequence[int], model: Any, plan: Plan | None, limit: int | None
+        self,
+        tokens: Sequence[int],
+        model: Any,
+        plan: Plan | None,
+        limit: int | None,
+        *,
+        later: bool,
     ) -> Resumed:
         if self.blueprint is None:
             self.blueprint = Blueprint.of(model, self.kv)
@@ -200,9 +214,14 @@ class PromptCache:
             found = self._finder.find(tokens, plan, limit)
             if found.position == 0:
                 return Resumed(None, None, self._match(tokens, found, None, refused))
+            later = later and found.exact and self.blueprint.sliceable
             try:
-                state = self._loader().load(found, tokens)
-                layers = state.layers(model)
+                state = self._loader().load(found, tokens, rows=not later)
+                layers: Any = (
+                    functools.partial(self._read, found, tokens, model)
+                    if later
+                    else state.layers(model)
+                )
             except BadFile as exc:
                 refused = exc.reason
                 continue
@@ -217,6 +236,14 @@ class PromptCache:
             # when the next token is written.
             bare = replace(state, contents=())
             return Resumed(bare, layers, self._match(tokens, found, source, refused))
+
+    def _read(self, found: Found, tokens: Sequence[int], model: Any) -> builtins.list[Any] | None:
+        try:
+            with self._store.shared():
+                return self._loader().load(found, tokens).layers(model)
+        except PromptCacheError as exc:
+            log.warning("a stored state cannot be used after all: %s", exc)
+            return None
 
     def _pass_over(self, found: Found) -> None:
         for stem in [found.snapshot] if found.snapshot else [s.stem for s in found.steps]:
@@ -331,7 +358,7 @@ class PromptCache:
         if self._cuts_matter:  # and where the caller cuts is not known
             return make_layers(model, self.kv), tokens
         state, layers, _ = self.resume(tokens, model, limit=len(tokens) - 1)
-        if state is None or layers is None:
+        if state is None or layers is None or callable(layers):
             return make_layers(model, self.kv), tokens
         for _, layer in leaves(layers):
             self._fetched[layer] = state

@@ -50,14 +50,15 @@ class Loader:
         self._finder, self._store, self._bad = finder, finder.store, finder.bad
         self._blueprint = blueprint
 
-    def load(self, found: Found, tokens: Sequence[int]) -> State:
-        """Return the state at `found.position` of these tokens.
+    def load(self, found: Found, tokens: Sequence[int], *, rows: bool = True) -> State:
+        """Return the state at `found.position` of these tokens; a snapshot's without `rows` lacks
+        what its layers hold.
 
         Raises:
             BadFile: a file cannot be used, and was set aside; find again.
         """
         if found.snapshot is not None:
-            return self.snapshot(found.snapshot, tokens)
+            return self.snapshot(found.snapshot, tokens, rows=rows)
         refs = [Ref(step.stem, "", step.start, step.rows) for step in found.steps]
         blocks = self._headers(refs)
         refs = [
@@ -80,8 +81,11 @@ class Loader:
             trail=_trail(refs, blocks),
         )
 
-    def snapshot(self, stem: str, tokens: Sequence[int] | None = None) -> State:
-        """Return the state of a snapshot, which must be a prefix of `tokens`, if these are given.
+    def snapshot(
+        self, stem: str, tokens: Sequence[int] | None = None, *, rows: bool = True
+    ) -> State:
+        """Return the state of a snapshot, which must be a prefix of `tokens`, if these are given;
+        without `rows` it lacks what its layers hold.
 
         Raises:
             BadFile: a file cannot be used, and was set aside.
@@ -94,7 +98,7 @@ class Loader:
         refs = [Ref(*ref) for ref in content["refs"]]
         try:
             blocks = self._headers(refs)
-            contents = self._contents(header, arrays, refs, blocks)
+            contents = self._contents(header, arrays, refs, blocks) if rows else ()
         except BadFile:
             self._bad.ignore(stem)
             raise

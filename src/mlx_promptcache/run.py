@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mlx_promptcache.window_rows import WindowRows
 
     Progress = Callable[[int, int], None]  # (tokens of the prompt that are held, all of them)
+    Later = Callable[[], list[Any] | None]  # reads layers; None if they cannot be had
 
 CLEAR_EVERY = 256  # tokens between two releases of MLX's buffers, as in mlx-lm
 
@@ -52,10 +53,14 @@ class Run:
     """A sequence that grows: mlx-lm's cache objects, and all that a `State` takes down of them."""
 
     def __init__(
-        self, runner: Runner, layers: list[Any], state: State | None, start_lineage: str
+        self,
+        runner: Runner,
+        layers: list[Any] | Later,
+        state: State | None,
+        start_lineage: str,
     ) -> None:
         self._runner = runner
-        self._layers = layers
+        self._there = layers
         self._tokens: list[int] = list(state.tokens) if state else []
         self._logits = state.logits if state else None
         self._embedding = state.embedding if state else None
@@ -76,11 +81,39 @@ class Run:
         self.sampling: Sampling = state.sampling if state else Sampling()
         self.origin: Origin = state.origin if state else Origin()
         self.match: Match | None = None
+        self.anew: Callable[[], Run] | None = None
         self.cached_tokens = self._held
         self._prompt_tokens = self._held
         self._text = ""
         self.load_seconds = 0.0
         self.prefill_seconds = 0.0
+
+    @property
+    def _layers(self) -> list[Any]:
+        """mlx-lm's cache objects; their rows are read when they are first needed."""
+        if not isinstance(self._there, list):
+            self._there = self._read_rows(self._there)
+        return self._there
+
+    def _read_rows(self, later: Later) -> list[Any]:
+        """Read the rows of an exact hit; if they cannot be had, compute them.
+
+        The first token may be shown by now: its logits were read and checked by themselves.
+        """
+        began = time.perf_counter()
+        layers = later()
+        if layers is None:
+            assert self.anew is not None  # noqa: S101 - whoever reads later says how else
+            other = self.anew()
+            layers = other._layers
+            self._trail, self._passes, self._lineage = other._trail, other._passes, other._lineage
+            self.match, self.cached_tokens = other.match, other.cached_tokens
+            self.prefill_seconds += other.prefill_seconds
+            began += other.prefill_seconds
+            if self._end is not None:
+                self._end = replace(self._end, lineage=self._lineage)
+        self.load_seconds += time.perf_counter() - began
+        return layers
 
     # Prefill
 

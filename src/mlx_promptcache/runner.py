@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import sys
@@ -14,7 +15,7 @@ import mlx.core as mx
 
 from mlx_promptcache import arithmetic, checkpoint, models, places
 from mlx_promptcache.blueprint import PROBE_TOKENS, Blueprint
-from mlx_promptcache.cache import Match, PromptCache
+from mlx_promptcache.cache import Match, PromptCache, Resumed
 from mlx_promptcache.errors import ModelError, NotQuantisable, PromptError, UnsupportedLayer
 from mlx_promptcache.fingerprint import KVSettings, remembered
 from mlx_promptcache.headers import MOST_DRAFT_TOKENS
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from mlx_promptcache.checkpoint import Weights
-    from mlx_promptcache.run import Progress
+    from mlx_promptcache.run import Later, Progress
 
     PromptLike = str | Sequence[Mapping[str, Any]] | Sequence[int] | Prompt
 
@@ -290,12 +291,17 @@ class Runner:
         reuse: bool = True,
         sampling: Sampling | None = None,
         progress: Progress | None = None,
+        later: bool = False,
     ) -> Run:
         """Reuse what is stored of a prompt, feed the rest, and return the run at its end.
 
         With `exact` only rows are reused that this very run would have computed itself. So it is
         always where windows keep their first rows (`max_kv_size`): what mlx-lm computes with such
         windows depends on where passes are cut.
+
+        With `later` the rows of an exact hit are read when they are first needed, after the first
+        token. Should they turn out to be damaged then, they are computed, and the run's
+        `cached_tokens` and `match` say so from then on.
 
         Raises:
             PromptError: the prompt is empty, or longer than the model's context; or the sampling
@@ -305,10 +311,13 @@ class Runner:
         exact = exact or (self._blueprint is not None and self._blueprint.cuts_matter)
         sampling = self._fitting(sampling or Sampling())
         began = time.perf_counter()
-        state, layers, match = self._resume(made, exact=exact) if reuse else (None, None, None)
+        later = later and not isinstance(self._whole, Pair)
+        resumed = self._resume(made, exact=exact, later=later) if reuse else None
+        state, layers, match = resumed or (None, None, None)
         run = self._run_of(layers or self.make_layers(), state)
         run.load_seconds = time.perf_counter() - began
         run.match = match
+        run.anew = functools.partial(self._anew, made, exact=exact)
         run.origin = made.origin
         run.sampling = sampling
         run.key = fresh_key() if sampling.seed is None else mx.random.key(sampling.seed)
@@ -323,7 +332,15 @@ class Runner:
         run.prefill(made.tokens, cuts, marks=marks, progress=progress)
         return run
 
-    def _run_of(self, layers: list[Any], state: State | None) -> Run:
+    def _anew(self, prompt: Prompt, *, exact: bool) -> Run:
+        """A run at the end of a prompt whose state could not be read after all."""
+        run = self._run
+        try:
+            return self.start(prompt, exact=exact)
+        finally:
+            self._run = run
+
+    def _run_of(self, layers: list[Any] | Later, state: State | None) -> Run:
         lineage = arithmetic.lineage()
         if isinstance(self._whole, Pair):
             pair, count = self._whole, self.num_draft_tokens
@@ -426,20 +443,18 @@ class Runner:
         cuts_matter = self._blueprint is not None and self._blueprint.cuts_matter
         return Prompter(self.tokenizer, marks_turns=self.opaque or cuts_matter)
 
-    def _resume(
-        self, prompt: Prompt, *, exact: bool
-    ) -> tuple[State | None, list[Any] | None, Match | None]:
+    def _resume(self, prompt: Prompt, *, exact: bool, later: bool) -> Resumed | None:
         if self._to_be_told:
             log.warning("%s", self.why_not_kept)
             self._to_be_told = False
         if self.cache is None:
-            return None, None, None
+            return None
         plan = None
         if exact:
             plan = Plan(
                 arithmetic.lineage(), len(prompt.tokens), self.prefill_step, prompt.boundaries
             )
-        return self.cache.resume(prompt.tokens, self._whole, plan=plan)
+        return self.cache.resume(prompt.tokens, self._whole, plan=plan, later=later)
 
     # For programs
 

@@ -69,7 +69,7 @@ def command(**options: Any) -> int:
         try:
             with session.progress() as progress:
                 run = runner.start(
-                    prompt, exact=options["exact"], sampling=sampling, progress=progress
+                    prompt, exact=options["exact"], sampling=sampling, progress=progress, later=True
                 )
             if limit:
                 session.generate(run, limit, options["stop"])
