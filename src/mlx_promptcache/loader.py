@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from mlx_promptcache.blueprint import Blueprint
-    from mlx_promptcache.container import Header
+    from mlx_promptcache.container import Array, Entry, Header
     from mlx_promptcache.finder import Finder, Found
     from mlx_promptcache.windows import Window
 
     T = TypeVar("T")
 
 READERS = 4  # threads that read, check and decompress blocks: all three release the GIL
+SPARE = 0.3  # what they may take in memory beside a state, against what it takes itself
 
 
 class _Replaced(CacheMiss):
@@ -180,9 +181,11 @@ class Loader:
         check_block(header, self._blueprint)
         return header
 
-    def _each(self, refs: Sequence[Ref], read: Callable[[Ref], T]) -> list[T]:
+    def _each(
+        self, refs: Sequence[Ref], read: Callable[[Ref], T], readers: int = READERS
+    ) -> list[T]:
         """Read blocks with several threads. One that cannot be used is set aside."""
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(readers) as pool:
             futures = [pool.submit(read, ref) for ref in refs]
             results = []
             for ref, future in zip(refs, futures, strict=True):
@@ -223,7 +226,7 @@ class Loader:
             Ref(ref.stem, block.digest, ref.start, ref.rows)
             for ref, block in zip(refs, blocks, strict=True)
         ]
-        self._each(exactly, lambda ref: self._place(ref, rooms))
+        self._each(exactly, lambda ref: self._place(ref, rooms), _readers(blocks))
         arrays: dict[str, dict[str, mx.array]] = {}
         for (path, name), room in rooms.items():
             arrays.setdefault(path, {})[name] = room.close()
@@ -243,9 +246,27 @@ class Loader:
                     if (path, name) in rooms and rooms[path, name].wants(used)
                 ]
                 if places:
-                    stack = container.read_array(reader.read, entry)
-                    for i, room in places:
-                        room.put(stack, i, used)
+                    _put(container.read_array(reader.read, entry), places, used)
+
+
+def _put(stack: Array, places: Sequence[tuple[int, Room]], used: Span) -> None:
+    """In a function of its own: the stack is gone before the next one is read."""
+    for i, room in places:
+        room.put(stack, i, used)
+
+
+def _readers(blocks: Sequence[Header]) -> int:
+    """How many blocks may be read at once: of a small state fewer than of a large one."""
+    held = sum(block.raw_bytes for block in blocks)
+    entries = [entry for block in blocks for entry in block.entries.values()]
+    busy = max((_busy_bytes(entry) for entry in entries), default=0)
+    return READERS if not busy else max(1, min(READERS, int(SPARE * held / busy)))
+
+
+def _busy_bytes(entry: Entry) -> float:
+    """Bytes that reading an array takes: as stored, its items, and one plane of them."""
+    raw = container.raw_bytes(entry.dtype, entry.shape)
+    return entry.stored_bytes + raw + raw / len(entry.planes)
 
 
 def _layer(path: str, arrays: dict[str, mx.array], n_past: int, window: Window | None) -> Layer:
