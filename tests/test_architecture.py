@@ -34,6 +34,7 @@ FLOORS = [
     "fingerprint",
     "quarantine",
     "headers",
+    "facts",
     "catalog",
     "verification",
     "finder",

@@ -417,7 +417,7 @@ class PromptCache:
     def list(self) -> builtins.list[catalog.Entry]:
         """Every state in the store, newest first; those of other models are stale."""
         with self._store.shared():
-            return catalog.entries(self._store, self.fingerprint)
+            return catalog.Catalog(self._store, self.fingerprint).entries()
 
     def clear(self, names: Iterable[str]) -> catalog.Deletion:
         """Delete these names and what only they use; return what was deleted.
@@ -430,7 +430,8 @@ class PromptCache:
         if self.read_only:
             raise StoreError("this prompt cache is read-only")
         with self._store.exclusive():
-            plan = catalog.plan_clear(self._store, catalog.named(self._store, names))
+            known = catalog.Catalog(self._store)
+            plan = known.plan_clear(known.named(names))
             catalog.execute(self._store, plan)
             return plan
 

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache import headers
-from mlx_promptcache.container import Header
 from mlx_promptcache.errors import CacheMiss, DamagedFile, ForeignFile, PromptCacheError
+from mlx_promptcache.facts import Facts, Snapshot
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from mlx_promptcache.tree import SnapshotName
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
+    from mlx_promptcache.container import Header
+    from mlx_promptcache.facts import Use
     from mlx_promptcache.fingerprint import Fingerprint
 
 OK, STALE, DAMAGED = "ok", "stale", "damaged"
 STALE_PARTS = ("weights", "config", "text", "format")  # the other parts are chosen from run to run
-
-
-# Lists
 
 
 @dataclass(frozen=True)
@@ -44,115 +45,181 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class _Block:
-    """A block's bytes on disk, bytes of one of its rows in memory, and what is wrong with it."""
+class Deletion:
+    """What would be deleted, in that order: names, snapshots, blocks from the leaf up."""
 
-    bytes: int = 0
-    row_bytes: int = 0
-    digest: str = ""
-    wrong: str | None = None
+    names: tuple[str, ...]
+    snapshots: tuple[str, ...]
+    blocks: tuple[str, ...]
+    freed_bytes: int
 
-
-@dataclass
-class _Blocks:
-    """Sizes of blocks, and how many snapshots use each."""
-
-    store: Store
-    users: Counter[str] = field(default_factory=Counter)
-    seen: dict[str, _Block] = field(default_factory=dict)
-
-    def look(self, stem: str) -> _Block:
-        """What is known of a block from its header."""
-        if stem not in self.seen:
-            try:
-                header = headers.block_header(self.store, stem)
-                tokens = len(header.content["tokens"])
-                self.seen[stem] = _Block(header.size, header.raw_bytes // tokens, header.digest)
-            except DamagedFile as exc:
-                self.seen[stem] = _Block(wrong=f"a block is damaged: {exc}")
-            except PromptCacheError:
-                self.seen[stem] = _Block(wrong="a block that it needs is not there")
-        return self.seen[stem]
+    def __bool__(self) -> bool:
+        return bool(self.names or self.snapshots or self.blocks)
 
 
-def entries(store: Store, fingerprint: Fingerprint | None = None) -> list[Entry]:
-    """Every stored state, newest first; stale ones are told by `fingerprint`, if it is given.
+class Catalog:
+    """What a store holds, looked at once; with `memo` what was read before is not read again.
 
-    The caller holds a lock of the store, here and below.
+    Stale states are told by `fingerprint`, if it is given. The caller holds a lock of the store as
+    long as it uses this.
     """
-    by_stem: dict[str, list[str | None]] = {}
-    lost: list[str] = []
-    known = store.stems(SNAPSHOTS)
-    there = set(known)
-    for name, stem in store.names().items():
-        if stem in there:
-            by_stem.setdefault(stem, []).append(name)
-        else:
-            lost.append(name)
-    found_headers = {stem: _header_or_error(store, stem) for stem in known}
-    blocks = _Blocks(store)
-    for header in found_headers.values():
-        if isinstance(header, Header):
-            blocks.users.update({ref[0] for ref in header.content["refs"]})
-    hits = Counter(str(use.get("what")) for use in store.uses())
-    found = [
-        _entry(store, name, stem, found_headers[stem], blocks, hits, fingerprint)
-        for stem in known
-        for name in by_stem.get(stem, [None])
-    ]
-    found += [_lost_name(name) for name in lost]
-    return sorted(found, key=lambda e: (-e.created, e.name or "", e.stem))
 
-
-def _header_or_error(store: Store, stem: str) -> Header | PromptCacheError:
-    try:
-        return headers.snapshot_header(store, stem)
-    except PromptCacheError as exc:
-        return exc
-
-
-def _entry(
-    store: Store,
-    name: str | None,
-    stem: str,
-    header: Header | PromptCacheError,
-    blocks: _Blocks,
-    hits: Counter[str],
-    fingerprint: Fingerprint | None,
-) -> Entry:
-    snapshot = stem.rpartition("-")[2]
-    size, used = store.size(SNAPSHOTS, stem), store.last_use(SNAPSHOTS, stem)
-    if not isinstance(header, Header):
-        status = STALE if isinstance(header, ForeignFile) else DAMAGED
-        return Entry(
-            name, snapshot, 0, size, 0, 0, used, used, hits[snapshot], status, str(header), stem
+    def __init__(
+        self, store: Store, fingerprint: Fingerprint | None = None, memo: Path | None = None
+    ) -> None:
+        self.store, self.fingerprint = store, fingerprint
+        self.facts = Facts(store, memo)
+        self.names = store.names()
+        self._names_of: dict[str, list[str | None]] = {}
+        for name, stem in self.names.items():
+            self._names_of.setdefault(stem, []).append(name)
+        self._snapshots = {stem: self._look(stem) for stem in self.facts.snapshots}
+        self._users = Counter(
+            use.stem
+            for snapshot in self._snapshots.values()
+            if isinstance(snapshot, Snapshot)
+            for use in snapshot.uses
         )
-    own, shared, raw, damage = size, 0, header.raw_bytes, None
-    for block, digest, _, rows in header.content["refs"]:
-        seen = blocks.look(block)
-        damage = damage or seen.wrong
-        if damage is None and seen.digest != digest:
-            damage = "a block that it needs was replaced by another"
-        own += seen.bytes if blocks.users[block] == 1 else 0
-        shared += seen.bytes if blocks.users[block] > 1 else 0
-        raw += seen.row_bytes * rows
-    stale = None if fingerprint is None else _stale(fingerprint, header)
-    status, reason = (DAMAGED, damage) if damage else (STALE, stale) if stale else (OK, None)
-    created = headers.noted_number(header, "made")
-    return Entry(
-        name, snapshot, header.content["n_past"], own, shared, raw, created, max(used, created),
-        hits[snapshot], status, reason, stem,
-    )  # fmt: skip
+        self._stale: dict[str, str | None] = {}
+        self._hits: Counter[str] | None = None
+
+    def _look(self, stem: str) -> Snapshot | PromptCacheError:
+        try:
+            return self.facts.snapshot(stem)
+        except PromptCacheError as exc:
+            return exc
+
+    # Lists
+
+    def entries(self, only: Iterable[str] | None = None) -> list[Entry]:
+        """Every stored state, newest first; or those of these snapshots only."""
+        stems = self._snapshots if only is None else only
+        names = self._names_of
+        found = [self._entry(name, stem) for stem in stems for name in names.get(stem, [None])]
+        if only is None:
+            found += [
+                _lost_name(n) for n, stem in self.names.items() if stem not in self._snapshots
+            ]
+        return sorted(found, key=lambda e: (-e.created, e.name or "", e.stem))
+
+    def named(self, names: Iterable[str]) -> list[Entry]:
+        """The entries of these names, or snapshots' ids.
+
+        Raises:
+            CacheMiss: there is no such name.
+        """
+        chosen = []
+        for name in (unicodedata.normalize("NFC", name) for name in names):
+            stem = self.names.get(name)
+            if stem is None:
+                stems = [s for s in self._snapshots if _id_of(s) == name]
+                if not stems:
+                    raise CacheMiss(
+                        f"there is no state named {name!r}; `list` shows those that are"
+                    )
+                chosen += self.entries(stems)
+            elif stem in self._snapshots:
+                chosen += [e for e in self.entries([stem]) if e.name == name]
+            else:
+                chosen.append(_lost_name(name))
+        return chosen
+
+    def _entry(self, name: str | None, stem: str) -> Entry:
+        told, file, identity = self._snapshots[stem], self.facts.snapshots[stem], _id_of(stem)
+        if not isinstance(told, Snapshot):
+            status = STALE if isinstance(told, ForeignFile) else DAMAGED
+            return Entry(
+                name, identity, 0, file.size, 0, 0, file.last_use, file.last_use,
+                self._hits_of(identity), status, str(told), stem,
+            )  # fmt: skip
+        own, shared, raw, damage = file.size, 0, told.raw_bytes, None
+        for use in told.uses:
+            wrong, size, row_bytes = self._used(use)
+            damage = damage or wrong
+            own += size if self._users[use.stem] == 1 else 0
+            shared += size if self._users[use.stem] > 1 else 0
+            raw += row_bytes * use.rows
+        stale = self._why_stale(told.fingerprint)
+        status, reason = (DAMAGED, damage) if damage else (STALE, stale) if stale else (OK, None)
+        return Entry(
+            name, identity, told.n_past, own, shared, raw, told.made,
+            max(file.last_use, told.made), self._hits_of(identity), status, reason, stem,
+        )  # fmt: skip
+
+    def _used(self, use: Use) -> tuple[str | None, int, int]:
+        """What is wrong with a block, its bytes on disk, and those of one of its rows in memory."""
+        try:
+            block = self.facts.block(use.stem)
+        except DamagedFile as exc:
+            return f"a block is damaged: {exc}", 0, 0
+        except PromptCacheError:
+            return "a block that it needs is not there", 0, 0
+        wrong = None
+        if block.digest != use.digest:
+            wrong = "a block that it needs was replaced by another"
+        return wrong, self.facts.blocks[use.stem].size, block.row_bytes
+
+    def _hits_of(self, identity: str) -> int:
+        if self._hits is None:
+            self._hits = Counter(str(use.get("what")) for use in self.store.uses())
+        return self._hits[identity]
+
+    def _why_stale(self, parts: str) -> str | None:
+        if parts not in self._stale:
+            self._stale[parts] = self._wrong_parts(json.loads(parts))
+        return self._stale[parts]
+
+    def _wrong_parts(self, parts: dict[str, Any]) -> str | None:
+        if self.fingerprint is None:
+            return None
+        mine = self.fingerprint
+        wrong = [name for name in mine.differences(parts) if name in STALE_PARTS]
+        if not wrong:
+            return None
+        return f"made by {mine.explain({**mine.parts, **{n: parts.get(n) for n in wrong}})}"
+
+    # Deletion
+
+    def plan_clear(self, doomed: Iterable[Entry], *, everything: bool = False) -> Deletion:
+        """Plan to delete these states and what only they use; or everything that there is.
+
+        A snapshot that another name stands for stays, and so does every block that another state
+        uses.
+        """
+        doomed = list(doomed)
+        names = sorted({e.name for e in doomed if e.name is not None})
+        if everything:
+            names = sorted(self.names)
+        kept_names = {stem for name, stem in self.names.items() if name not in names}
+        snapshots = {e.stem for e in doomed if e.stem and e.stem not in kept_names}
+        if everything:
+            snapshots = set(self._snapshots)
+        blocks = self._orphans(snapshots)
+        if everything:
+            blocks = {stem: blocks.get(stem, 0) for stem in self.facts.blocks}
+        ordered = sorted(blocks, key=lambda stem: (-blocks[stem], stem))
+        freed = sum(self.facts.snapshots[stem].size for stem in snapshots)
+        freed += sum(f.size for f in map(self.facts.blocks.get, blocks) if f is not None)
+        return Deletion(tuple(names), tuple(sorted(snapshots)), tuple(ordered), freed)
+
+    def _orphans(self, doomed: set[str]) -> dict[str, int]:
+        """The blocks that only these snapshots use, and where they begin."""
+        orphans: dict[str, int] = {}
+        used: set[str] = set()
+        for stem, snapshot in self._snapshots.items():
+            if isinstance(snapshot, Snapshot) and stem in doomed:
+                orphans.update((use.stem, use.start) for use in snapshot.uses)
+            elif isinstance(snapshot, Snapshot):
+                used.update(use.stem for use in snapshot.uses)
+        return {stem: start for stem, start in orphans.items() if stem not in used}
 
 
-def _stale(fingerprint: Fingerprint, header: Header) -> str | None:
-    parts = headers.fingerprint_parts(header)
-    wrong = [name for name in fingerprint.differences(parts) if name in STALE_PARTS]
-    if not wrong:
-        return None
-    return (
-        f"made by {fingerprint.explain({**fingerprint.parts, **{n: parts.get(n) for n in wrong}})}"
-    )
+def _id_of(stem: str) -> str:
+    return stem.rpartition("-")[2]
+
+
+def _no_state(name: str) -> CacheMiss:
+    return CacheMiss(f"there is no state named {name!r}; `list` shows those that are")
 
 
 def _lost_name(name: str) -> Entry:
@@ -172,10 +239,10 @@ def find(store: Store, name: str) -> tuple[str, Header]:
     except DamagedFile:
         raise
     except CacheMiss:
-        ids = {n.id: str(n) for n in map(SnapshotName.parse, store.stems(SNAPSHOTS)) if n}
-        if name not in ids:
+        stems = [stem for stem in store.stems(SNAPSHOTS) if _id_of(stem) == name]
+        if not any(map(SnapshotName.parse, stems)):
             raise
-        stem = ids[name]
+        stem = stems[0]
     try:
         return stem, headers.snapshot_header(store, stem)
     except DamagedFile as exc:
@@ -186,73 +253,6 @@ def find(store: Store, name: str) -> tuple[str, Header]:
         raise DamagedFile(
             f"the state {name!r} is lost: its snapshot is not there; save it again"
         ) from None
-
-
-def named(store: Store, names: Iterable[str]) -> list[Entry]:
-    """The entries of these names, or snapshots' ids.
-
-    Raises:
-        CacheMiss: there is no such name.
-    """
-    known = entries(store)
-    chosen = []
-    for name in (unicodedata.normalize("NFC", name) for name in names):
-        matching = [e for e in known if e.name == name] or [e for e in known if e.snapshot == name]
-        if not matching:
-            raise CacheMiss(f"there is no state named {name!r}; `list` shows those that are")
-        chosen += matching
-    return chosen
-
-
-# Deletion
-
-
-@dataclass(frozen=True)
-class Deletion:
-    """What would be deleted, in that order: names, snapshots, blocks from the leaf up."""
-
-    names: tuple[str, ...]
-    snapshots: tuple[str, ...]
-    blocks: tuple[str, ...]
-    freed_bytes: int
-
-    def __bool__(self) -> bool:
-        return bool(self.names or self.snapshots or self.blocks)
-
-
-def plan_clear(store: Store, doomed: Iterable[Entry], *, everything: bool = False) -> Deletion:
-    """Plan to delete these states and what only they use; or everything that there is.
-
-    A snapshot that another name stands for stays, and so does every block that another state uses.
-    """
-    doomed = list(doomed)
-    names = sorted({e.name for e in doomed if e.name is not None})
-    if everything:
-        names = sorted(store.names())
-    kept_names = {stem for name, stem in store.names().items() if name not in names}
-    known = store.stems(SNAPSHOTS)
-    snapshots = {e.stem for e in doomed if e.stem and e.stem not in kept_names}
-    if everything:
-        snapshots = set(known)
-    used: set[str] = set()
-    orphaned: set[str] = set()
-    for stem in known:
-        header = _header_or_error(store, stem)
-        if isinstance(header, Header):
-            target = orphaned if stem in snapshots else used
-            target.update(ref[0] for ref in header.content["refs"])
-    blocks = set(store.stems(BLOCKS)) if everything else orphaned - used
-    ordered = sorted(blocks, key=lambda stem: -_start(store, stem))
-    freed = sum(store.size(SNAPSHOTS, s) for s in snapshots)
-    freed += sum(store.size(BLOCKS, s) for s in blocks)
-    return Deletion(tuple(names), tuple(sorted(snapshots)), tuple(ordered), freed)
-
-
-def _start(store: Store, stem: str) -> int:
-    try:
-        return int(headers.block_header(store, stem).content["start"])
-    except PromptCacheError:
-        return 0
 
 
 def execute(store: Store, plan: Deletion) -> int:

@@ -43,7 +43,7 @@ LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 MOST_DIMENSIONS = 16
 LARGEST_GAIN = 1 << 15  # times that an array may be larger in memory than in the file ...
 ALWAYS_BYTES = 1 << 26  # ... unless it is smaller than this
-FIRST_READ_BYTES = 1 << 16  # most headers come whole with the first read
+FIRST_READ_BYTES = 1 << 14  # most headers come whole with the first read
 
 ITEMSIZE = {
     "bool": 1, "uint8": 1, "int8": 1,
@@ -81,11 +81,7 @@ class Entry:
     planes: tuple[tuple[str, int], ...]
     sha256: str
     offset: int  # from the start of the file, in bytes
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes that the array takes in the file."""
-        return sum(size for _, size in self.planes)
+    stored_bytes: int  # that the array takes in the file
 
 
 @dataclass(frozen=True)
@@ -163,12 +159,15 @@ def _tensors(sizes: Mapping[str, int]) -> Json:
 
 
 def _digest(kind: str, content: Json, table: Mapping[str, Json]) -> str:
-    text = _dumps({"kind": kind, "content": content, "arrays": table}, sort_keys=True)
+    text = _SORTED.encode({"kind": kind, "content": content, "arrays": table})
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _dumps(value: Any, *, sort_keys: bool = False) -> str:
-    return json.dumps(value, separators=(",", ":"), sort_keys=sort_keys)
+_SORTED = json.JSONEncoder(separators=(",", ":"), sort_keys=True)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def read_header(read: Read, size: int) -> Header:
@@ -201,7 +200,7 @@ def _read_head(read: Read, size: int) -> tuple[bytes, bytes]:
 
 
 def _parse(head: bytes, size: int) -> Header:
-    tensors = json.loads(head[8:])
+    tensors = json.loads(head[8:].decode())
     metadata = tensors.pop("__metadata__")
     if metadata["format"] != FORMAT:
         raise DamagedFile("it is a safetensors file, but not one of ours")
@@ -223,10 +222,16 @@ def _parse(head: bytes, size: int) -> Header:
         offset += entries[name].stored_bytes
     if offset != size:
         raise DamagedFile(f"it has {size} bytes instead of {offset}")
-    expected = _tensors({name: entry.stored_bytes for name, entry in entries.items()})
-    if _dumps(tensors, sort_keys=True) != _dumps(expected, sort_keys=True):
+    if not _are_tensors(tensors, {name: entry.stored_bytes for name, entry in entries.items()}):
         raise DamagedFile("its tensors are not those of its header, overlap or leave holes")
     return Header(kind, content, notes, entries, _digest(kind, content, table), size)
+
+
+def _are_tensors(told: Json, sizes: Mapping[str, int]) -> bool:
+    """Whether these are the tensors of a file, and not merely equal to them, as `1.0` is to 1."""
+    return told == _tensors(sizes) and all(
+        type(n) is int for row in told.values() for n in (*row["shape"], *row["data_offsets"])
+    )
 
 
 def _stored_bytes(row: Json) -> int:
@@ -234,22 +239,23 @@ def _stored_bytes(row: Json) -> int:
 
 
 def _entry(row: Json, offset: int) -> Entry:
-    dtype = row["dtype"]
-    if len(row["shape"]) > MOST_DIMENSIONS:
+    dtype, shape, planes = row["dtype"], tuple(row["shape"]), tuple(map(_plane, row["planes"]))
+    if len(shape) > MOST_DIMENSIONS:
         raise DamagedFile("an array has too many dimensions")
-    shape = tuple(_natural(n) for n in row["shape"])
-    planes = tuple((str(name), _natural(size)) for name, size in row["planes"])
-    entry = Entry(dtype, shape, planes, str(row["sha256"]), offset)
-    possible = max(ALWAYS_BYTES, LARGEST_GAIN * entry.stored_bytes)
+    sizes = [size for _, size in planes]
+    for n in (*shape, *sizes):
+        if type(n) is not int or n < 0:
+            raise DamagedFile(f"{n!r} is not a size")
+    stored_bytes = sum(sizes)
+    possible = max(ALWAYS_BYTES, LARGEST_GAIN * stored_bytes)
     if len(planes) != ITEMSIZE[dtype] or raw_bytes(dtype, shape) > possible:
         raise DamagedFile("an array's size is not possible")
-    return entry
+    return Entry(dtype, shape, planes, str(row["sha256"]), offset, stored_bytes)
 
 
-def _natural(n: object) -> int:
-    if type(n) is not int or n < 0:
-        raise DamagedFile(f"{n!r} is not a size")
-    return n
+def _plane(row: Iterable[Any]) -> tuple[str, int]:
+    name, size = row
+    return str(name), size
 
 
 def read_stored(read: Read, entry: Entry) -> memoryview:

@@ -6,6 +6,7 @@ Reads headers only, and needs neither a model nor MLX.
 from __future__ import annotations
 
 import contextlib
+import heapq
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,9 +15,10 @@ from mlx_promptcache.errors import DamagedFile, PromptCacheError
 from mlx_promptcache.fingerprint import PLAIN
 from mlx_promptcache.headers import LOGITS
 from mlx_promptcache.passes import PassRecord, Plan
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, SUFFIX, Store, stems_of
 from mlx_promptcache.tree import (
     CELL,
+    KEY_BYTES,
     BlockName,
     Keys,
     SnapshotName,
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     from mlx_promptcache.fingerprint import Fingerprint, KVSettings
     from mlx_promptcache.quarantine import Quarantine
 
+KEY_DIGITS = 2 * KEY_BYTES
+SHARD, ID = len("3f/"), len("-0123456789abcdef")  # at the ends of a snapshot's stem
+ID_AND_SUFFIX = ID + len(SUFFIX)
 FOREIGN_SNAPSHOTS = 64  # how many files are looked into to explain a miss
 
 
@@ -97,7 +102,7 @@ class Finder:
     ) -> Found:
         keys = Keys(self.root(phase), tokens)
         walk = _Walk(self, keys, plan)
-        steps = longest_match(walk.ways_on)
+        steps = longest_match(walk.ways_on, goal=len(tokens))
         reached = steps[-1].end if steps else 0
         if limit is None and reached == len(tokens):
             lineage = plan.lineages[reached] if plan else None
@@ -130,13 +135,21 @@ class Finder:
             start -= CELL
 
     def _snapshots_in_cell(self, keys: Keys, start: int, position: int) -> list[tuple[int, str]]:
-        here = []
-        for stem in self.store.beginning(SNAPSHOTS, f"{shard(keys[start])}/{keys[start]}-"):
-            name = SnapshotName.parse(stem)
-            if name is not None and name.offset < CELL and stem not in self.bad:
-                at = start + name.offset
-                if 0 < at <= position and keys[at] == name.key:
-                    here.append((at, stem))
+        """Those of one cell at or before a position, deepest first. There may be thousands of
+        others here: what they are called is compared before anything is parsed.
+        """
+        cell_key = keys[start]
+        listed = self.store.listing(SNAPSHOTS, shard(cell_key))
+        names = [name for name in listed if name.startswith(cell_key)]
+        if not names:
+            return []
+        wanted = {
+            f"{cell_key}-{at - start}-{keys[at]}": at
+            for at in range(max(1, start), min(position + 1, start + CELL))
+        }
+        names = [name for name in names if name[:-ID_AND_SUFFIX] in wanted]
+        stems = filter(SnapshotName.parse, stems_of(shard(cell_key), names))
+        here = [(wanted[stem[SHARD:-ID]], stem) for stem in stems if stem not in self.bad]
         return sorted(here, reverse=True)
 
     def snapshot_at(
@@ -146,8 +159,11 @@ class Finder:
 
         Its blocks are there, and are those that it was made with: `digests` are known already.
         """
-        for at, stem in self._snapshots_in_cell(keys, cell_start(position), position):
-            header = self.header(stem) if at == position else None
+        start = cell_start(position)
+        cell_key = keys[start]
+        name = f"{shard(cell_key)}/{cell_key}-{position - start}-{keys[position]}-"
+        for stem in reversed(self.store.beginning(SNAPSHOTS, name)):
+            header = None if stem in self.bad else self.header(stem)
             if (
                 header is not None
                 and LOGITS in header.entries
@@ -183,12 +199,11 @@ class Finder:
 
     def why_none(self, tokens: Sequence[int]) -> str:
         """Why nothing was found, from what there is of other fingerprints."""
-        stems = self.store.stems(SNAPSHOTS)
-        if not stems:
+        files = self.store.files(SNAPSHOTS)
+        if not files:
             return "nothing is stored yet"
-        stems.sort(key=lambda stem: self.store.last_use(SNAPSHOTS, stem), reverse=True)
         reasons: Counter[str] = Counter()
-        for stem in stems[:FOREIGN_SNAPSHOTS]:
+        for stem in heapq.nlargest(FOREIGN_SNAPSHOTS, files, lambda s: (files[s].last_use, s)):
             with contextlib.suppress(PromptCacheError):
                 header = headers.snapshot_header(self.store, stem)
                 refs = header.content["refs"]
@@ -210,44 +225,46 @@ class _Walk:
         self._window: Window | None = None
         self._window_spans: dict[str, Span] = {}
         self.digests: dict[str, str] = {}
-        self._cells: dict[int, dict[str, list[BlockName]]] = {}
+        self._listed: dict[str, dict[str, list[str]]] = {}
 
     def ways_on(self, position: int) -> Iterator[Stretch]:
         """The blocks that begin at a position, each with as many rows as may be used."""
-        store = self.finder.store
         wanted = list(self.keys.tokens[position : cell_end(position)])
         if not wanted:
             return
-        whole = ""
-        if len(wanted) == CELL:  # by name alone: the usual way through a long prefix
-            name = BlockName(
-                shard(self.keys[position]),
-                self.keys[position],
-                wanted[0],
-                self.keys[position + CELL],
-            )
-            whole = str(name)
-            if store.exists(BLOCKS, whole):
-                for step in self._step(whole, position, wanted):
-                    yield step
-                    yield from self._branches(step)  # where a plan allows a part of it only
-        for name in self._cell(position).get(self.keys[position], []):
-            if name.first_token == wanted[0] and str(name) != whole:
-                for step in self._step(str(name), position, wanted):
+        # By name alone: the usual way through a long prefix, and to the end of a prompt that is
+        # stored. Then nothing is listed.
+        end_key = self.keys[position + len(wanted)]
+        whole = str(BlockName(self._shard(position), self.keys[position], wanted[0], end_key))
+        if self.finder.store.exists(BLOCKS, whole):
+            for step in self._step(whole, position, wanted):
+                yield step
+                yield from self._branches(step)  # where a plan allows a part of it only
+        for stem in self._beginning(position):
+            if stem != whole:
+                for step in self._step(stem, position, wanted):
                     yield step
                     yield from self._branches(step)
 
-    def _cell(self, position: int) -> dict[str, list[BlockName]]:
-        """The blocks of a position's cell (and of others in its directory) by their start keys."""
-        start = cell_start(position)
-        if start not in self._cells:
-            by_key: dict[str, list[BlockName]] = {}
-            for stem in self.finder.store.beginning(BLOCKS, f"{shard(self.keys[start])}/"):
-                name = BlockName.parse(stem)
-                if name is not None:
-                    by_key.setdefault(name.start_key, []).append(name)
-            self._cells[start] = by_key
-        return self._cells[start]
+    def _shard(self, position: int) -> str:
+        return shard(self.keys[cell_start(position)])
+
+    def _beginning(self, position: int) -> list[str]:
+        """The blocks that begin at a position with the token there."""
+        key = self.keys[position]
+        start = f"{key}-{self.keys.tokens[position]}-"
+        names = [name for name in self._cell(position).get(key, ()) if name.startswith(start)]
+        return sorted(filter(BlockName.parse, stems_of(self._shard(position), names)))
+
+    def _cell(self, position: int) -> dict[str, list[str]]:
+        """The names of files in the directory of a position's cell, by their first digits."""
+        shard = self._shard(position)
+        if shard not in self._listed:
+            by_key: dict[str, list[str]] = {}
+            for name in self.finder.store.listing(BLOCKS, shard):
+                by_key.setdefault(name[:KEY_DIGITS], []).append(name)
+            self._listed[shard] = by_key
+        return self._listed[shard]
 
     def _branches(self, step: Stretch) -> Iterator[Stretch]:
         """Where blocks begin among the rows of a step: a run may have used a part of it only, and
@@ -255,8 +272,7 @@ class _Walk:
         """
         begins = self._cell(step.start)
         for position in range(step.start + 1, step.end):
-            names = begins.get(self.keys[position], ())
-            if any(name.first_token == self.keys.tokens[position] for name in names):
+            if self.keys[position] in begins and self._beginning(position):
                 yield step._replace(rows=position - step.start)
 
     def _step(self, stem: str, position: int, wanted: list[int]) -> Iterator[Stretch]:
@@ -287,13 +303,13 @@ class _Walk:
         best = stem, header
         if header.content.get("window") is None:
             return best
-        names = self._cell(position).get(self.keys[position], ())
-        for name in [n for n in names if n.end_key == header.content["end_key"]]:
+        end = f"-{header.content['end_key']}"
+        for other in [s for s in self._beginning(position) if end in s and s != stem]:
             with contextlib.suppress(PromptCacheError):
-                other = headers.block_header(self.finder.store, str(name))
-                spans = headers.window_span(other), headers.window_span(best[1])
-                if str(name) not in self.finder.bad and spans[0].start < spans[1].start:
-                    best = str(name), other
+                told = headers.block_header(self.finder.store, other)
+                spans = headers.window_span(told), headers.window_span(best[1])
+                if other not in self.finder.bad and spans[0].start < spans[1].start:
+                    best = other, told
         return best
 
     def deepest(self, steps: Sequence[Stretch], last: int) -> int:

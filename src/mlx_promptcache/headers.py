@@ -6,6 +6,7 @@ means harm. What passes here has the types and the sizes that the rest of the pr
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 BLOCK = "block"
 SNAPSHOT = "snapshot"
+KEY = re.compile(r"[0-9a-f]{32}")
 LAYER_PATH = re.compile(r"(0|[1-9][0-9]{0,5})(\.(0|[1-9][0-9]{0,5}))*")
 ROW_LABEL = re.compile(r"(window\.)?(keys|values)(\.[0-9])?/[0-9]{1,4}")
 WINDOW = "window."  # begins the labels of the rows of windows
@@ -68,7 +70,9 @@ def checked_block(header: Header, stem: str) -> Header:
         and name is not None
         and isinstance(tokens, list)
         and 0 < len(tokens) <= CELL
-        and all(type(token) is int and 0 <= token < 1 << 32 for token in tokens)
+        and set(map(type, tokens)) == {int}
+        and min(tokens) >= 0
+        and max(tokens) < 1 << 32
         and type(start) is int
         and 0 <= start < 1 << 40
         and start + len(tokens) <= cell_end(start)
@@ -100,22 +104,32 @@ def window_span(block: Header) -> Span:
 
 
 def _are_stacks(stacks: Any, header: Header, rows: int) -> bool:
-    if not isinstance(stacks, dict) or set(stacks) != set(header.entries):
+    if not isinstance(stacks, dict) or stacks.keys() != header.entries.keys():
         return False
     span = window_span(header)
+    seen: dict[str, set[str]] = {}
     for label, entry in header.entries.items():
         paths, shape = stacks[label], entry.shape
         if (
             ROW_LABEL.fullmatch(label) is None
             or not isinstance(paths, list)
-            or not all(isinstance(p, str) and LAYER_PATH.fullmatch(p) for p in paths)
+            or not set(map(type, paths)) <= {str}
+            or not _are_layer_paths(tuple(paths))
             or len(shape) < ROW_DIMENSIONS
             or (shape[0], shape[ROWS_AXIS])
             != (len(paths), span.stop - span.start if label.startswith(WINDOW) else rows)
         ):
             return False
-    places = [(label.partition("/")[0], path) for label, paths in stacks.items() for path in paths]
-    return len(places) == len(set(places))  # no layer has the same rows twice
+        there = seen.setdefault(label.partition("/")[0], set())
+        if len(there) + len(paths) != len(there | set(paths)):  # a layer has the same rows twice
+            return False
+        there.update(paths)
+    return True
+
+
+@functools.lru_cache  # the blocks of a model all tell the same ones
+def _are_layer_paths(paths: tuple[str, ...]) -> bool:
+    return all(map(LAYER_PATH.fullmatch, paths))
 
 
 def snapshot_header(store: Store, stem: str) -> Header:
@@ -161,7 +175,7 @@ def checked_snapshot(header: Header, stem: str) -> Header:
 
 
 def _is_key(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32}", value) is not None
+    return isinstance(value, str) and KEY.fullmatch(value) is not None
 
 
 def _is_ref(ref: Any) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import mlx.core as mx
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from mlx_promptcache.blueprint import Blueprint
-    from mlx_promptcache.container import Header
+    from mlx_promptcache.container import Entry, Header
     from mlx_promptcache.finder import Finder, Found
     from mlx_promptcache.windows import Window
 
@@ -37,10 +38,28 @@ if TYPE_CHECKING:
     Rooms = Mapping[tuple[str, str], Room]
 
 READERS = 4  # threads that read, check and decompress blocks: all three release the GIL
+SPARE = 0.3  # what may be taken in memory beside a state, against what it takes itself
 
 
 class _Replaced(CacheMiss):
     """A block is sound, but not the one that a snapshot was made with."""
+
+
+class _Stack(NamedTuple):
+    """An array of a block with this digest, the rows of some layers."""
+
+    ref: Ref
+    digest: str
+    label: str
+    entry: Entry
+
+
+class _Place(NamedTuple):
+    """Where rows of one layer of a stack belong: those of the positions `used`."""
+
+    layer: int
+    room: Room
+    used: Span
 
 
 class Loader:
@@ -174,10 +193,10 @@ class Loader:
 
     def _headers(self, refs: Sequence[Ref]) -> list[Header]:
         """The headers of blocks, checked to be those that are meant."""
-        read = self._each(
-            refs, lambda ref: self._checked(ref, headers.block_header(self._store, ref.stem))
-        )
-        return [header for _, header in read]
+        return list(self._each([(ref, functools.partial(self._header, ref)) for ref in refs]))
+
+    def _header(self, ref: Ref) -> Header:
+        return self._checked(ref, headers.block_header(self._store, ref.stem))
 
     def _checked(self, ref: Ref, header: Header) -> Header:
         if header.content["start"] != ref.start or len(header.content["tokens"]) < ref.rows:
@@ -187,25 +206,31 @@ class Loader:
         check_block(header, self._blueprint)
         return header
 
-    def _each(self, refs: Sequence[Ref], read: Callable[[Ref], T]) -> Iterator[tuple[Ref, T]]:
-        """Read blocks with several threads, few at a time. One that cannot be used is set aside."""
-        with ThreadPoolExecutor(READERS) as pool:
-            waiting = deque((ref, pool.submit(read, ref)) for ref in refs[:READERS])
-            for following in [*refs[READERS:], *[None] * READERS]:
-                if not waiting:
-                    return
-                ref, future = waiting.popleft()
-                try:
-                    result = future.result()
-                except PromptCacheError as exc:
-                    for _, other in waiting:
-                        other.cancel()
-                    if isinstance(exc, _Replaced):
-                        raise BadFile(str(exc)) from exc
-                    raise self._bad.set_aside(BLOCKS, ref.stem, exc) from exc
-                if following is not None:
-                    waiting.append((following, pool.submit(read, following)))
-                yield ref, result
+    def _each(
+        self, tasks: Sequence[tuple[Ref, Callable[[], T]]], readers: int = READERS
+    ) -> Iterator[T]:
+        """What these tasks return, each of which reads a block; some threads, and no more results
+        than threads at a time. A block that cannot be used is set aside.
+        """
+        with ThreadPoolExecutor(readers) as pool:
+            waiting: deque[tuple[Ref, Future[T]]] = deque()
+            for ref, task in tasks:
+                if len(waiting) == readers:
+                    yield self._result(waiting)
+                waiting.append((ref, pool.submit(task)))
+            while waiting:
+                yield self._result(waiting)
+
+    def _result(self, waiting: deque[tuple[Ref, Future[T]]]) -> T:
+        ref, future = waiting.popleft()
+        try:
+            return future.result()
+        except PromptCacheError as exc:
+            for _, other in waiting:
+                other.cancel()
+            if isinstance(exc, _Replaced):
+                raise BadFile(str(exc)) from exc
+            raise self._bad.set_aside(BLOCKS, ref.stem, exc) from exc
 
     def _layers(
         self,
@@ -230,39 +255,47 @@ class Loader:
                     elif (path, name) in rooms:
                         rooms[path, name].check(entry)  # before anything is allocated
         Room.open(rooms.values())
-        exactly = [
-            Ref(ref.stem, block.digest, ref.start, ref.rows)
+        stacks = [
+            _Stack(ref, block.digest, label, entry)
             for ref, block in zip(refs, blocks, strict=True)
+            for label, entry in block.entries.items()
+            if _wanting(ref, block, label, rooms)
         ]
         staging = Staging()
-        for ref, read in self._each(exactly, lambda ref: self._read(ref, rooms, staging)):
-            _put(ref, read, rooms, staging)
+        tasks = [(stack.ref, functools.partial(self._read, stack, staging)) for stack in stacks]
+        for stack, planes, header in self._each(tasks, _readers(stacks)):
+            _put(stack, planes, _wanting(stack.ref, header, stack.label, rooms), staging)
         arrays: dict[str, dict[str, mx.array]] = {}
         for (path, name), room in rooms.items():
             arrays.setdefault(path, {})[name] = room.close()
         return [_layer(path, named, n_past, windows.get(path)) for path, named in arrays.items()]
 
-    def _read(
-        self, ref: Ref, rooms: Rooms, staging: Staging
-    ) -> tuple[Header, dict[str, bytearray]]:
-        """Read the planes of those arrays of a block whose rows there is room for."""
-        planes: dict[str, bytearray] = {}
-        with self._store.reader(BLOCKS, ref.stem) as reader:
-            header = self._checked(ref, headers.checked_block(reader.header(), ref.stem))
-            for label, entry in header.entries.items():
-                if _wanting(ref, header, label, rooms):
-                    planes[label] = staging.take(entry)
-                    into = memoryview(planes[label])
-                    container.read_planes(reader.read, reader.read_into, entry, into)
-        return header, planes
+    def _read(self, stack: _Stack, staging: Staging) -> tuple[_Stack, bytearray, Header]:
+        """Read the planes of a stack."""
+        with self._store.reader(BLOCKS, stack.ref.stem) as reader:
+            header = headers.checked_block(reader.header(), stack.ref.stem)
+            exactly = Ref(stack.ref.stem, stack.digest, stack.ref.start, stack.ref.rows)
+            entry = self._checked(exactly, header).entries[stack.label]
+            planes = staging.take(entry)
+            container.read_planes(reader.read, reader.read_into, entry, memoryview(planes))
+        return stack, planes, header
 
 
-def _wanting(ref: Ref, header: Header, label: str, rooms: Rooms) -> list[tuple[int, Room]]:
-    """Which layers of a stack have room for its rows: their places in it, and the room."""
+def _readers(stacks: Sequence[_Stack]) -> int:
+    """How many stacks may be read at once: of a small state fewer than of a large one. Two more are
+    on their way into the layers.
+    """
+    sizes = [container.raw_bytes(stack.entry.dtype, stack.entry.shape) for stack in stacks]
+    spare = int(SPARE * sum(sizes) / max([1, *sizes])) - 2
+    return max(1, min(READERS, spare))
+
+
+def _wanting(ref: Ref, header: Header, label: str, rooms: Rooms) -> list[_Place]:
+    """Where the rows of a stack belong: which layers of it have room for them."""
     name, used = name_of(label)[0], _used(ref, header, label)
     paths = enumerate(header.content["stacks"][label])
-    there = [(i, rooms[path, name]) for i, path in paths if (path, name) in rooms]
-    return [(i, room) for i, room in there if room.wants(used)]
+    there = [_Place(i, rooms[path, name], used) for i, path in paths if (path, name) in rooms]
+    return [place for place in there if place.room.wants(used)]
 
 
 def _used(ref: Ref, header: Header, label: str) -> Span:
@@ -272,17 +305,13 @@ def _used(ref: Ref, header: Header, label: str) -> Span:
     return Span(start, max(start, ref.end))
 
 
-def _put(
-    ref: Ref, block: tuple[Header, dict[str, bytearray]], rooms: Rooms, staging: Staging
-) -> None:
-    """Put the rows of a block where there is room for them."""
-    header, planes = block
-    for label, own in planes.items():
-        stack = interleaved(own, header.entries[label])
-        staging.give_back(own)
-        mx.eval(stack)
-        for i, room in _wanting(ref, header, label, rooms):
-            room.put(stack, i, _used(ref, header, label))
+def _put(stack: _Stack, planes: bytearray, places: Sequence[_Place], staging: Staging) -> None:
+    """Put the rows of a stack where there is room for them."""
+    items = interleaved(planes, stack.entry)
+    staging.give_back(planes)
+    mx.eval(items)
+    for place in places:
+        place.room.put(items, place.layer, place.used)
 
 
 def _layer(path: str, arrays: dict[str, mx.array], n_past: int, window: Window | None) -> Layer:

@@ -88,5 +88,10 @@ def weights_memo() -> Path:
     return user_cache() / "weights.json"
 
 
+def list_memos() -> Path:
+    """Where it is remembered what the lists of stores read, for this user on this machine."""
+    return user_cache() / "lists"
+
+
 def _stores_file() -> Path:
     return user_cache() / "stores.txt"

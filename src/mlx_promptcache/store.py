@@ -29,7 +29,7 @@ import sys
 import time
 import unicodedata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_promptcache import container
 from mlx_promptcache.errors import (
@@ -41,7 +41,7 @@ from mlx_promptcache.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 BLOCKS = "blocks"
 SNAPSHOTS = "snapshots"
@@ -118,23 +118,29 @@ class Store:
         Raises:
             DamagedFile: it is no stem. Stems stand in files, too, and files are deleted by them.
         """
+        return Path(self._file(kind, stem))
+
+    def _file(self, kind: str, stem: str) -> str:  # a `Path` takes longer to make than to open
         if not STEM.fullmatch(stem):
             raise DamagedFile("it names a file that no store has")
-        return self.directory / kind / (stem + SUFFIX)
+        return f"{self.directory}/{kind}/{stem}{SUFFIX}"
 
     def exists(self, kind: str, stem: str) -> bool:
         """Whether the file is there; says nothing of its content."""
-        return self.path(kind, stem).exists()
+        return os.path.exists(self._file(kind, stem))  # noqa: PTH110
 
     def beginning(self, kind: str, start: str) -> list[str]:
-        """The stems that begin with `start`, which must have a whole directory: `3f/`, `3f/ab`."""
-        directory = start.partition("/")[0]
+        """The stems that begin with `start`, in order; it begins with a directory: `3f/ab`."""
+        directory, _, first = start.partition("/")
+        names = [name for name in self.listing(kind, directory) if name.startswith(first)]
+        return sorted(stems_of(directory, names))
+
+    def listing(self, kind: str, directory: str) -> list[str]:
+        """The names of all files in one directory of a kind, whatever they are; see `stems_of`."""
         try:
-            names = os.listdir(self.directory / kind / directory)  # noqa: PTH208
+            return os.listdir(f"{self.directory}/{kind}/{directory}")  # noqa: PTH208
         except OSError:
             return []
-        stems = (f"{directory}/{name[: -len(SUFFIX)]}" for name in names if name.endswith(SUFFIX))
-        return sorted(stem for stem in stems if stem.startswith(start) and STEM.fullmatch(stem))
 
     def stems(self, kind: str) -> list[str]:
         """All stems of a kind, in order."""
@@ -143,6 +149,23 @@ class Store:
         except OSError:
             return []
         return [stem for shard in shards for stem in self.beginning(kind, f"{shard}/")]
+
+    def files(self, kind: str) -> dict[str, File]:
+        """All stems of a kind, in no order, and what the file system says of their files."""
+        found: dict[str, File] = {}
+        for shard in _entries(f"{self.directory}/{kind}"):
+            for entry in _entries(shard.path):
+                for stem in stems_of(shard.name, [entry.name]):
+                    with contextlib.suppress(OSError):
+                        found[stem] = File.of(entry.stat(follow_symlinks=False))
+        return found
+
+    def file(self, kind: str, stem: str) -> File | None:
+        """What the file system says of a file; None if it is not there."""
+        try:
+            return File.of(os.lstat(self._file(kind, stem)))
+        except OSError:
+            return None
 
     def write(self, kind: str, stem: str, packed: container.Packed, *, sync: bool = False) -> bool:
         """Write a file under a name that is not taken; return whether it was not taken.
@@ -180,7 +203,7 @@ class Store:
             CacheMiss: it is not there.
             StoreError: it cannot be read.
         """
-        return contextlib.closing(Reader(self.path(kind, stem)))
+        return contextlib.closing(Reader(self._file(kind, stem)))
 
     def header(self, kind: str, stem: str) -> container.Header:
         """Read the header of a file.
@@ -201,11 +224,8 @@ class Store:
 
     def last_use(self, kind: str, stem: str) -> float:
         """Seconds since the epoch when the file was last used; 0 if it is not there."""
-        try:
-            status = self.path(kind, stem).stat()
-        except OSError:
-            return 0.0
-        return max(status.st_atime, status.st_mtime)
+        file = self.file(kind, stem)
+        return 0.0 if file is None else file.last_use
 
     def touch(self, kind: str, stem: str) -> None:
         """Note that the file was used now. Its mtime stays. Failing is no matter."""
@@ -377,10 +397,36 @@ class Store:
             return None
 
 
+class File(NamedTuple):
+    """What the file system says of a file."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+    last_use: float  # seconds since the epoch
+
+    @property
+    def stamp(self) -> tuple[int, ...]:
+        """While this stays the same, so do the bytes: only the system sets `ctime_ns`."""
+        return self[:4]
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> File:
+        """From the answer of `stat`."""
+        return cls(
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+            status.st_ino,
+            max(status.st_atime, status.st_mtime),
+        )
+
+
 class Reader:
     """A file of the store, open for reading. It stays whole while it is open, deleted or not."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | Path) -> None:
         try:
             self._fd = _open_unnoticed(path)
         except FileNotFoundError:
@@ -388,7 +434,9 @@ class Reader:
         except OSError as exc:
             raise StoreError(f"a file of the store cannot be read: {exc.strerror}") from exc
         self._status = os.fstat(self._fd)
-        self.size = self._status.st_size
+        self.file = File.of(self._status)
+        """The file as it was opened; when it is closed, as it is left."""
+        self.size = self.file.size
         if not stat.S_ISREG(self._status.st_mode):  # a pipe would be waited for without end
             os.close(self._fd)
             raise StoreError("a file of the store is something else than a file")
@@ -398,6 +446,7 @@ class Reader:
         if not NO_ATIME:  # looking is not using
             with contextlib.suppress(OSError):
                 os.utime(self._fd, ns=(self._status.st_atime_ns, self._status.st_mtime_ns))
+                self.file = File.of(os.fstat(self._fd))
         os.close(self._fd)
 
     def read(self, offset: int, length: int) -> bytes:
@@ -447,6 +496,12 @@ class Reader:
         return container.read_header(self.read, self.size)
 
 
+def stems_of(directory: str, names: Iterable[str]) -> list[str]:
+    """The stems that names in one directory stand for; files of others have none."""
+    stems = [f"{directory}/{name[: -len(SUFFIX)]}" for name in names if name.endswith(SUFFIX)]
+    return [stem for stem in stems if STEM.fullmatch(stem)]
+
+
 def check_name(name: str) -> str:
     """Return the name as it is stored.
 
@@ -463,7 +518,15 @@ def check_name(name: str) -> str:
     return name
 
 
-def _open_unnoticed(path: Path) -> int:
+def _entries(directory: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(directory) as entries:
+            return list(entries)
+    except OSError:
+        return []
+
+
+def _open_unnoticed(path: str | Path) -> int:
     """Open a file to read, and let its atime be."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:

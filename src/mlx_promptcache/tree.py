@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 CELL = 256
 KEY_BYTES = 16
+TOKEN_BYTES = 4
 
 _NUMBER = r"(0|[1-9][0-9]{0,9})"
 _BLOCK = re.compile(
@@ -70,21 +71,28 @@ class Keys:
     def __init__(self, root: str, tokens: Sequence[int]) -> None:
         self.tokens = tokens
         self._cells = [root]
+        self._packed = (0, b"")  # the start of a cell, and what is hashed to its end
 
     def __getitem__(self, position: int) -> str:
         """The key of a position between 0 and `len(tokens)`."""
         start = cell_start(position)
         while len(self._cells) <= start // CELL:
-            g = (len(self._cells) - 1) * CELL
-            self._cells.append(_hash(self._cells[-1], self.tokens[g : g + CELL]))
+            self._cells.append(_hash(self._pack((len(self._cells) - 1) * CELL)))
         if position == start:
             return self._cells[start // CELL]
-        return _hash(self._cells[start // CELL], self.tokens[start:position])
+        return _hash(self._pack(start)[: KEY_BYTES + TOKEN_BYTES * (position - start)])
+
+    def _pack(self, start: int) -> bytes:
+        """The key of the start of a cell, and the cell's tokens."""
+        if self._packed[0] != start or not self._packed[1]:
+            tokens = self.tokens[start : start + CELL]
+            packed = struct.pack(f"<{len(tokens)}I", *tokens)
+            self._packed = (start, bytes.fromhex(self._cells[start // CELL]) + packed)
+        return self._packed[1]
 
 
-def _hash(parent: str, tokens: Sequence[int]) -> str:
-    packed = struct.pack(f"<{len(tokens)}I", *tokens)
-    return hashlib.blake2b(bytes.fromhex(parent) + packed, digest_size=KEY_BYTES).hexdigest()
+def _hash(packed: bytes) -> str:
+    return hashlib.blake2b(packed, digest_size=KEY_BYTES).hexdigest()
 
 
 class BlockName(NamedTuple):
@@ -140,13 +148,16 @@ class Stretch(NamedTuple):
         return self.start + self.rows
 
 
-def longest_match(ways_on: Callable[[int], Iterable[Stretch]]) -> list[Stretch]:
-    """Return the steps from position 0 to the furthest position that can be reached.
+def longest_match(
+    ways_on: Callable[[int], Iterable[Stretch]], goal: int | None = None
+) -> list[Stretch]:
+    """Return the steps from position 0 to the furthest position that can be reached, or to `goal`.
 
     `ways_on(p)` yields the steps that begin at `p`: of each block there, as many rows as may be
     used, at least one, and not beyond the end of the cell. Where several blocks agree in part,
     each position reached is tried, not only the furthest. A step to the end of its cell ends the
-    search in that cell: every way on goes through there.
+    search in that cell: every way on goes through there. A step to `goal`, beyond which there is
+    none, ends it altogether.
     """
     came_by: dict[int, Stretch | None] = {0: None}
     waiting = [0]
@@ -156,6 +167,8 @@ def longest_match(ways_on: Callable[[int], Iterable[Stretch]]) -> list[Stretch]:
             if step.end not in came_by:
                 came_by[step.end] = step
                 heapq.heappush(waiting, step.end)
+            if step.end == goal:
+                return _path(came_by)
             if step.end == cell_end(position):
                 waiting = [step.end]  # all that waits is in this cell: positions go up
                 break

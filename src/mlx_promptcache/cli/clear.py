@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 
-from mlx_promptcache import catalog
+from mlx_promptcache.catalog import DAMAGED, STALE, Catalog, Deletion, Entry, execute
 from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import ModelChoice, model_options, output_options, take
 from mlx_promptcache.errors import PromptCacheError
+from mlx_promptcache.facts import memo_of
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -41,23 +42,25 @@ def command(**options: Any) -> int:
     """Parse, plan, ask, delete."""
     choice = take(ModelChoice, options)
     store = choice.store()
-    if not _anything(options):
+    if not (options["names"] or options["everything"] or _filters(options)):
         raise click.UsageError("say what to delete: names, or --all, --stale, --damaged, ...")
     fingerprint = choice.fingerprint() if options["stale"] else None
     if options["stale"] and fingerprint is None:
         raise click.UsageError("--stale needs the model: give --model")
     with store.shared():
-        plan = _plan(store, options, fingerprint)
+        plan = _plan(Catalog(store, fingerprint, memo_of(store)), options)
     if not options["as_json"]:
         _print(plan, options["dry_run"])
     done = bool(plan) and not options["dry_run"] and _agreed(options)
     freed = 0
     if done:
         with store.exclusive():
-            plan = _plan(store, options, fingerprint)  # others may have written since
-            freed = catalog.execute(store, plan)
+            # Others may have written since, and what is deleted does not depend on a memo.
+            plan = _plan(Catalog(store, fingerprint), options)
+            freed = execute(store, plan)
             if options["everything"]:
                 store.clear_traces()
+                memo_of(store).unlink(missing_ok=True)
     if options["as_json"]:
         told = done or options["dry_run"]
         snapshots = [stem.rpartition("-")[2] for stem in plan.snapshots]
@@ -73,23 +76,26 @@ def command(**options: Any) -> int:
     return 0
 
 
-def _anything(options: dict[str, Any]) -> bool:
-    flags = ("names", "everything", "stale", "damaged", "unnamed")
+def _plan(catalog: Catalog, options: dict[str, Any]) -> Deletion:
+    doomed = catalog.named(options["names"])
+    if _filters(options):
+        doomed += [entry for entry in catalog.entries() if _is_meant(entry, options)]
+    return catalog.plan_clear(doomed, everything=options["everything"])
+
+
+def _filters(options: dict[str, Any]) -> bool:
+    flags = ("stale", "damaged", "unnamed")
     return any(options[flag] for flag in flags) or options["older_than"] is not None
 
 
-def _plan(store: Any, options: dict[str, Any], fingerprint: Any) -> catalog.Deletion:
-    doomed = catalog.named(store, options["names"])
-    for entry in catalog.entries(store, fingerprint):
-        idle = time.time() - entry.last_used
-        if (
-            (options["stale"] and entry.status == catalog.STALE)
-            or (options["damaged"] and entry.status == catalog.DAMAGED)
-            or (options["unnamed"] and entry.name is None)
-            or (options["older_than"] is not None and idle > options["older_than"])
-        ):
-            doomed.append(entry)
-    return catalog.plan_clear(store, doomed, everything=options["everything"])
+def _is_meant(entry: Entry, options: dict[str, Any]) -> bool:
+    idle = time.time() - entry.last_used
+    return (
+        (options["stale"] and entry.status == STALE)
+        or (options["damaged"] and entry.status == DAMAGED)
+        or (options["unnamed"] and entry.name is None)
+        or (options["older_than"] is not None and idle > options["older_than"])
+    )
 
 
 def _agreed(options: dict[str, Any]) -> bool:
@@ -100,7 +106,7 @@ def _agreed(options: dict[str, Any]) -> bool:
     return click.confirm("Delete?", default=False, err=True)
 
 
-def _print(plan: catalog.Deletion, dry_run: bool) -> None:
+def _print(plan: Deletion, dry_run: bool) -> None:
     if not plan:
         click.echo("there is nothing to delete")
         return

@@ -6,10 +6,12 @@ from typing import Any
 
 import click
 
-from mlx_promptcache import catalog, places
+from mlx_promptcache import places
+from mlx_promptcache.catalog import Catalog, Entry
 from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import ModelChoice, model_options, output_options, take
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
+from mlx_promptcache.facts import memo_of
+from mlx_promptcache.store import Store
 
 
 @click.command(help=__doc__)
@@ -28,15 +30,12 @@ def command(**options: Any) -> int:
     total = blocks = 0
     for store, fingerprint in found:
         with store.shared():
-            for entry in catalog.entries(store, fingerprint):
-                row = entry_json(entry)
-                entries.append(
-                    row | {"store": str(store.directory)} if options["everywhere"] else row
-                )
-            stems = store.stems(BLOCKS)
-            blocks += len(stems)
-            total += sum(store.size(BLOCKS, stem) for stem in stems)
-            total += sum(store.size(SNAPSHOTS, stem) for stem in store.stems(SNAPSHOTS))
+            catalog = Catalog(store, fingerprint, memo_of(store))
+            where = {"store": str(store.directory)} if options["everywhere"] else {}
+            entries += [entry_json(entry) | where for entry in catalog.entries()]
+            blocks += len(catalog.facts.blocks)
+            total += catalog.facts.total_bytes
+            catalog.facts.keep()
     if options["as_json"]:
         output.print_json({"entries": entries, "total_bytes": total, "blocks": blocks})
     else:
@@ -44,7 +43,7 @@ def command(**options: Any) -> int:
     return 0
 
 
-def entry_json(entry: catalog.Entry) -> dict[str, Any]:
+def entry_json(entry: Entry) -> dict[str, Any]:
     """One stored state as JSON."""
     return {
         "name": entry.name,

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_promptcache import catalog, headers
+from mlx_promptcache import headers
+from mlx_promptcache.catalog import Catalog, find
 from mlx_promptcache.cli import output
 from mlx_promptcache.cli.list import entry_json
 from mlx_promptcache.cli.options import ModelChoice, model_options, output_options, take
 from mlx_promptcache.errors import PromptCacheError
+from mlx_promptcache.facts import memo_of
 
 if TYPE_CHECKING:
     from mlx_promptcache.container import Header
@@ -28,8 +30,8 @@ def command(**options: Any) -> int:
     choice = take(ModelChoice, options)
     store = choice.store()
     with store.shared():
-        stem, header = catalog.find(store, options["name"])
-        found = [e for e in catalog.entries(store, choice.fingerprint()) if e.stem == stem]
+        stem, header = find(store, options["name"])
+        found = Catalog(store, choice.fingerprint(), memo_of(store)).entries([stem])
         entry = next((e for e in found if e.name == options["name"]), found[0])
         tokens = headers.tokens_of(store, header) if options["with_tokens"] else []
         arrays = _arrays(store, header)

@@ -1,0 +1,234 @@
+"""What lists tell of a store's files: read from each header once, and remembered by who looks.
+
+Files are written once. So what a header said stands while the file's size, times and inode are what
+they were, and a list of ten thousand states reads only what is new. The memo is this user's own,
+may be lost or damaged at any time, and lists alone believe it: whatever restores or deletes a state
+reads its files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from mlx_promptcache import headers, places
+from mlx_promptcache.errors import CacheMiss, PromptCacheError
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, File, Store
+from mlx_promptcache.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from mlx_promptcache.container import Header
+
+    Stamp = tuple[int, ...]
+    T = TypeVar("T")
+
+SETTLED_NS = 2_000_000_000  # a file that was just written may change within one tick of its times
+WORTH_KEEPING = 100  # headers: to read fewer takes less time than to write the memo
+
+
+class Block(NamedTuple):
+    """A block's digest, and how many bytes one of its rows takes in memory."""
+
+    digest: str
+    row_bytes: int
+
+
+class Use(NamedTuple):
+    """Rows `[start, start + rows)` of a snapshot: the first ones of a block with this digest."""
+
+    stem: str
+    digest: str
+    start: int
+    rows: int
+
+
+class Snapshot(NamedTuple):
+    """What a snapshot says of itself: `raw_bytes` of its own arrays, `made` in seconds since the
+    epoch, `fingerprint` as the JSON of the parts.
+    """
+
+    n_past: int
+    raw_bytes: int
+    made: float
+    fingerprint: str
+    uses: tuple[Use, ...]
+
+
+class Facts:
+    """One look at a store: its directories are listed once, and each header is read at most once,
+    or not at all if `memo` knows it.
+
+    The caller holds a lock of the store.
+    """
+
+    def __init__(self, store: Store, memo: Path | None = None) -> None:
+        self.store = store
+        self.snapshots = store.files(SNAPSHOTS)
+        self.blocks = store.files(BLOCKS)
+        self._memo = memo
+        self._known = _Known() if memo is None else _Known.load(memo)
+        self._wrong: dict[str, PromptCacheError] = {}
+        self._reads = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all snapshots and blocks."""
+        return sum(file.size for files in (self.snapshots, self.blocks) for file in files.values())
+
+    def snapshot(self, stem: str) -> Snapshot:
+        """What a snapshot says.
+
+        Raises:
+            CacheMiss: it is not there, or of another version; DamagedFile if it is damaged.
+            StoreError: it cannot be read.
+        """
+        return self._fact(SNAPSHOTS, stem, self.snapshots, self._known.snapshots, _snapshot)
+
+    def block(self, stem: str) -> Block:
+        """What a block says. Raises as `snapshot` does."""
+        return self._fact(BLOCKS, stem, self.blocks, self._known.blocks, _block)
+
+    def _fact(
+        self,
+        kind: str,
+        stem: str,
+        files: dict[str, File],
+        known: dict[str, tuple[Stamp, T]],
+        tell: Callable[[Header, str], T],
+    ) -> T:
+        if stem not in files:
+            raise CacheMiss("a file that is needed is not there")
+        if stem in self._wrong:
+            raise self._wrong[stem]
+        there = known.get(stem)
+        if there is not None and there[0] == files[stem].stamp:
+            return there[1]
+        try:
+            fact, files[stem] = self._read(kind, stem, tell)
+        except PromptCacheError as exc:
+            self._wrong[stem] = exc
+            raise
+        known[stem] = (files[stem].stamp, fact)
+        return fact
+
+    def _read(self, kind: str, stem: str, tell: Callable[[Header, str], T]) -> tuple[T, File]:
+        self._reads += 1
+        with self.store.reader(kind, stem) as reader:
+            fact = tell(reader.header(), stem)
+        return fact, reader.file
+
+    def keep(self) -> None:
+        """Write the memo, if there is one and it is worth it. Failing is no matter."""
+        if self._memo is None or self._reads < WORTH_KEEPING:
+            return
+        before = time.time_ns() - SETTLED_NS
+        for known, files in (
+            (self._known.snapshots, self.snapshots),
+            (self._known.blocks, self.blocks),
+        ):
+            for stem in list(known):
+                if stem not in files or files[stem].ctime_ns > before:
+                    del known[stem]
+        self._known.save(self._memo)
+
+
+def _snapshot(header: Header, stem: str) -> Snapshot:
+    headers.checked_snapshot(header, stem)
+    parts = json.dumps(headers.fingerprint_parts(header), sort_keys=True)
+    made = headers.noted_number(header, "made")
+    uses = tuple([Use(*ref) for ref in header.content["refs"]])
+    return Snapshot(header.content["n_past"], header.raw_bytes, made, parts, uses)
+
+
+def _block(header: Header, stem: str) -> Block:
+    headers.checked_block(header, stem)
+    return Block(header.digest, header.raw_bytes // len(header.content["tokens"]))
+
+
+# The memo
+
+
+def memo_of(store: Store) -> Path:
+    """Where this user's memo of a store is, or would be."""
+    name = hashlib.sha256(os.fsencode(store.directory.resolve())).hexdigest()[:32]
+    return places.list_memos() / name
+
+
+class _Known:
+    """What was read before, by stem, with the stamp of the file that it was read from."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[str, tuple[Stamp, Block]] = {}
+        self.snapshots: dict[str, tuple[Stamp, Snapshot]] = {}
+
+    @classmethod
+    def load(cls, path: Path) -> _Known:
+        """Read a memo; an empty one if there is none, or it is damaged, or another version's."""
+        known = cls()
+        try:
+            checksum, _, text = path.read_text("ascii").partition("\n")
+            if checksum == _checksum(text):
+                known._take(json.loads(text))
+        except (OSError, ValueError):
+            return cls()
+        return known
+
+    def _take(self, rows: dict[str, Any]) -> None:
+        for stem, *stamp, digest, row_bytes in rows["blocks"]:
+            self.blocks[stem] = (tuple(stamp), Block(digest, row_bytes))
+        parts, used = rows["fingerprints"], rows["used"]
+        for stem, *stamp, n_past, raw_bytes, made, fingerprint, refs, counts in rows["snapshots"]:
+            uses = _uses([used[i] for i in refs], counts)
+            snapshot = Snapshot(n_past, raw_bytes, made, parts[fingerprint], uses)
+            self.snapshots[stem] = (tuple(stamp), snapshot)
+
+    def save(self, path: Path) -> None:
+        """Write the memo. What many snapshots share is written once."""
+        parts: dict[str, int] = {}
+        used: dict[tuple[str, str], int] = {}
+        snapshots = [
+            [
+                stem,
+                *stamp,
+                *fact[:3],
+                parts.setdefault(fact.fingerprint, len(parts)),
+                [used.setdefault(use[:2], len(used)) for use in fact.uses],
+                [use.rows for use in fact.uses],
+            ]
+            for stem, (stamp, fact) in self.snapshots.items()
+        ]
+        blocks = [[stem, *stamp, *fact] for stem, (stamp, fact) in self.blocks.items()]
+        rows = {"fingerprints": list(parts), "used": list(used)}
+        _replace(path, json.dumps({**rows, "snapshots": snapshots, "blocks": blocks}))
+
+
+def _uses(blocks: Sequence[tuple[str, str]], counts: Sequence[int]) -> tuple[Use, ...]:
+    starts = accumulate(counts, initial=0)
+    return tuple(
+        [Use(*block, start, n) for block, start, n in zip(blocks, starts, counts, strict=False)]
+    )
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(f"{__version__}\n{text}".encode()).hexdigest()
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(0o700, parents=True, exist_ok=True)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(fd, "w", encoding="ascii") as file:
+            file.write(f"{_checksum(text)}\n{text}")
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
