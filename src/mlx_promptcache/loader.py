@@ -19,7 +19,7 @@ from mlx_promptcache.layers import Layer
 from mlx_promptcache.parts import check_block, check_snapshot, in_order, of_layer, opaque_layers
 from mlx_promptcache.passes import Lineage
 from mlx_promptcache.quarantine import BadFile
-from mlx_promptcache.rows import Room, Staging, interleaved, name_of
+from mlx_promptcache.rows import Planes, Room, Staging, name_of
 from mlx_promptcache.sampling import Sampling
 from mlx_promptcache.state import Origin, Ref, Speculation, State, Trail
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     Rooms = Mapping[tuple[str, str], Room]
 
 READERS = 4  # threads that read, check and decompress blocks: all three release the GIL
-SPARE = 0.3  # what may be taken in memory beside a state, against what it takes itself
+SPARE = 0.2  # what may be taken in memory beside a state, against what it takes itself
 
 
 class _Replaced(CacheMiss):
@@ -261,32 +261,33 @@ class Loader:
             for label, entry in block.entries.items()
             if _wanting(ref, block, label, rooms)
         ]
-        staging = Staging()
+        sizes = [container.raw_bytes(stack.entry.dtype, stack.entry.shape) for stack in stacks]
+        readers = _readers(sizes)
+        staging = Staging(readers, max(sizes, default=0))
         tasks = [(stack.ref, functools.partial(self._read, stack, staging)) for stack in stacks]
-        for stack, planes, header in self._each(tasks, _readers(stacks)):
-            _put(stack, planes, _wanting(stack.ref, header, stack.label, rooms), staging)
+        for stack, header, planes in self._each(tasks, readers):
+            _put(planes, _wanting(stack.ref, header, stack.label, rooms), staging)
         arrays: dict[str, dict[str, mx.array]] = {}
         for (path, name), room in rooms.items():
             arrays.setdefault(path, {})[name] = room.close()
         return [_layer(path, named, n_past, windows.get(path)) for path, named in arrays.items()]
 
-    def _read(self, stack: _Stack, staging: Staging) -> tuple[_Stack, bytearray, Header]:
+    def _read(self, stack: _Stack, staging: Staging) -> tuple[_Stack, Header, Planes]:
         """Read the planes of a stack."""
         with self._store.reader(BLOCKS, stack.ref.stem) as reader:
             header = headers.checked_block(reader.header(), stack.ref.stem)
             exactly = Ref(stack.ref.stem, stack.digest, stack.ref.start, stack.ref.rows)
             entry = self._checked(exactly, header).entries[stack.label]
             planes = staging.take(entry)
-            container.read_planes(reader.read, reader.read_into, entry, memoryview(planes))
-        return stack, planes, header
+            container.read_planes(reader.read, reader.read_into, entry, planes.memory)
+        return stack, header, planes
 
 
-def _readers(stacks: Sequence[_Stack]) -> int:
-    """How many stacks may be read at once: of a small state fewer than of a large one. Two more are
-    on their way into the layers.
+def _readers(sizes: Sequence[int]) -> int:
+    """How many stacks of these bytes may be read at once: of a small state fewer than of a large
+    one. One more is on its way into the layers.
     """
-    sizes = [container.raw_bytes(stack.entry.dtype, stack.entry.shape) for stack in stacks]
-    spare = int(SPARE * sum(sizes) / max([1, *sizes])) - 2
+    spare = int(SPARE * sum(sizes) / max([1, *sizes])) - 1
     return max(1, min(READERS, spare))
 
 
@@ -305,11 +306,11 @@ def _used(ref: Ref, header: Header, label: str) -> Span:
     return Span(start, max(start, ref.end))
 
 
-def _put(stack: _Stack, planes: bytearray, places: Sequence[_Place], staging: Staging) -> None:
-    """Put the rows of a stack where there is room for them."""
-    items = interleaved(planes, stack.entry)
-    staging.give_back(planes)
+def _put(planes: Planes, places: Sequence[_Place], staging: Staging) -> None:
+    """Put the rows of a stack where there is room for them; nothing else is left of it then."""
+    items = planes.joined()
     mx.eval(items)
+    staging.give_back(planes)
     for place in places:
         place.room.put(items, place.layer, place.used)
 

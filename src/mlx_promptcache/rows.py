@@ -8,7 +8,8 @@ may hold fewer, are `window.keys/0`.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
@@ -55,33 +56,44 @@ def name_of(label: str) -> tuple[str, bool]:
 
 class Staging:
     """Memory that the planes of stacks are read into, used again and again: fresh memory costs
-    more than reading. `take` may be called by any thread, the rest by that which computes.
+    more than reading. `take` may be called by any thread, the rest by the one that computes.
     """
 
-    def __init__(self) -> None:
-        self._free: dict[int, list[bytearray]] = {}
+    def __init__(self, count: int, largest_bytes: int) -> None:
+        arrays = [mx.zeros((largest_bytes,), mx.uint8) for _ in range(count)]
+        mx.eval(arrays)
+        self._free: SimpleQueue[tuple[mx.array, memoryview]] = SimpleQueue()
+        for array in arrays:
+            host = _flat(array) if _HOST_SEES_ARRAYS else memoryview(bytearray(largest_bytes))
+            self._free.put((array, host))
 
-    def take(self, entry: Entry) -> bytearray:
-        """Memory for the bytes of an array."""
-        size = raw_bytes(entry.dtype, entry.shape)
-        free = self._free.setdefault(size, [])
-        return free.pop() if free else bytearray(size)
+    def take(self, entry: Entry) -> Planes:
+        """Memory for the planes of an array, as soon as there is some."""
+        array, host = self._free.get()
+        return Planes(entry, array, host[: raw_bytes(entry.dtype, entry.shape)], host)
 
-    def give_back(self, memory: bytearray) -> None:
+    def give_back(self, planes: Planes) -> None:
         """Let it be taken again."""
-        self._free[len(memory)].append(memory)
+        self._free.put((planes.array, planes.host))
 
 
-def interleaved(planes: bytearray, entry: Entry) -> mx.array:
-    """The bytes of an array, `[..., rows, bytes of a row]`, from its planes, one after the other.
-    Evaluates nothing; the planes are copied.
-    """
-    memory: Any = memoryview(planes)
-    itemsize = ITEMSIZE[entry.dtype]
-    dealt = mx.array(memory).reshape(itemsize, -1)
-    items = mx.stack([dealt[k] for k in range(itemsize)], axis=-1)
-    _, rest = _around_rows(entry.shape)
-    return items.reshape(*entry.shape[: TOKEN_AXIS + 2], math.prod(rest) * itemsize)
+class Planes(NamedTuple):
+    """The planes of an array, one after the other, in `memory`."""
+
+    entry: Entry
+    array: mx.array
+    memory: memoryview
+    host: memoryview
+
+    def joined(self) -> mx.array:
+        """The bytes of the array, `[..., rows, bytes of a row]`; not evaluated."""
+        itemsize, shape = ITEMSIZE[self.entry.dtype], self.entry.shape
+        memory: Any = self.memory
+        flat = self.array[: len(memory)] if _HOST_SEES_ARRAYS else mx.array(memory)
+        dealt = flat.reshape(itemsize, -1)
+        items = mx.concatenate([dealt[k : k + 1].T for k in range(itemsize)], axis=1)
+        _, rest = _around_rows(shape)
+        return items.reshape(*shape[: TOKEN_AXIS + 2], math.prod(rest) * itemsize)
 
 
 class Room:
@@ -128,7 +140,7 @@ class Room:
     def put(self, stack: mx.array, layer: int, used: Span) -> None:
         """Put the first rows of one layer of a stack, which are those of the positions `used`.
 
-        `stack` has the bytes of an array that was checked: see `interleaved`.
+        `stack` has the bytes of an array that was checked: see `Planes.joined`.
         """
         for start, stop, at in self._shared(used):
             first, count = start - used.start, stop - start
