@@ -38,6 +38,7 @@ FLOORS = [
     "catalog",
     "verification",
     "finder",
+    "rates",
     "templates",
     "engine",
     "checkpoint",

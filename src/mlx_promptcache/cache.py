@@ -33,6 +33,7 @@ from mlx_promptcache.layers import capture, check_quantised, leaves, make_layers
 from mlx_promptcache.loader import Loader
 from mlx_promptcache.passes import UNKNOWN
 from mlx_promptcache.quarantine import BadFile, Quarantine
+from mlx_promptcache.rates import Rates
 from mlx_promptcache.saver import Saved, Saver
 from mlx_promptcache.state import Ref, State, Trail
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from mlx_promptcache.passes import Plan
 
 log = logging.getLogger("mlx_promptcache")
+
+SLOWER = "it is stored, but here it is sooner computed than read"
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,11 @@ class PromptCache:
         return PromptCache(self.directory, self.fingerprint, kv=kv, read_only=self.read_only)
 
     @property
+    def rates(self) -> Rates:
+        """How fast this machine reads this store, and computes this fingerprint's prompts."""
+        return Rates(self.directory, self.fingerprint.digest)
+
+    @property
     def tokenizers(self) -> TokenizerStore:
         """The tokenizers that are kept beside the states."""
         return TokenizerStore(self._store, self._bad)
@@ -214,6 +222,10 @@ class PromptCache:
             found = self._finder.find(tokens, plan, limit)
             if found.position == 0:
                 return Resumed(None, None, self._match(tokens, found, None, refused))
+            stored_bytes = self._stored_bytes(found)
+            if self.rates.reading_is_slower(stored_bytes, found.position):
+                return Resumed(None, None, Match(0, False, None, SLOWER, found.reached))
+            began = time.perf_counter()
             later = later and found.exact and self.blueprint.sliceable
             try:
                 state = self._loader().load(found, tokens, rows=not later)
@@ -230,6 +242,8 @@ class PromptCache:
                 log.warning("%s", refused)
                 self._pass_over(found)
                 continue
+            if not (later or self.read_only):
+                self.rates.note_read(stored_bytes, time.perf_counter() - began)
             source = self._finder.source(tokens, found)
             self._record_use(source, found.snapshot, state)
             # The rows are in the layers now: nobody else may hold them, or MLX copies them all
@@ -244,6 +258,9 @@ class PromptCache:
         except PromptCacheError as exc:
             log.warning("a stored state cannot be used after all: %s", exc)
             return None
+
+    def _stored_bytes(self, found: Found) -> int:
+        return sum(self._store.size(BLOCKS, step.stem) for step in found.steps)
 
     def _pass_over(self, found: Found) -> None:
         for stem in [found.snapshot] if found.snapshot else [s.stem for s in found.steps]:

@@ -88,6 +88,11 @@ def weights_memo() -> Path:
     return user_cache() / "weights.json"
 
 
+def rates_memo() -> Path:
+    """Where it is remembered how fast this machine reads and computes."""
+    return user_cache() / "rates.json"
+
+
 def list_memos() -> Path:
     """Where it is remembered what the lists of stores read, for this user on this machine."""
     return user_cache() / "lists"

@@ -329,7 +329,11 @@ class Runner:
                 marks = (branch - branch % self.prefill_step,)
             else:
                 cuts = (*cuts, branch)
+        if run.cached_tokens < len(made.tokens):
+            self._wait_for_weights()  # that is no part of computing the prompt
         run.prefill(made.tokens, cuts, marks=marks, progress=progress)
+        if self.cache is not None and not self.cache.read_only:
+            self.cache.rates.note_computed(run.prefilled_tokens, run.prefill_seconds)
         return run
 
     def _anew(self, prompt: Prompt, *, exact: bool) -> Run:
