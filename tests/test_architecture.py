@@ -54,6 +54,11 @@ FLOORS = [
     "run",
     "speculative",
     "runner",
+    "timing",
+    "machine",
+    "programs",
+    "plots",
+    "benchmark",
     "cli.output",
     "cli.__init__",
     "cli.interrupt",
@@ -67,6 +72,7 @@ FLOORS = [
     "cli.save",
     "cli.load",
     "cli.generate",
+    "cli.bench",
     "__main__",
 ]
 
