@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,7 +205,7 @@ def measured(options: argparse.Namespace) -> Json:
     """The whole report; written after each part, so that what is measured is not lost."""
     short: bool = options.short
     settings = benchmark.Settings(
-        lengths=benchmark.SHORT if short else benchmark.LENGTHS,
+        lengths=options.lengths or (benchmark.SHORT if short else benchmark.LENGTHS),
         runs=options.runs or (2 if short else benchmark.RUNS),
         cold_runs=options.cold_runs or (1 if short else benchmark.COLD_RUNS),
         seed=options.seed,
@@ -212,6 +213,8 @@ def measured(options: argparse.Namespace) -> Json:
     llama = llama_cpp(options)
     bench = Bench(options.model, settings, llama)
     report = benchmark.surroundings(options.model, settings.seed)
+    report["short"] = short
+    began = time.monotonic()
     if llama:
         report["versions"]["llama-cpp-python"] = llama_version(llama.python)
         report["gguf"] = {"name": Path(llama.gguf).name, "bytes": Path(llama.gguf).stat().st_size}
@@ -222,6 +225,7 @@ def measured(options: argparse.Namespace) -> Json:
         for part in options.parts:
             for name, value in bench.measure(part, prefix).items():
                 report[name] = report.get(name, []) + value if name == "stored" else value
+            report["minutes"] = round((time.monotonic() - began) / 60, 1)
             if options.json:
                 write(options.json, report)
     return report
@@ -251,6 +255,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cold-runs", type=int, help="rounds of what takes long (3)")
     parser.add_argument(
         "--short", action="store_true", help="a quick look: short prompts, 2 rounds"
+    )
+    parser.add_argument(
+        "--lengths", type=benchmark.lengths_of, metavar="N,N,...", help="of prefixes, in tokens"
     )
     parser.add_argument("--seed", type=int, default=0, help="chooses the questions (0)")
     parser.add_argument(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import json
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_promptcache import PromptCache, Runner, Sampling
 from mlx_promptcache.layers import live_arrays
 from mlx_promptcache.store import BLOCKS, Store
-from mlx_promptcache.timing import Arm, take_turns
+from mlx_promptcache.timing import Arm, median, take_turns
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from mlx_promptcache import State
 
 DECODED = 64
-STEPS = 8  # tokens that are timed at each position
+STEPS = 16  # tokens that are timed at each position
 IN_BFLOAT16 = 512  # tokens, fewer than the others: a CPU takes long
 
 Json = dict[str, Any]
@@ -115,7 +116,9 @@ class Inside:
         def at(length: int) -> tuple[float, float]:
             begin()
             run = runner.start(tokens[:length], sampling=Sampling())
-            return 1 / tokens_a_second(run.steps(STEPS + 2)), run.prefill_seconds
+            times = times_of(run.steps(STEPS + 2))[1:]
+            gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+            return median(gaps), run.prefill_seconds
 
         at(min(lengths))  # what is made once is made now
         arms = {str(n): Arm(functools.partial(lambda n, _: at(n), n), runs) for n in lengths}
@@ -137,11 +140,17 @@ def begin() -> float:
 
 def tokens_a_second(steps: Iterable[Any]) -> float:
     """How fast tokens come, from the second one on."""
+    times = times_of(steps)
+    return (len(times) - 2) / (times[-1] - times[1])
+
+
+def times_of(steps: Iterable[Any]) -> list[float]:
+    """When each token came."""
     begin()
     times = [time.perf_counter() for _ in steps]
     if len(times) < 3:
         sys.exit("the answer has too few tokens to be timed: choose another prompt")
-    return (len(times) - 2) / (times[-1] - times[1])
+    return times
 
 
 def turns(arms: dict[str, Any], runs: int) -> dict[str, list[float]]:

@@ -146,7 +146,7 @@ in [performance.json](performance.json), which holds every sample: change neithe
 
 {versions}
 
-Model: {model}. Prefix: {prefix}. Commit {commit}, {date}, seed {seed}.
+Model: {model}. Prefix: {prefix}. Commit {commit}, {date}, seed {seed}.{short}
 
 ## Goals
 
@@ -159,17 +159,18 @@ turns (A B C A B C ...), so that whatever else the machine did fell on all of th
 
 From the start of a process to the first byte of generated text that arrives on a pipe: importing,
 loading the model, restoring, computing the question, drawing a token. The question is another one
-in every round. Seconds, {runs} rounds.
+in every round. Seconds; rounds: {runs}.
 
 {warm}
 
 All programs get the prompt through the model's chat template. `{theirs}` is `mlx_lm.generate
---prompt-cache-file` with a file from `mlx_lm.cache_prompt`.{llama_note}
+--prompt-cache-file` with a file from `mlx_lm.cache_prompt`.
+{llama_note}
 
 ## A cold process
 
 From the start of a process to its end: the whole prompt is computed, and {saved_run} tokens are
-generated. Seconds, {runs} rounds; every run of ours with an empty store.
+generated. Seconds; rounds: {runs}; every run of ours with an empty store.
 
 {cold}
 
@@ -179,7 +180,7 @@ generated. Seconds, {runs} rounds; every run of ours with an empty store.
 
 Decoding is timed from the second token on, after the same prompt. Restoring begins with files that
 the system has in memory, and ends with arrays that MLX has evaluated: ours checks every byte
-against its checksum and decompresses it. Medians of {runs} rounds; in brackets the least and the
+against its checksum and decompresses it. Medians; rounds: {runs}; in brackets the least and the
 greatest.
 
 {stored}
@@ -188,8 +189,8 @@ greatest.
 
 ![Time to the first token against the length of the prefix](performance-lengths.svg)
 
-Seconds from the start of a process to its first token; medians of {warm_runs} warm runs and of
-{cold_runs} cold ones.
+Seconds from the start of a process to its first token. Medians; warm runs: {warm_runs}, cold
+runs: {cold_runs}.
 
 {lengths}
 
@@ -198,16 +199,16 @@ Seconds from the start of a process to its first token; medians of {warm_runs} w
 ![Time for one token against its position](performance-positions.svg)
 
 One token at a position, when the K/V of all tokens before it are there, and when all of them go
-through the model again. Seconds, medians of {position_runs} rounds.
+through the model again. Seconds; medians; rounds: {position_runs}.
 
 {positions}
 
-The thin lines are fits: {fits}.
+The lines are fits: {fits}.
 
 ## To measure it again
 
 ```
-scripts/bench --write                       # everything, and this page; about an hour on two cores
+scripts/bench --write                       # everything, and this page; it took {minutes} minutes
 scripts/bench --short                       # a quick look
 scripts/bench --parts warm --json out.json  # one part
 scripts/bench --from out.json               # judges what was measured before
@@ -219,6 +220,10 @@ model: `scripts/bench --llama-python PYTHON --gguf FILE`. `scripts/smollm2.py` n
 that carries the file.
 """
 
+SHORT = """
+
+**A quick look, not a measurement:** a part of the prefix, few rounds. Its figures say that the script
+works, and not how fast anything is."""
 GIB = 2**30
 
 
@@ -230,6 +235,8 @@ def document(report: Json) -> str:
         versions=", ".join(f"{name} {v}" for name, v in report["versions"].items()) + ".",
         model=f"{report['model']['name']}, {report['model']['dtype']}",
         prefix=f"`examples/fewshot/prefix.txt`, {report['stored'][0]['tokens']:,} tokens",
+        short=SHORT if report["short"] else "",
+        minutes=f"{report['minutes']:.0f}",
         commit=report["commit"] or "unknown",
         date=report["date"],
         seed=report["seed"],
@@ -264,7 +271,8 @@ def machine(values: Json) -> str:
     parts += [f"{memory / GIB:.0f} GiB of memory"] if memory else []
     parts += [values["system"], f"MLX on {device(values['device'])}"]
     preloaded = f"; `{' '.join(values['preloaded'])}` preloaded" if values["preloaded"] else ""
-    return f"Machine: {', '.join(parts)}{preloaded}."
+    busy = f" Load average at the start: {values['load']}." if values["load"] is not None else ""
+    return f"Machine: {', '.join(parts)}{preloaded}.{busy}"
 
 
 def device(name: str) -> str:
@@ -285,10 +293,10 @@ def goals(report: Json) -> str:
 def llama_note(report: Json) -> str:
     """What llama.cpp ran, if it did."""
     if "gguf" not in report:
-        return " llama.cpp was not measured."
+        return "llama.cpp was not measured."
     size = report["gguf"]["bytes"] / 1e6
     return (
-        f" `{LLAMA}` restores its session file through its Python binding, with the weights of\n"
+        f"`{LLAMA}` restores its session file through its Python binding, with the weights of\n"
         f"`{report['gguf']['name']}` ({size:.0f} MB; those that MLX reads are "
         f"{report['model']['bytes'] / 1e6:.0f} MB)."
     )
@@ -367,15 +375,17 @@ class Fit:
         return sum(f * n**p for f, p in zip(self.factors, self.powers, strict=True))
 
     def __str__(self) -> str:
-        terms = []
-        for factor, power in zip(self.factors, self.powers, strict=True):
-            mantissa, _, exponent = f"{factor:.1e}".partition("e")
-            unit = {0: "", 1: " n", 2: " n²"}[power]
-            terms.append(f"{mantissa}·10{str(int(exponent)).translate(SUPERSCRIPTS)}{unit}")
-        return f"{' + '.join(terms)} s"
+        pairs = zip(self.factors, self.powers, strict=True)
+        terms = [seconds(factor) + ("", " n", " n²")[power] for factor, power in pairs if factor]
+        return " + ".join(terms)
 
 
-SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+def seconds(value: float) -> str:
+    """Seconds with two digits, in a unit that suits them."""
+    for unit, scale in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
+        if (rounded := float(f"{value * scale:.2g}")) >= 1:
+            return f"{rounded:g} {unit}"
+    return f"{float(f'{value * 1e9:.2g}'):g} ns"
 
 
 def fitted(xs: Sequence[float], ys: Sequence[float], powers: tuple[int, int]) -> Fit:
@@ -401,7 +411,7 @@ def fits_of(positions: list[Json]) -> tuple[Fit, Fit]:
 def fits(positions: list[Json]) -> str:
     """Both in a sentence."""
     kept, again = fits_of(positions)
-    return f"with K/V {kept}; without {again}"
+    return f"with K/V {kept}; without, {again}"
 
 
 def picture_of_positions(report: Json) -> Picture:
@@ -411,19 +421,20 @@ def picture_of_positions(report: Json) -> Picture:
     many = [float(x) for x in np.geomspace(min(xs), max(xs), 60)]
     lines = []
     for way, fit, name, colour, mark in zip(
-        ("without", "with"),
-        reversed(fits_of(positions)),
-        ("without K/V:\nall tokens again", "with K/V:\none token"),
-        (COLOURS[1], COLOURS[0]),
-        ("s", "o"),
+        ("with", "without"),
+        fits_of(positions),
+        ("with K/V: one token", "without: all tokens again"),
+        COLOURS[:2],
+        ("o", "s"),
         strict=True,
     ):
-        lines.append(Line("", many, [fit(x) for x in many], colour, thin=True))
-        lines.append(Line(name, xs, [median(row[way]) for row in positions], colour, mark))
+        ys = [median(row[way]) for row in positions]
+        lines.append(Line(f"{name}\n{fit}", xs, ys, colour, mark, linked=False))
+        lines.append(Line("", many, [fit(x) for x in many], colour))
     return Picture(
-        f"One more token at a position\n{report['model']['name']}",
-        "position",
-        "seconds for a token",
+        "One more token: its time against its position",
+        "position n",
+        f"seconds, {report['model']['name']}; points are measured, lines fitted to them",
         tuple(lines),
         plots.note(report),
     )

@@ -45,6 +45,21 @@ class Settings:
     seed: int = 0
 
 
+def lengths_of(text: str) -> tuple[int, ...]:
+    """The lengths in a text such as `64,512`, the shortest first.
+
+    Raises:
+        ValueError: that is not what the text is.
+    """
+    try:
+        lengths = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        lengths = (0,)
+    if lengths[0] < 1:
+        raise ValueError(f"{text!r} is no list of lengths, such as 64,512")
+    return lengths
+
+
 def report(
     model: Path,
     settings: Settings,
@@ -56,8 +71,8 @@ def report(
     Raises:
         MeasuringError: a program failed, or no length fits into the model's context.
     """
-    rows = lengths(model, settings, programs, told)
-    return {**surroundings(model, settings.seed), "lengths": rows}
+    around = surroundings(model, settings.seed)  # before the machine is busy with this
+    return {**around, "lengths": lengths(model, settings, programs, told)}
 
 
 def programs_of(model: Path) -> list[Program]:
@@ -187,7 +202,7 @@ def text_of(tokenizer: Any, length: int, seed: int) -> str:
     sentences = (
         f"The {draw.choice(ADJECTIVES)} {draw.choice(NOUNS)} {draw.choice(VERBS)} "
         f"the {draw.choice(ADJECTIVES)} {draw.choice(NOUNS)}."
-        for _ in range(length)  # each has more than one token
+        for _ in range(length // 8 + 1)  # seven words and a full stop are eight tokens or more
     )
     tokens = tokenizer.encode(" ".join(sentences), add_special_tokens=False)
     return str(tokenizer.decode(tokens[:length]))

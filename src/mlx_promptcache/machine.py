@@ -14,7 +14,9 @@ PACKAGES = ("mlx", "mlx-lm", "mlx-promptcache", "numpy")
 
 
 def description() -> dict[str, Any]:
-    """The machine: system, processor, cores, memory; and libraries that are put before others."""
+    """The machine: system, processor, cores, memory, libraries that are put before others; and how
+    busy it is.
+    """
     preloaded = os.environ.get("LD_PRELOAD", "").replace(":", " ").split()
     return {
         "system": system(),
@@ -22,7 +24,15 @@ def description() -> dict[str, Any]:
         "cores": os.cpu_count() or 1,
         "memory_bytes": memory_bytes(),
         "preloaded": [Path(name).name for name in preloaded],
+        "load": load(),
     }
+
+
+def load() -> float | None:
+    """How many processes have been running or waiting on average, in the last minute."""
+    with contextlib.suppress(OSError, AttributeError):
+        return round(os.getloadavg()[0], 2)
+    return None
 
 
 def system() -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # In this order for the programs of a report.
-COLOURS = ("#14375e", "#d1601f", "#8a8a8a")
+COLOURS = ("#10305a", "#c4501b", "#87929b")
 MARKS = ("o", "s", "^")
 INK = "#333333"
 STYLE = {
@@ -38,7 +38,7 @@ LEAST_GAP = 0.052  # between two names, as a part of the height
 
 @dataclass(frozen=True)
 class Line:
-    """Points that belong together. A `thin` line is one that was not measured."""
+    """Points that belong together: with a mark at each if it has one, and linked or not."""
 
     name: str
     xs: Sequence[float]
@@ -46,12 +46,14 @@ class Line:
     colour: str = COLOURS[0]
     mark: str = ""
     dashed: bool = False
-    thin: bool = False
+    linked: bool = True
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What a figure shows: a title, the two axes, the lines, and a note below."""
+    """What a figure shows: a title, what the axes are, the lines, and a note below. The name of the
+    vertical axis stands under the title.
+    """
 
     title: str
     x_label: str
@@ -76,9 +78,9 @@ def of_lengths(report: dict[str, Any]) -> Picture:
         for way in ("cold", "warm")
     ]
     return Picture(
-        f"From the start of a process to its first token\n{report['model']['name']}",
+        "From the start of a process to its first token",
         "tokens of the prefix",
-        "seconds",
+        f"seconds, {report['model']['name']}",
         tuple(lines),
         note(report),
     )
@@ -98,9 +100,12 @@ def save(picture: Picture, prefix: str, *, kinds: Sequence[str] = ("svg", "png")
     """
     figure = draw(picture)
     paths = [Path(f"{prefix}.{kind}") for kind in kinds]
-    for path in paths:
-        dated = {"Date": None, "Creator": None} if path.suffix == ".svg" else None
-        figure.savefig(path, metadata=dated, dpi=160)
+    import matplotlib as mpl
+
+    with mpl.rc_context(STYLE):
+        for path in paths:
+            undated = {"Date": None, "Creator": None} if path.suffix == ".svg" else None
+            figure.savefig(path, metadata=undated, dpi=160)
     return paths
 
 
@@ -115,16 +120,15 @@ def draw(picture: Picture) -> Any:
     from matplotlib.figure import Figure
 
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8.0, 5.0))
-        axes = figure.add_axes((0.085, 0.15, 0.67, 0.69))
-        for line in picture.lines:
-            _draw_line(axes, line)
+        figure = Figure(figsize=(8.8, 5.0))
+        axes = figure.add_axes((0.065, 0.15, 0.675, 0.70))
+        for i, line in enumerate(picture.lines):  # the first is on top
+            _draw_line(axes, line, 3 + len(picture.lines) - i)
         _set_axes(axes, picture)
         _write_names(axes, picture.lines)
-        title, _, below = picture.title.partition("\n")
-        figure.text(0.02, 0.955, title, fontsize=13, fontweight="bold", va="center")
-        figure.text(0.02, 0.905, below, fontsize=10, va="center")
-        figure.text(0.02, 0.025, picture.note, fontsize=8, color="#666666")
+        figure.text(0.015, 0.955, picture.title, fontsize=13, fontweight="bold", va="center")
+        figure.text(0.015, 0.905, picture.y_label, fontsize=10, va="center")
+        figure.text(0.015, 0.025, picture.note, fontsize=8, color="#666666")
         # Fonts are looked up when a figure is drawn.
         figure.canvas.draw()
     return figure
@@ -144,19 +148,18 @@ def check() -> None:
         ) from exc
 
 
-def _draw_line(axes: Any, line: Line) -> None:
+def _draw_line(axes: Any, line: Line, zorder: int) -> None:
     axes.plot(
         line.xs,
         line.ys,
         color=line.colour,
-        linewidth=1.0 if line.thin else 1.8,
+        linewidth=1.8 if line.linked else 0.0,
         linestyle=(0, (4, 2)) if line.dashed else "-",
         marker=line.mark or None,
         markersize=5.5,
         markerfacecolor="white" if line.dashed else line.colour,
         markeredgewidth=1.3,
-        alpha=0.6 if line.thin else 1.0,
-        zorder=2 if line.thin else 3,
+        zorder=zorder,
     )
 
 
@@ -166,8 +169,7 @@ def _set_axes(axes: Any, picture: Picture) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel(picture.x_label)
-    axes.set_title(picture.y_label, loc="left", fontsize=10, pad=8)
-    ticks = sorted({x for line in picture.lines if not line.thin for x in line.xs})
+    ticks = sorted({x for line in picture.lines if line.mark for x in line.xs})
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
@@ -188,9 +190,9 @@ def _write_names(axes: Any, lines: Sequence[Line]) -> None:
         axes.annotate(
             line.name, (end, at), (1.045, height), xycoords="axes fraction",
             textcoords="axes fraction", va="center", color=line.colour, annotation_clip=False,
-            fontweight="normal" if line.dashed else "bold", fontsize=9.5,
+            fontweight="normal" if line.dashed else "bold", fontsize=9,
             arrowprops={"arrowstyle": "-", "color": line.colour, "linewidth": 0.6,
-                        "shrinkA": 0, "shrinkB": 5, "relpos": (0.0, 0.5)},
+                        "shrinkA": 3, "shrinkB": 5, "relpos": (0.0, 0.5)},
         )  # fmt: skip
 
 

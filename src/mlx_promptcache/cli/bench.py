@@ -21,15 +21,12 @@ from mlx_promptcache.errors import StoreError
 def _lengths(
     ctx: click.Context, param: click.Parameter, value: str | None
 ) -> tuple[int, ...] | None:
-    if value is None:
-        return None
+    from mlx_promptcache import benchmark
+
     try:
-        lengths = tuple(sorted({int(part) for part in value.split(",")}))
-    except ValueError:
-        lengths = ()
-    if not lengths or lengths[0] < 1:
-        raise click.BadParameter(f"{value!r} is not a list such as 64,512", ctx, param)
-    return lengths
+        return None if value is None else benchmark.lengths_of(value)
+    except ValueError as exc:
+        raise click.BadParameter(str(exc), ctx, param) from exc
 
 
 @click.command(help=__doc__)
