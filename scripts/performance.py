@@ -222,8 +222,8 @@ that carries the file.
 
 SHORT = """
 
-**A quick look, not a measurement:** a part of the prefix, few rounds. Its figures say that the script
-works, and not how fast anything is."""
+**A quick look, not a measurement:** a part of the prefix, few rounds. Its figures say that the
+script works, and not how fast anything is."""
 GIB = 2**30
 
 

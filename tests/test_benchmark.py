@@ -78,11 +78,10 @@ def test_the_table_has_medians_and_how_many_times_sooner_a_warm_run_is() -> None
 
 
 class Fake:
-    """A program that takes no time; remembers how it was called."""
+    """A program that takes no time; remembers how it was called. Some do not run."""
 
-    name = "fake"
-
-    def __init__(self) -> None:
+    def __init__(self, name: str = "fake", *, runs: bool = True) -> None:
+        self.name, self.runs = name, runs
         self.calls: list[tuple[str, str, str]] = []
 
     def prepare(self, prefix: Path, directory: Path) -> None:
@@ -98,7 +97,8 @@ class Fake:
         from mlx_promptcache.timing import Command
 
         self.calls.append((way, question, directory.name))
-        return Command((sys.executable, "-S", "-c", "print('text')"))
+        source = "print('text')" if self.runs else "raise SystemExit('no such template')"
+        return Command((sys.executable, "-S", "-c", source))
 
 
 def test_warm_runs_start_from_what_the_first_cold_one_left_and_ask_something_else(
@@ -110,7 +110,9 @@ def test_warm_runs_start_from_what_the_first_cold_one_left_and_ask_something_els
     (row,) = benchmark.lengths(model, settings, [fake], told.append)
     ways = [(way, directory) for way, _, directory in fake.calls]
     assert ways == [
+        ("prepare", "warm-up-fake"),
         ("cold", "warm-up-fake"),
+        ("warm", "warm-up-fake"),
         ("prepare", "16"),
         ("cold", "16"),
         ("warm", "16"),
@@ -122,6 +124,19 @@ def test_warm_runs_start_from_what_the_first_cold_one_left_and_ask_something_els
     assert len(set(questions)) == len(questions)
     assert {way: len(s) for way, s in row["seconds"]["fake"].items()} == {"cold": 2, "warm": 3}
     assert told[-1] == f"{row['tokens']} tokens: round 3 of 3"
+
+
+def test_a_program_that_cannot_run_the_model_is_left_out_with_a_notice(model: Path) -> None:
+    told: list[str] = []
+    settings = benchmark.Settings(lengths=(16,), runs=1, cold_runs=1)
+    programs = [Fake(), Fake("other", runs=False)]
+    (row,) = benchmark.lengths(model, settings, programs, told.append)
+    assert list(row["seconds"]) == ["fake"]
+    (notice,) = [line for line in told if "without" in line]
+    assert notice.startswith("without other: ")
+    assert notice.endswith("no such template")
+    with pytest.raises(MeasuringError, match="no such template"):
+        benchmark.lengths(model, settings, programs[::-1], told.append)
 
 
 def test_lengths_beyond_the_context_are_left_out(model: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import random
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ def lengths(
     told: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """The samples, in seconds, for each length: `{"tokens": n, "seconds": {program: {"cold": [],
-    "warm": []}}}`. Every program has started once before anything counts.
+    "warm": []}}}`. Programs that cannot run this model are left out, but for the first one.
     """
     from mlx_lm.utils import load_tokenizer
 
@@ -122,7 +123,7 @@ def lengths(
             prefix = directory / "prefix.txt"
             prefix.write_text(text_of(tokenizer, length, settings.seed), "utf-8")
             if not rows:
-                _warm_up(programs, prefix, directory, asked)
+                programs = _that_run(programs, prefix, Path(scratch), asked, told)
             tokens = len(tokenizer.encode(prefix.read_text("utf-8"), add_special_tokens=False))
 
             def told_of(line: str, tokens: int = tokens) -> None:
@@ -132,6 +133,7 @@ def lengths(
                 program.prepare(prefix, directory)
             arms = _arms(programs, prefix, directory, asked, settings)
             rows.append({"tokens": tokens, "seconds": _samples(take_turns(arms, told_of))})
+            shutil.rmtree(directory)  # long prefixes take much space
     return rows
 
 
@@ -143,12 +145,31 @@ def _that_fit(model: Path, lengths: Sequence[int]) -> list[int]:
     return fitting
 
 
-def _warm_up(
-    programs: Sequence[Program], prefix: Path, directory: Path, asked: Iterator[str]
-) -> None:
-    """Let nobody pay for the disk, or for what is computed once on a machine."""
+def _that_run(
+    programs: Sequence[Program],
+    prefix: Path,
+    scratch: Path,
+    asked: Iterator[str],
+    told: Callable[[str], None],
+) -> list[Program]:
+    """The programs that can run this model, each run once, cold and warm: so nobody pays for the
+    disk later, or for what is computed once on a machine. The first one must run.
+    """
+    running: list[Program] = []
     for program in programs:
-        timed(program.cold(prefix, next(asked), directory / f"warm-up-{program.name}"))
+        directory = scratch / f"warm-up-{program.name}"
+        directory.mkdir()
+        try:
+            program.prepare(prefix, directory)
+            timed(program.cold(prefix, next(asked), directory))
+            timed(program.warm(prefix, next(asked), directory))
+        except MeasuringError as exc:
+            if not running:
+                raise
+            told(f"without {program.name}: {exc}")
+        else:
+            running.append(program)
+    return running
 
 
 def _arms(
