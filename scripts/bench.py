@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import goals
 import performance
 from mlx_promptcache import benchmark, plots
 from mlx_promptcache.errors import PromptCacheError
@@ -120,13 +121,13 @@ class Bench:
         loading = Command((sys.executable, "-c", LOADING, str(self.model)))
         asked = [next(self.questions) for _ in range(self.settings.runs + 1)]
         commands: dict[str, CommandOf] = {
-            performance.OURS: lambda i: ours.warm(prefix, asked[i], scratch),
-            performance.SAME: lambda _: ours.warm(prefix, same, scratch),
-            performance.LOADING: lambda _: loading,
-            performance.THEIRS: lambda i: theirs.warm(prefix, asked[i], scratch),
+            goals.OURS: lambda i: ours.warm(prefix, asked[i], scratch),
+            goals.SAME: lambda _: ours.warm(prefix, same, scratch),
+            goals.LOADING: lambda _: loading,
+            goals.THEIRS: lambda i: theirs.warm(prefix, asked[i], scratch),
         }
         if llama:
-            commands[performance.LLAMA] = lambda i: llama.warm(prefix, asked[i], scratch)
+            commands[goals.LLAMA] = lambda i: llama.warm(prefix, asked[i], scratch)
         return self._times(commands, "first_seconds")
 
     def cold(self, prefix: Path, scratch: Path) -> dict[str, list[float]]:
@@ -137,15 +138,13 @@ class Bench:
 
         def generate(i: int, name: str, *more: str) -> Command:
             store = scratch / f"{name}-{i}"
-            return ours.generate(
-                prefix, asked[i], store, PLAIN, *more, tokens=performance.SAVED_RUN
-            )
+            return ours.generate(prefix, asked[i], store, PLAIN, *more, tokens=goals.SAVED_RUN)
 
         commands: dict[str, CommandOf] = {
-            performance.OURS: lambda i: generate(i, "kept"),
-            performance.SAVING_NOTHING: lambda i: generate(i, "none", "--prompt-cache-ro"),
-            performance.THEIRS: lambda i: theirs.generate(
-                PLAIN, "--prompt", text + asked[i], tokens=performance.SAVED_RUN
+            goals.OURS: lambda i: generate(i, "kept"),
+            goals.SAVING_NOTHING: lambda i: generate(i, "none", "--prompt-cache-ro"),
+            goals.THEIRS: lambda i: theirs.generate(
+                PLAIN, "--prompt", text + asked[i], tokens=goals.SAVED_RUN
             ),
         }
         return self._times(commands, "total_seconds")
@@ -290,7 +289,7 @@ def main() -> int:
             write_document(report)
     except PromptCacheError as exc:
         sys.exit(f"scripts/bench: {exc}")
-    verdicts = performance.verdicts(report)
+    verdicts = goals.verdicts(report)
     for verdict in verdicts:
         print(verdict.sentence)
     return 0 if all(verdict.reached for verdict in verdicts) else 1

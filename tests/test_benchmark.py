@@ -64,6 +64,12 @@ def test_what_is_no_list_of_lengths_is_refused(text: str) -> None:
         benchmark.lengths_of(text)
 
 
+def test_a_model_is_called_by_its_directory_or_by_its_repo() -> None:
+    assert benchmark.model_name(Path("/models/tiny")) == "tiny"
+    downloaded = Path("/cache/models--owner--a-model/snapshots/0123abcd")
+    assert benchmark.model_name(downloaded) == "owner/a-model"
+
+
 # For people
 
 

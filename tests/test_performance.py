@@ -14,9 +14,10 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import bench
+import goals
 import performance
+from goals import LLAMA, LOADING, OURS, SAME, SAVING_NOTHING, THEIRS
 from mlx_promptcache import benchmark, plots
-from performance import LLAMA, LOADING, OURS, SAME, SAVING_NOTHING, THEIRS
 
 DOCS = ROOT / "docs"
 SECONDS = {"cold": [8.0, 6.0], "warm": [0.5]}
@@ -85,11 +86,11 @@ MISSED = {
 
 
 def test_every_goal_has_a_case_that_misses_it() -> None:
-    assert [goal.what for goal in performance.GOALS] == list(MISSED)
+    assert [goal.what for goal in goals.GOALS] == list(MISSED)
 
 
 def test_good_figures_reach_every_goal_that_was_measured() -> None:
-    verdicts = performance.verdicts(report())
+    verdicts = goals.verdicts(report())
     assert all(verdict.reached for verdict in verdicts)
     assert len(verdicts) == len(MISSED) - 1  # there was no llama.cpp
 
@@ -97,20 +98,20 @@ def test_good_figures_reach_every_goal_that_was_measured() -> None:
 @pytest.mark.parametrize("what", MISSED)
 def test_a_figure_on_the_wrong_side_misses_its_goal_alone(what: str) -> None:
     part, figures = MISSED[what]
-    verdicts = performance.verdicts(report(**{part: figures}))
+    verdicts = goals.verdicts(report(**{part: figures}))
     assert [v.goal.what for v in verdicts if not v.reached] == [what]
 
 
 def test_a_verdict_is_one_line_with_figure_and_goal() -> None:
-    verdicts = performance.verdicts(report(decoding={OURS: [13.0], THEIRS: [14.0]}))
+    verdicts = goals.verdicts(report(decoding={OURS: [13.0], THEIRS: [14.0]}))
     lines = [v.sentence for v in verdicts]
     assert f"MISSED      0.929  (at least 1)  tokens a second, against {THEIRS}" in lines
     assert lines[0].startswith("reached       0.1  (at most 0.125)")
 
 
 def test_parts_that_were_not_measured_are_not_judged() -> None:
-    assert performance.verdicts({"decoding": REPORT["decoding"]})[0].value > 1
-    assert performance.verdicts({}) == []
+    assert goals.verdicts({"decoding": REPORT["decoding"]})[0].value > 1
+    assert goals.verdicts({}) == []
 
 
 # The page

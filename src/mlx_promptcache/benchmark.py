@@ -95,11 +95,19 @@ def surroundings(model: Path, seed: int) -> dict[str, Any]:
         "commit": machine.commit(),
         "seed": seed,
         "model": {
-            "name": model.resolve().name,
+            "name": model_name(model),
             "dtype": config.get("torch_dtype") or config.get("dtype"),
             "bytes": weights,
         },
     }
+
+
+def model_name(model: Path) -> str:
+    """The name of a model's directory, or of the repo that it is a download of."""
+    path = model.resolve()
+    if path.parent.name == "snapshots":  # the cache of Hugging Face: models--owner--name/snapshots/
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return path.name
 
 
 def lengths(
