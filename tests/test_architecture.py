@@ -61,6 +61,11 @@ FLOORS = [
     "run",
     "speculative",
     "runner",
+    "timing",
+    "machine",
+    "programs",
+    "plots",
+    "benchmark",
     "cli.output",
     "cli.__init__",
     "cli.interrupt",
@@ -74,6 +79,7 @@ FLOORS = [
     "cli.save",
     "cli.load",
     "cli.generate",
+    "cli.bench",
     "__main__",
 ]
 

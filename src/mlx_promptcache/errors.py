@@ -9,7 +9,8 @@ PromptCacheError
 ├── UnsupportedLayer     a layer that cannot be captured, or filled from this file
 │   └── NotQuantisable   a layer that mlx-lm cannot quantise as it was asked to
 ├── ModelError           no such model, or not one that mlx-lm can load
-└── PromptError          a prompt that cannot be run: empty, or longer than the context
+├── PromptError          a prompt that cannot be run: empty, or longer than the context
+└── MeasuringError       a program that was to be measured did not do its work
 
 Each message is one sentence that says what is wrong and, where there is something, what to do.
 Only an explicit request raises them: on the generating path each is a miss and a notice.
@@ -60,3 +61,7 @@ class ModelError(PromptCacheError):
 
 class PromptError(PromptCacheError):
     """The prompt cannot be run as it is."""
+
+
+class MeasuringError(PromptCacheError):
+    """A program that was to be measured failed, or something that measuring needs is not there."""

@@ -20,6 +20,7 @@ COMMANDS = {
     "show": "Show everything about one stored state.",
     "clear": "Delete stored states.",
     "verify": "Read every stored byte and check it.",
+    "bench": "Measure what the cache is worth on this machine.",
 }
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130

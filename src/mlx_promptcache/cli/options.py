@@ -47,11 +47,15 @@ output_options = _options(
     click.option("--quiet", is_flag=True, callback=_notices, is_eager=True, help="No notices."),
 )
 
-model_options = _options(
+only_model_option = _options(
     click.option(
         "-m", "--model", envvar="MLX_PROMPTCACHE_MODEL", metavar="PATH_OR_REPO",
         help="A directory with an MLX model, or a Hugging Face repo; the demo model by default.",
     ),
+)  # fmt: skip
+
+model_options = _options(
+    only_model_option,
     click.option("--adapter-path", metavar="DIR", help="A LoRA or DoRA adapter of mlx-lm's."),
     click.option(
         "--cache-dir", envvar="MLX_PROMPTCACHE_DIR", metavar="DIR",
@@ -125,6 +129,20 @@ sampling_options = _options(
 )  # fmt: skip
 
 
+def model_path(model: str | None, *, download: bool = True) -> Path:
+    """The directory of a model, of the demo model if none is given.
+
+    Raises:
+        ModelError: there is no such model, or none is chosen.
+    """
+    if model is not None:
+        return models.find(model, download=download)
+    demo = places.demo_model()
+    if demo is None:
+        raise ModelError("no model is chosen: give one with --model PATH_OR_REPO")
+    return demo
+
+
 @dataclass(frozen=True)
 class ModelChoice:
     """The model options of a command."""
@@ -159,12 +177,7 @@ class ModelChoice:
         Raises:
             ModelError: there is no such model, or none is chosen.
         """
-        if self.model is not None:
-            return models.find(self.model, download=download)
-        demo = places.demo_model()
-        if demo is None:
-            raise ModelError("no model is chosen: give one with --model PATH_OR_REPO")
-        return demo
+        return model_path(self.model, download=download)
 
     def store(self, *, download: bool = False) -> Store:
         """The store, checked to be one. Needs no model if `--cache-dir` is given."""
