@@ -45,7 +45,7 @@ import sys
 import mlx_promptcache.cli.generate, mlx_promptcache.cli.prompts, mlx_promptcache.cli.session
 from mlx_promptcache.runner import Runner
 import mlx.core as mx
-runner = Runner.load(sys.argv[1], use_cache=False)
+runner = Runner.load(sys.argv[1], cache_dir=sys.argv[2], read_only=True)
 mx.eval(runner.model.parameters())
 runner.tokenizer.encode("The end.")
 print("loaded", flush=True)
@@ -118,7 +118,7 @@ class Bench:
         for program in self.programs:
             program.prepare(prefix, scratch)
         timed(ours.cold(prefix, same, scratch))
-        loading = Command((sys.executable, "-c", LOADING, str(self.model)))
+        loading = Command((sys.executable, "-c", LOADING, str(self.model), str(scratch / "store")))
         asked = [next(self.questions) for _ in range(self.settings.runs + 1)]
         commands: dict[str, CommandOf] = {
             goals.OURS: lambda i: ours.warm(prefix, asked[i], scratch),
