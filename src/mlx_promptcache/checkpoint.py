@@ -85,7 +85,7 @@ def load_tokenizer(path: Path, config: Mapping[str, Any]) -> Any:
 
 
 def _tokenizer(path: Path, ends: Any) -> Any:
-    # As the `__init__` of mlx-lm does: without it transformers tells users that there is no PyTorch.
+    # As the `__init__` of mlx-lm does: else transformers tells users that there is no PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     return importlib.import_module("mlx_lm.utils").load_tokenizer(path, eos_token_ids=ends)
 
