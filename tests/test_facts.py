@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from counting import Counted
-from mlx_promptcache import PromptCache, Runner, facts
+from mlx_promptcache import PromptCache, Runner, container, facts
 from mlx_promptcache.catalog import Catalog, Entry, find
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from tiny import random_tokens, smallest
@@ -91,12 +91,30 @@ def test_what_is_gone_is_not_remembered(kind: str, store: Store) -> None:
         assert any(entry.status == "damaged" for entry in after)
 
 
-def test_a_block_in_the_place_of_another_is_told_however_much_is_remembered(store: Store) -> None:
+def test_another_block_of_the_same_name_is_told_however_much_is_remembered(store: Store) -> None:
     listed(store)
-    stems = store.stems(BLOCKS)
-    stem = max(stems, key=lambda stem: len(store.header(BLOCKS, stem).content["tokens"]))
-    others = [other for other in stems if other != stem]
-    store.path(BLOCKS, others[0]).replace(store.path(BLOCKS, stem))
+    stem = longest_block(store)
+    with store.reader(BLOCKS, stem) as reader:
+        header = reader.header()
+        arrays = {k: container.read_array(reader.read, e) for k, e in header.entries.items()}
+    store.remove(BLOCKS, stem)
+    content = header.content | {"complete": False}
+    store.write(BLOCKS, stem, container.pack("block", content, header.notes, arrays))
+    assert {entry.reason for entry in listed(store)} == {
+        "a block that it needs was replaced by another"
+    }
+
+
+def longest_block(store: Store) -> str:
+    """The one that all states share."""
+    tokens = {stem: store.header(BLOCKS, stem).content["tokens"] for stem in store.stems(BLOCKS)}
+    return max(tokens, key=lambda stem: len(tokens[stem]))
+
+
+def test_a_damaged_block_that_many_states_share_is_read_once(store: Store) -> None:
+    path = store.path(BLOCKS, longest_block(store))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert opened(store) == 2 * STATES + 1
     assert {entry.status for entry in listed(store)} == {"damaged"}
 
 

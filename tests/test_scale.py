@@ -60,40 +60,40 @@ def listed(count: Counted, kind: str) -> int:
     return len([path for path in count.listed if f"/{kind}/" in path])
 
 
-def add_others(directory: Path, runner: Runner, state: State) -> None:
-    """Prompts that leave the state's inside one cell, or share nothing with it."""
-    tokens = list(state.tokens)
+def add_others(directory: Path, runner: Runner, tokens: list[int]) -> None:
+    """Prompts that leave this one inside one cell, or share nothing with it."""
     for number in range(30):
         draw = random_tokens(12, seed=100 + number, vocab=16)
-        keep(directory, runner, tokens[: LONG - 100] + draw)
+        keep(directory, runner, tokens[:-100] + draw)
         keep(directory, runner, draw)
 
 
+@pytest.mark.parametrize("length", [LONG, LONG - 96])
 def test_a_look_up_asks_the_same_however_many_other_prompts_are_stored(
-    runner: Runner, long_state: State, tmp_path: Path
+    length: int, runner: Runner, long_state: State, tmp_path: Path
 ) -> None:
-    PromptCache(tmp_path, "smallest").keep(long_state)
-    tokens = list(long_state.tokens)
+    tokens = list(long_state.tokens[:length])
+    keep(tmp_path, runner, tokens)
     other_end = tokens[:-20] + [15 - token for token in tokens[-20:]]
     for _ in range(2):
         position, count = counted(tmp_path, tokens)
-        assert position == LONG
+        assert position == length
         assert (opened(count, BLOCKS), opened(count, SNAPSHOTS)) == (CELLS, 1)
         assert (listed(count, BLOCKS), listed(count, SNAPSHOTS)) == (0, 1)
         position, count = counted(tmp_path, other_end)
-        assert position == LONG - 20
+        assert position == length - 20
         assert opened(count, BLOCKS) == CELLS
         assert opened(count, SNAPSHOTS) == 0
         assert listed(count, BLOCKS) == 1
         assert listed(count, SNAPSHOTS) <= CELLS
-        add_others(tmp_path, runner, long_state)
+        add_others(tmp_path, runner, tokens)
 
 
 def test_a_branch_is_found_among_many_in_one_cell_with_one_listing(
     runner: Runner, long_state: State, tmp_path: Path
 ) -> None:
     PromptCache(tmp_path, "smallest").keep(long_state)
-    add_others(tmp_path, runner, long_state)
+    add_others(tmp_path, runner, list(long_state.tokens))
     branch = [*long_state.tokens[: LONG - 100], *random_tokens(12, seed=107, vocab=16)]
     position, count = counted(tmp_path, branch)
     assert position == len(branch)
