@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from counting import Counted
-from mlx_promptcache import PromptCache, Runner, container, facts
+from mlx_promptcache import PromptCache, Runner, cli, container, facts
 from mlx_promptcache.catalog import Catalog, Entry, find
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from tiny import random_tokens, smallest
@@ -152,6 +152,16 @@ def test_few_files_are_not_worth_a_memo(store: Store, monkeypatch: pytest.Monkey
     monkeypatch.setattr(facts, "WORTH_KEEPING", 2 * STATES + 2)
     listed(store)
     assert not facts.memo_of(store).exists()
+
+
+def test_what_is_cleared_whole_leaves_no_memo(store: Store) -> None:
+    listed(store)
+    assert facts.memo_of(store).exists()
+    arguments = ["clear", "--all", "--yes", "--cache-dir", str(store.directory)]
+    assert cli.run(arguments) == cli.DONE
+    assert not facts.memo_of(store).exists()
+    assert listed(store) == []
+    facts.forget(store)
 
 
 def test_a_memo_that_cannot_be_written_is_no_matter(
