@@ -162,6 +162,12 @@ def memo_of(store: Store) -> Path:
     return places.list_memos() / name
 
 
+def forget(store: Store) -> None:
+    """Delete this user's memo of a store. Failing is no matter."""
+    with contextlib.suppress(OSError):
+        memo_of(store).unlink()
+
+
 class _Known:
     """What was read before, by stem, with the stamp of the file that it was read from."""
 

@@ -155,7 +155,8 @@ class Store:
         found: dict[str, File] = {}
         for shard in _entries(f"{self.directory}/{kind}"):
             for entry in _entries(shard.path):
-                for stem in stems_of(shard.name, [entry.name]):
+                stem = f"{shard.name}/{entry.name.removesuffix(SUFFIX)}"
+                if entry.name.endswith(SUFFIX) and STEM.fullmatch(stem):
                     with contextlib.suppress(OSError):
                         found[stem] = File.of(entry.stat(follow_symlinks=False))
         return found

@@ -13,7 +13,7 @@ from mlx_promptcache.catalog import DAMAGED, STALE, Catalog, Deletion, Entry, ex
 from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import ModelChoice, model_options, output_options, take
 from mlx_promptcache.errors import PromptCacheError
-from mlx_promptcache.facts import memo_of
+from mlx_promptcache.facts import forget, memo_of
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -60,7 +60,7 @@ def command(**options: Any) -> int:
             freed = execute(store, plan)
             if options["everything"]:
                 store.clear_traces()
-                memo_of(store).unlink(missing_ok=True)
+                forget(store)
     if options["as_json"]:
         told = done or options["dry_run"]
         snapshots = [stem.rpartition("-")[2] for stem in plan.snapshots]

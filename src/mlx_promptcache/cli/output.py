@@ -45,10 +45,12 @@ def print_json(value: dict[str, Any]) -> None:
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print columns, the first to the left and the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
+    lines = []
     for row in (heads, *rows):
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        click.echo("  ".join(cells).rstrip())
+        lines.append("  ".join(cells).rstrip())
+    click.echo("\n".join(lines))
 
 
 def size(count: float) -> str:
