@@ -245,7 +245,7 @@ def part(model: str, store: str, which: str) -> None:
     mx.reset_peak_memory()
     resumed = runner.cache.resume(tokens, runner.model)
     assert resumed.match.exact
-    assert resumed.layers is not None
+    assert isinstance(resumed.layers, list)
     found = leaves(resumed.layers)
     size = sum(a[:, :, :RESTORED].nbytes for _, x in found for a in (x.keys, x.values))
     peak = {"peak of the process": process_bytes("VmHWM") - before} if before else {}
