@@ -82,7 +82,11 @@ def test_generate_says_all_that_its_json_promises(program: Program) -> None:
     assert set(answer["saved"]) == {
         "name", "snapshot", "blocks_written", "blocks_shared", "bytes_written",
     }  # fmt: skip
-    on_disk = sum(p.stat().st_size for p in program.directory.rglob("*.safetensors"))
+    on_disk = sum(
+        p.stat().st_size
+        for kind in ("blocks", "snapshots")
+        for p in (program.directory / kind).rglob("*.safetensors")
+    )
     assert answer["saved"]["bytes_written"] == on_disk
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mlx_promptcache import headers
 from mlx_promptcache.container import Header
 from mlx_promptcache.errors import CacheMiss, DamagedFile, ForeignFile, PromptCacheError
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, TOKENIZERS, Store
 from mlx_promptcache.tree import SnapshotName
 
 if TYPE_CHECKING:
@@ -209,15 +209,18 @@ def named(store: Store, names: Iterable[str]) -> list[Entry]:
 
 @dataclass(frozen=True)
 class Deletion:
-    """What would be deleted, in that order: names, snapshots, blocks from the leaf up."""
+    """What would be deleted, in that order: names, snapshots, blocks from the leaf up; with
+    everything the tokenizers, too.
+    """
 
     names: tuple[str, ...]
     snapshots: tuple[str, ...]
     blocks: tuple[str, ...]
     freed_bytes: int
+    tokenizers: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.names or self.snapshots or self.blocks)
+        return bool(self.names or self.snapshots or self.blocks or self.tokenizers)
 
 
 def plan_clear(store: Store, doomed: Iterable[Entry], *, everything: bool = False) -> Deletion:
@@ -245,7 +248,9 @@ def plan_clear(store: Store, doomed: Iterable[Entry], *, everything: bool = Fals
     ordered = sorted(blocks, key=lambda stem: -_start(store, stem))
     freed = sum(store.size(SNAPSHOTS, s) for s in snapshots)
     freed += sum(store.size(BLOCKS, s) for s in blocks)
-    return Deletion(tuple(names), tuple(sorted(snapshots)), tuple(ordered), freed)
+    tokenizers = tuple(store.stems(TOKENIZERS)) if everything else ()
+    freed += sum(store.size(TOKENIZERS, s) for s in tokenizers)
+    return Deletion(tuple(names), tuple(sorted(snapshots)), tuple(ordered), freed, tokenizers)
 
 
 def _start(store: Store, stem: str) -> int:
@@ -264,4 +269,5 @@ def execute(store: Store, plan: Deletion) -> int:
     for name in plan.names:
         store.remove_name(name)
     freed = sum(store.remove(SNAPSHOTS, stem) for stem in plan.snapshots)
-    return freed + sum(store.remove(BLOCKS, stem) for stem in plan.blocks)
+    freed += sum(store.remove(BLOCKS, stem) for stem in plan.blocks)
+    return freed + sum(store.remove(TOKENIZERS, stem) for stem in plan.tokenizers)

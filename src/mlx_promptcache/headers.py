@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 BLOCK = "block"
 SNAPSHOT = "snapshot"
+TOKENIZER = "tokenizer"
 LAYER_PATH = re.compile(r"(0|[1-9][0-9]{0,5})(\.(0|[1-9][0-9]{0,5}))*")
 ROW_LABEL = re.compile(r"(window\.)?(keys|values)(\.[0-9])?/[0-9]{1,4}")
 WINDOW = "window."  # begins the labels of the rows of windows

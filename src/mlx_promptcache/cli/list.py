@@ -9,7 +9,7 @@ import click
 from mlx_promptcache import catalog, places
 from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import ModelChoice, model_options, output_options, take
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
+from mlx_promptcache.store import BLOCKS, KINDS, Store
 
 
 @click.command(help=__doc__)
@@ -33,10 +33,8 @@ def command(**options: Any) -> int:
                 entries.append(
                     row | {"store": str(store.directory)} if options["everywhere"] else row
                 )
-            stems = store.stems(BLOCKS)
-            blocks += len(stems)
-            total += sum(store.size(BLOCKS, stem) for stem in stems)
-            total += sum(store.size(SNAPSHOTS, stem) for stem in store.stems(SNAPSHOTS))
+            blocks += len(store.stems(BLOCKS))
+            total += sum(store.size(kind, stem) for kind in KINDS for stem in store.stems(kind))
     if options["as_json"]:
         output.print_json({"entries": entries, "total_bytes": total, "blocks": blocks})
     else:
