@@ -474,6 +474,7 @@ def test_a_chat_gives_the_same_ids(name: str, made: Callable[[str], Pair]) -> No
 
 
 ESCAPES = [
+    "{{ dict.get(messages[0], 'role') }}", "{{ dict.update(messages[0], role='x') }}",
     "{{ ''.__class__.__mro__ }}", "{{ ''['__class__']['__mro__'] }}", "{{ messages.__class__ }}",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ namespace(_x=1) }}",
     "{{ namespace({'_x': 1}) }}", "{% set ns = namespace() %}{% set ns._x = 1 %}{{ ns._x }}",
@@ -522,6 +523,9 @@ WIDER: dict[str, Callable[[Any], Any]] = {
     ),
     "chats": lambda t: t.apply_chat_template([[USER], [USER, ANSWER]], tokenize=False),
     "rich messages": lambda t: t.apply_chat_template([OrderedDict(USER)], tokenize=False),
+    "rich parts": lambda t: t.apply_chat_template(
+        [{"role": "user", "content": "a", "more": [OrderedDict(PART)]}], tokenize=False
+    ),
     "rich values": lambda t: t.apply_chat_template(
         [{"role": "user", "content": type("Text", (str,), {})("a")}], tokenize=False
     ),
