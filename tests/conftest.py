@@ -23,7 +23,8 @@ FIGURES = pytest.StashKey[list[str]]()
 REAL_MODEL = places.demo_model()
 # Tests of many models, then those that start processes, then those that run the real model.
 LAST = (
-    "test_conformance", "test_adapters", "test_kv_settings", "test_benchmark", "test_cli",
+    "test_conformance", "test_adapters", "test_kv_settings", "test_engine", "test_benchmark",
+    "test_cli",
     "test_scripts", "test_real",
 )  # fmt: skip
 

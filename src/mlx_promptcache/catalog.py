@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_promptcache import headers
 from mlx_promptcache.errors import CacheMiss, DamagedFile, ForeignFile, PromptCacheError
 from mlx_promptcache.facts import Facts, Snapshot
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, TOKENIZERS, Store
 from mlx_promptcache.tree import SnapshotName
 
 if TYPE_CHECKING:
@@ -46,15 +46,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class Deletion:
-    """What would be deleted, in that order: names, snapshots, blocks from the leaf up."""
+    """What would be deleted, in that order: names, snapshots, blocks from the leaf up; with
+    everything the tokenizers, too.
+    """
 
     names: tuple[str, ...]
     snapshots: tuple[str, ...]
     blocks: tuple[str, ...]
     freed_bytes: int
+    tokenizers: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.names or self.snapshots or self.blocks)
+        return bool(self.names or self.snapshots or self.blocks or self.tokenizers)
 
 
 class Catalog:
@@ -200,7 +203,11 @@ class Catalog:
         ordered = sorted(blocks, key=lambda stem: (-blocks[stem], stem))
         freed = sum(self.facts.snapshots[stem].size for stem in snapshots)
         freed += sum(f.size for f in map(self.facts.blocks.get, blocks) if f is not None)
-        return Deletion(tuple(names), tuple(sorted(snapshots)), tuple(ordered), freed)
+        tokenizers = self.facts.tokenizers if everything else {}
+        freed += sum(file.size for file in tokenizers.values())
+        return Deletion(
+            tuple(names), tuple(sorted(snapshots)), tuple(ordered), freed, tuple(sorted(tokenizers))
+        )
 
     def _orphans(self, doomed: set[str]) -> dict[str, int]:
         """The blocks that only these snapshots use, and where they begin."""
@@ -264,4 +271,5 @@ def execute(store: Store, plan: Deletion) -> int:
     for name in plan.names:
         store.remove_name(name)
     freed = sum(store.remove(SNAPSHOTS, stem) for stem in plan.snapshots)
-    return freed + sum(store.remove(BLOCKS, stem) for stem in plan.blocks)
+    freed += sum(store.remove(BLOCKS, stem) for stem in plan.blocks)
+    return freed + sum(store.remove(TOKENIZERS, stem) for stem in plan.tokenizers)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import functools
 import importlib
 import os
 import threading
@@ -16,19 +16,21 @@ from mlx_promptcache import engine
 from mlx_promptcache.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
 
 class Weights:
     """The weights of a model, on their way from its files while other things are done."""
 
-    def __init__(self, model: Any, path: Path) -> None:
+    def __init__(self, model: Any, path: Path, *, beside: bool) -> None:
         self._path = path
         self._error: Exception | None = None
+        self._leaving = False
         self._thread = threading.Thread(target=self._read, args=(model,), daemon=True)
-        if _reading() is not None:
+        if beside:
             self._thread.start()
+            atexit.register(self._leave)
         else:
             self._thread.run()
 
@@ -36,9 +38,16 @@ class Weights:
         try:
             parameters: Any = tree_flatten(model.parameters())
             for _, array in parameters:
+                if self._leaving:
+                    return
                 mx.eval(array)  # one by one: the other cores have other things to do
         except Exception as exc:  # noqa: BLE001 - whatever it is, `wait` tells of it
             self._error = exc
+
+    def _leave(self) -> None:
+        """End the reading: MLX aborts a process that ends while it computes in another thread."""
+        self._leaving = True
+        self._thread.join()
 
     def wait(self) -> None:
         """Return when they are there.
@@ -48,8 +57,10 @@ class Weights:
         """
         if self._thread.ident is not None:
             self._thread.join()
+            atexit.unregister(self._leave)
         if self._error is not None:
-            raise ModelError(f"the weights of {self._path} cannot be read: {self._error}")
+            why = " ".join(str(self._error).split())
+            raise ModelError(f"the weights of {self._path} cannot be read: {why}") from self._error
 
 
 def load(path: Path, adapter: Path | None) -> tuple[Any, Mapping[str, Any], Weights]:
@@ -60,8 +71,9 @@ def load(path: Path, adapter: Path | None) -> tuple[Any, Mapping[str, Any], Weig
     Raises:
         ModelError: mlx-lm cannot load it.
     """
+    stream = _reading()
     try:
-        with _beside():
+        with contextlib.nullcontext() if stream is None else mx.stream(stream):
             model, config = engine.utils().load_model(path, lazy=True)
             if adapter is not None:
                 model = engine.utils().load_adapters(model, str(adapter))
@@ -69,7 +81,7 @@ def load(path: Path, adapter: Path | None) -> tuple[Any, Mapping[str, Any], Weig
     except Exception as exc:
         raise ModelError(f"mlx-lm cannot load {path}: {exc}") from exc
     _keep_in_memory()
-    return model, config, Weights(model, path)
+    return model, config, Weights(model, path, beside=stream is not None)
 
 
 def load_tokenizer(path: Path, config: Mapping[str, Any]) -> Any:
@@ -90,21 +102,11 @@ def _tokenizer(path: Path, ends: Any) -> Any:
     return importlib.import_module("mlx_lm.utils").load_tokenizer(path, eos_token_ids=ends)
 
 
-@contextlib.contextmanager
-def _beside() -> Iterator[None]:
-    """Where that is possible, read weights on a stream that another thread can wait for."""
-    stream = _reading()
-    if stream is None:
-        yield
-        return
-    with mx.stream(stream):
-        yield
-
-
-@functools.cache
 def _reading() -> mx.Stream | None:
     """A stream that any thread may use, which MLX has since 0.32. None on a GPU: what is computed
     of the weights as they come is computed there, in the stream of this thread.
+
+    Each model has one of its own: two threads may not use one at a time.
     """
     make = getattr(mx, "new_thread_unsafe_stream", None)
     cpu = mx.Device(mx.cpu)

@@ -22,6 +22,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 import threading
 import types
@@ -35,10 +36,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_promptcache")
 
 PACKAGE = "mlx_lm"
+QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 
 
 class _LazyPackage(types.ModuleType):
-    """A package whose `__init__` runs when it is first asked for what only that can give."""
+    """A package whose `__init__` runs when it is first asked for what only that can give; then it
+    is a package like any other.
+    """
 
     def __init__(self, spec: ModuleSpec) -> None:
         super().__init__(spec.name)
@@ -47,22 +51,37 @@ class _LazyPackage(types.ModuleType):
         self.__file__ = spec.origin
         self.__path__ = list(spec.submodule_search_locations or [])
         self.__package__ = spec.name
-        self.__dict__["_lock"] = threading.RLock()
-        self.__dict__["_begun"] = False
 
     def __getattr__(self, name: str) -> Any:
-        own = self.__dict__
-        with own["_lock"]:
-            if not own["_begun"]:
-                own["_begun"] = True
-                try:
-                    self.__spec__.loader.exec_module(self)  # type: ignore[union-attr]
-                except BaseException:
-                    own["_begun"] = False
-                    raise
-        if name in own:
-            return own[name]
+        # Whoever looks through all modules asks each for such names: that is no reason to run.
+        if not name.startswith("__") or name in GIVEN:
+            _run(self)
+        if name in self.__dict__:
+            return self.__dict__[name]
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+    def __dir__(self) -> list[str]:
+        _run(self)
+        return sorted(self.__dict__)
+
+
+GIVEN = {"__version__", "__all__"}
+_running = threading.RLock()
+_begun: set[types.ModuleType] = set()
+
+
+def _run(package: types.ModuleType) -> None:
+    """Run the package's `__init__`, once; others wait, and the thread that runs it goes on."""
+    with _running:
+        if package in _begun:
+            return
+        _begun.add(package)
+        try:
+            package.__spec__.loader.exec_module(package)  # type: ignore[union-attr]
+        except BaseException:
+            _begun.discard(package)
+            raise
+        package.__class__ = types.ModuleType
 
 
 def _make_lazy() -> None:
@@ -70,7 +89,8 @@ def _make_lazy() -> None:
         return
     spec = importlib.util.find_spec(PACKAGE)
     if spec is not None and spec.loader is not None:
-        sys.modules[PACKAGE] = _LazyPackage(spec)
+        os.environ[QUIET] = "1"  # as its `__init__` does before anything can import transformers
+        sys.modules.setdefault(PACKAGE, _LazyPackage(spec))
 
 
 class _Later:
@@ -151,10 +171,15 @@ def _copy(later: Mapping[str, Mapping[str, Any]], whole: str) -> types.ModuleTyp
     stand_ins = {name: types.SimpleNamespace(**names) for name, names in later.items()}
     running = True
 
-    def importing(name: str, *args: Any) -> Any:
-        level = args[3] if len(args) > 3 else 0
+    def importing(
+        name: str, names: Any = None, local: Any = None, wanted: Any = (), level: int = 0
+    ) -> Any:
         stand_in = stand_ins.get("." * level + name) if running else None
-        return builtins.__import__(name, *args) if stand_in is None else stand_in
+        if stand_in is None:
+            return builtins.__import__(name, names, local, wanted, level)
+        if not wanted or "*" in wanted:  # what is asked of it would be seen too late
+            raise ImportError(f"{whole} imports all of {name}")
+        return stand_in
 
     # Import statements look `__import__` up among the builtins of their own module: nothing that
     # others can see is changed, not even for a moment.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from mlx_promptcache import headers, places
 from mlx_promptcache.errors import CacheMiss, PromptCacheError
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, File, Store
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, TOKENIZERS, File, Store
 from mlx_promptcache.version import __version__
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class Facts:
         self.store = store
         self.snapshots = store.files(SNAPSHOTS)
         self.blocks = store.files(BLOCKS)
+        self.tokenizers = store.files(TOKENIZERS)
         self._memo = memo
         self._known = _Known() if memo is None else _Known.load(memo)
         self._wrong: dict[str, PromptCacheError] = {}
@@ -80,8 +81,9 @@ class Facts:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all snapshots and blocks."""
-        return sum(file.size for files in (self.snapshots, self.blocks) for file in files.values())
+        """Bytes of all snapshots, blocks and tokenizers."""
+        kinds = (self.snapshots, self.blocks, self.tokenizers)
+        return sum(file.size for files in kinds for file in files.values())
 
     def snapshot(self, stem: str) -> Snapshot:
         """What a snapshot says.

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 BLOCK = "block"
 SNAPSHOT = "snapshot"
+TOKENIZER = "tokenizer"
 KEY = re.compile(r"[0-9a-f]{32}")
 LAYER_PATH = re.compile(r"(0|[1-9][0-9]{0,5})(\.(0|[1-9][0-9]{0,5}))*")
 ROW_LABEL = re.compile(r"(window\.)?(keys|values)(\.[0-9])?/[0-9]{1,4}")

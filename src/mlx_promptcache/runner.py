@@ -256,9 +256,9 @@ class Runner:
         return logits, self._trunk.hidden
 
     def _wait_for_weights(self) -> None:
-        while self._awaited:
-            self._awaited[-1].wait()
-            self._awaited.pop()
+        for weights in self._awaited:
+            weights.wait()
+        self._awaited = []
 
     def check(self, inputs: mx.array, layers: list[Any]) -> tuple[mx.array, mx.array | None]:
         """One forward call of the model alone, without its draft model: logits `[tokens, vocab]`
@@ -524,10 +524,4 @@ def _tokenizer(path: Path, told: Mapping[str, Any], cache: PromptCache | None) -
 
     if cache is None:
         return whole()
-    kept = cache.tokenizers.load(path, whole)
-    if kept is not None:
-        return kept
-    tokenizer = whole()
-    if not cache.read_only:
-        cache.tokenizers.keep(path, tokenizer)
-    return tokenizer
+    return cache.tokenizers.tokenizer(path, whole, keeps=not cache.read_only)

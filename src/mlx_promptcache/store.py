@@ -4,6 +4,7 @@
       blocks/<stem>.safetensors       the stem says the directory, too: 3f/...
       snapshots/<stem>.safetensors
       names/<name>             one line: the stem of a snapshot
+      tokenizers/<stem>.safetensors
       quarantine/              files found damaged, moved aside
       uses.jsonl               one line a hit; statistics only
       lock                     flock: shared to read and write, exclusive to delete
@@ -47,6 +48,7 @@ BLOCKS = "blocks"
 SNAPSHOTS = "snapshots"
 NAMES = "names"
 TOKENIZERS = "tokenizers"
+KINDS = (BLOCKS, SNAPSHOTS, TOKENIZERS)
 QUARANTINE = "quarantine"
 USES = "uses.jsonl"
 LOCK = "lock"
@@ -268,7 +270,7 @@ class Store:
         The caller holds `exclusive()`. Failing is no matter.
         """
         shutil.rmtree(self.directory / QUARANTINE, ignore_errors=True)
-        ours = (f"{BLOCKS}/*/", f"{SNAPSHOTS}/*/", f"{NAMES}/")  # a file elsewhere may be anybody's
+        ours = (*(f"{kind}/*/" for kind in KINDS), f"{NAMES}/")  # a file elsewhere may be anybody's
         leftovers = [p for place in ours for p in self.directory.glob(f"{place}{TEMPORARY}*")]
         for path in (*leftovers, self.directory / USES):
             with contextlib.suppress(OSError):

@@ -10,15 +10,15 @@ import datetime
 import json
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from jinja2 import nodes
     from jinja2.parser import Parser
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -59,9 +59,11 @@ class Template:
         if answer and goes_on:
             raise ValueError("a message that goes on is followed by no answer")
         chat = [_aliased({k: v for k, v in m.items() if v is not None}) for m in messages]
-        last = _last_text(chat[-1]) if goes_on else ""
+        last = ""
         if goes_on:
-            chat[-1] = _marked(chat[-1])
+            if "content" not in self._source:
+                raise ValueError("the template knows no content to go on with")
+            chat[-1], last = _marked(chat[-1])
         text: str = self._compiled.render(
             messages=chat, tools=None, documents=None, add_generation_prompt=answer, **variables
         )
@@ -75,24 +77,19 @@ def _aliased(message: dict[str, Any]) -> dict[str, Any]:
     return {"thinking": thought, **message, "reasoning_content": thought}
 
 
-def _last_text(message: Mapping[str, Any]) -> str:
+def _marked(message: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """A message whose text ends with the mark, and its text without."""
     content = message.get("content")
-    if isinstance(content, (list, tuple)):
-        texts = [part["text"] for part in content if "text" in part]
-        content = texts[-1] if texts else None
     if content is None:
         raise ValueError("the last message has no text to go on with")
-    return str(content)
-
-
-def _marked(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose text ends with the mark."""
-    content = message["content"]
     if not isinstance(content, (list, tuple)):
-        return {**message, "content": content + END}
-    at = max(i for i, part in enumerate(content) if "text" in part)
-    part = {**content[at], "text": content[at]["text"] + END}
-    return {**message, "content": [*content[:at], part, *content[at + 1 :]]}
+        return {**message, "content": content + END}, content
+    at = next((i for i in reversed(range(len(content))) if "text" in content[i]), None)
+    if at is None:
+        raise ValueError("the last message has no text to go on with")
+    text: str = content[at]["text"]
+    parts = [*content[:at], {**content[at], "text": text + END}, *content[at + 1 :]]
+    return {**message, "content": type(content)(parts)}, text
 
 
 def _up_to_mark(text: str, last: str) -> str:
@@ -117,13 +114,19 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what a model says, for training: here it is only what it holds."""
+    """`{% generation %}` marks what a model says, for training: here it is only what it holds, with
+    names of its own inside.
+    """
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 has it
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
+
+    def _said(self, caller: Callable[[], str]) -> str:
+        return caller()
 
 
 def _raise_exception(message: str) -> None:

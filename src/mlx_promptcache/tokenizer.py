@@ -12,8 +12,11 @@ time. Whatever else is asked is answered by the whole tokenizer, loaded when tha
 
 from __future__ import annotations
 
+import copy
 import functools
+import operator
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
     import tokenizers
 
-BPE, SPM, SPM_NO_SPACE, NAIVE = "bpe", "spm", "spm, no space", "naive"
+DETOKENIZERS = BPE, SPM, SPM_NO_SPACE, NAIVE = "bpe", "spm", "spm, no space", "naive"
 CLEANED = (
     (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"),
     (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
@@ -50,9 +53,28 @@ class Facts:
         """Facts as they were written.
 
         Raises:
-            TypeError: they are not all there.
+            TypeError: they are not all there, or are not what facts are.
         """
-        return cls(**value)
+        facts = cls(**value)
+        specials, ends = facts.special_tokens, facts.eos_token_ids
+        sound = (
+            isinstance(specials, dict)
+            and all(isinstance(token, str) for token in specials.values())
+            and isinstance(ends, list)
+            and all(map(_is_id, ends))
+            and (facts.eos_token_id is None or _is_id(facts.eos_token_id))
+            and (facts.chat_template is None or isinstance(facts.chat_template, str))
+            and facts.detokenizer in DETOKENIZERS
+            and isinstance(facts.splits_special_tokens, bool)
+            and isinstance(facts.cleans_up, bool)
+        )
+        if not sound:
+            raise TypeError("these are no facts of a tokenizer")
+        return facts
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 32
 
 
 class Tokenizer(engine.Renderer):
@@ -62,7 +84,10 @@ class Tokenizer(engine.Renderer):
     """
 
     def __init__(self, rust: tokenizers.Tokenizer, facts: Facts, whole: Callable[[], Any]) -> None:
-        self._rust, self._facts, self._whole = rust, facts, whole
+        self._rust, self._facts, self._make_whole = rust, facts, whole
+        self._made: Any = None
+        self._making = threading.Lock()
+        self.is_wrapped = False
         rust.no_truncation()
         rust.no_padding()
         rust.encode_special_tokens = facts.splits_special_tokens
@@ -70,14 +95,26 @@ class Tokenizer(engine.Renderer):
         self.eos_token_id = facts.eos_token_id
         self._render: Any = None
 
+    def whole(self) -> Any:
+        """The whole tokenizer in mlx-lm's wrapper, loaded when this is first called.
+
+        Raises:
+            ModelError: mlx-lm cannot load it any more.
+        """
+        with self._making:
+            if self._made is None:
+                self._made = self._make_whole()
+            return self._made
+
+    def _whole(self) -> Any:
+        return self.whole()._tokenizer
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        special: dict[str, str] = self.__dict__["_facts"].special_tokens
-        if name.endswith("_token") and name in special:
-            return special[name]
-        whole = self.__dict__["_whole"]()
-        return getattr(whole, name)
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if name.endswith("_token") and name in self._facts.special_tokens:
+            return self._facts.special_tokens[name]
+        return getattr(self._whole(), name)
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
@@ -101,26 +138,36 @@ class Tokenizer(engine.Renderer):
         """The vocabulary, looked up token by token."""
         return _Vocabulary(self._rust)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True, **others: Any) -> list[int]:
+    def encode(
+        self, text: str, *args: Any, add_special_tokens: bool = True, **others: Any
+    ) -> list[int]:
         """The ids of a text."""
-        if others or not isinstance(text, str):
+        if args or others or not isinstance(text, str):
             ids: list[int] = self._whole().encode(
-                text, add_special_tokens=add_special_tokens, **others
+                text, *args, add_special_tokens=add_special_tokens, **others
             )
             return ids
         return list(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
 
-    def decode(self, ids: int | Sequence[int], skip_special_tokens: bool = False) -> str:
-        """The text of ids."""
-        ids = [ids] if isinstance(ids, int) else list(ids)
+    def decode(self, ids: Any, skip_special_tokens: bool = False, **others: Any) -> Any:
+        """The text of an id, or of a list of ids."""
+        ids = [ids] if isinstance(ids, int) else ids
+        if others or type(ids) not in (list, tuple) or not all(isinstance(i, int) for i in ids):
+            return self._whole().decode(ids, skip_special_tokens=skip_special_tokens, **others)
         text: str = self._rust.decode(ids, skip_special_tokens=skip_special_tokens)
-        for found, put in CLEANED if self._facts.cleans_up else ():
-            text = text.replace(found, put)
-        return text
+        return cleaned(text) if self._facts.cleans_up else text
 
-    def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> Any:
-        """The tokens of ids, looked up one by one as they are asked for."""
-        return self._rust.id_to_token(ids) if isinstance(ids, int) else _Tokens(self._rust, ids)
+    def convert_ids_to_tokens(self, ids: Any, *args: Any, **others: Any) -> Any:
+        """The tokens of ids. While it is being wrapped they are looked up as they are asked for:
+        mlx-lm asks for all that there are, and needs few.
+        """
+        if args or others:
+            return self._whole().convert_ids_to_tokens(ids, *args, **others)
+        if isinstance(ids, int):
+            return self._rust.id_to_token(ids)
+        if self.is_wrapped:
+            return [self._rust.id_to_token(int(i)) for i in ids]
+        return _Tokens(self._rust, ids)
 
     def convert_tokens_to_ids(self, token: str) -> int | None:
         """The id of a token."""
@@ -132,7 +179,7 @@ class Tokenizer(engine.Renderer):
     def apply_chat_template(
         self,
         conversation: Sequence[Mapping[str, Any]],
-        *,
+        *args: Any,
         tokenize: bool = True,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
@@ -141,14 +188,19 @@ class Tokenizer(engine.Renderer):
     ) -> Any:
         """The text of a chat; its ids with `tokenize`. `variables` are the template's own.
 
+        Raises whatever the template raises, and
+
         Raises:
-            ValueError: the template refuses the messages, or there is none.
+            ValueError: there is no template, or the last message cannot be gone on with.
         """
-        plain = all(isinstance(value, (str, int, float, bool)) for value in variables.values())
-        if self.chat_template is None or return_dict or not plain or not _is_plain(conversation):
+        usual = not args and isinstance(continue_final_message, bool) and not return_dict
+        usual = usual and ASKED.isdisjoint(variables) and _are_messages(conversation)
+        usual = usual and all(type(v) in (str, int, float, bool) for v in variables.values())
+        if self.chat_template is None or not usual:
             return self._whole().apply_chat_template(
-                conversation, tokenize=tokenize, add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message, return_dict=return_dict, **variables,
+                conversation, *args, tokenize=tokenize, return_dict=return_dict,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message, **variables,
             )  # fmt: skip
         if self._render is None:
             from mlx_promptcache.templates import Template
@@ -161,13 +213,33 @@ class Tokenizer(engine.Renderer):
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
 
+ASKED = frozenset(
+    ("tools", "documents", "chat_template", "sanitize_control_tokens", "padding", "truncation",
+     "max_length", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs",
+     "conversations", "messages", "self"),
+)  # fmt: skip
+"""What `apply_chat_template` of transformers takes for itself, or refuses: no variables."""
+
+
+def _are_messages(value: Any) -> bool:
+    messages = type(value) in (list, tuple) and all(type(message) is dict for message in value)
+    return messages and _is_plain(value)
+
+
 def _is_plain(value: Any) -> bool:
-    """Whether there is nothing in it but what JSON has."""
-    if isinstance(value, (list, tuple)):
+    """Whether there is nothing in it but what JSON has: nothing with methods of its own."""
+    if type(value) in (list, tuple):
         return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if type(value) is dict:
+        return all(type(key) is str and _is_plain(item) for key, item in value.items())
     return value is None or type(value) in (str, int, float, bool)
+
+
+def cleaned(text: str) -> str:
+    """A text without the spaces before punctuation."""
+    for found, put in CLEANED:
+        text = text.replace(found, put)
+    return text
 
 
 class _Vocabulary(Mapping[str, int]):
@@ -214,14 +286,58 @@ def wrapped(tokenizer: Tokenizer, facts: Facts) -> Any:
         NAIVE: module.NaiveStreamingDetokenizer,
     }[facts.detokenizer]
 
-    class Wrapper(module.TokenizerWrapper):  # type: ignore[misc, name-defined]
+    kind = _wrapper_of(module.TokenizerWrapper, has_chat_template=facts.chat_template is not None)
+    wrapper = kind(tokenizer, detokenizer, eos_token_ids=facts.eos_token_ids)
+    wrapper._kept = tokenizer
+    tokenizer.is_wrapped = True
+    return wrapper
+
+
+NOT_KEPT = (
+    "has_tool_calling", "tool_call_start", "tool_call_start_tokens", "tool_call_end",
+    "tool_call_end_tokens", "tool_parser", "response_transitions", "response_initial_state",
+)  # fmt: skip
+"""What mlx-lm's wrapper says of a tokenizer, and only the whole one can."""
+
+
+def _wrapper_of(base: Any, *, has_chat_template: bool) -> Any:
+    class Wrapper(base):  # type: ignore[misc]
         @property  # type: ignore[misc]
         def __class__(self) -> type:
             # mlx-lm asks whether a tokenizer is wrapped already, of its own class of that name.
             own = sys.modules.get("mlx_lm.tokenizer_utils")
-            return type(self) if own is None else own.TokenizerWrapper
+            return getattr(own, "TokenizerWrapper", type(self))
 
-    return Wrapper(tokenizer, detokenizer, eos_token_ids=facts.eos_token_ids)
+        @property
+        def _whole(self) -> Any:
+            return self._kept.whole()
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """What is set may change what a tokenizer does: from then on the whole one does it."""
+            own = name.startswith("_") or hasattr(type(self), name)
+            if not own and "_kept" in self.__dict__:
+                whole = self._whole
+                self._tokenizer, self._detokenizer = whole._tokenizer, whole._detokenizer
+            super().__setattr__(name, value)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            """Copies, also those for other processes, are whole."""
+            whole = copy.copy(self._whole)
+            whole._eos_token_ids = self._eos_token_ids
+            return whole.__reduce_ex__(protocol)
+
+        @property
+        def has_chat_template(self) -> bool:
+            return has_chat_template
+
+        @has_chat_template.setter
+        def has_chat_template(self, _value: bool) -> None:
+            """What mlx-lm makes of a class that it does not know says nothing."""
+
+    for name in NOT_KEPT:
+        if hasattr(base, name):
+            setattr(Wrapper, name, property(operator.attrgetter(f"_whole.{name}")))
+    return Wrapper
 
 
 # What may be kept
@@ -245,7 +361,8 @@ def facts_of(wrapper: Any) -> Facts | None:
     detokenizer = _detokenizer_of(wrapper)
     template = whole.chat_template
     own = getattr(wrapper, "_chat_template", None)
-    if not usual or detokenizer is None or own is not None:
+    cleans_up = _cleans_up(whole)
+    if not usual or detokenizer is None or own is not None or cleans_up is None:
         return None
     if not (template is None or isinstance(template, str)):
         return None
@@ -256,12 +373,18 @@ def facts_of(wrapper: Any) -> Facts | None:
         chat_template=template,
         detokenizer=detokenizer,
         splits_special_tokens=bool(getattr(whole, "split_special_tokens", False)),
-        cleans_up=_cleans_up(whole),
+        cleans_up=cleans_up,
     )
 
 
-SHARED = ("encode", "decode", "apply_chat_template", "special_tokens_map", "clean_up_tokenization")
-FAST = ("_encode_plus", "_decode", "convert_ids_to_tokens", "__len__")
+SHARED = (
+    "encode", "decode", "apply_chat_template", "get_chat_template", "special_tokens_map",
+    "clean_up_tokenization", "convert_tokens_to_ids", "__call__", "__getattr__",
+)  # fmt: skip
+FAST = (
+    "_encode_plus", "_decode", "convert_ids_to_tokens", "get_vocab", "set_truncation_and_padding",
+    "backend_tokenizer", "__len__",
+)  # fmt: skip
 
 
 def _detokenizer_of(wrapper: Any) -> str | None:
@@ -272,11 +395,16 @@ def _detokenizer_of(wrapper: Any) -> str | None:
     return {"BPEStreamingDetokenizer": BPE, "NaiveStreamingDetokenizer": NAIVE}.get(name)
 
 
-def _cleans_up(whole: Any) -> bool:
-    """Whether decoding closes the spaces before punctuation: found out by trying."""
+def _cleans_up(whole: Any) -> bool | None:
+    """Whether decoding closes the spaces before punctuation: found out by trying. None if there are
+    none to try it with.
+    """
     rust = whole.backend_tokenizer
     ids = rust.encode("a . b , c ! d n't", add_special_tokens=False).ids
-    return bool(whole.decode(ids) != rust.decode(ids, skip_special_tokens=False))
+    text = rust.decode(ids, skip_special_tokens=False)
+    if getattr(whole, "clean_up_tokenization_spaces", False) and cleaned(text) == text:
+        return None
+    return bool(whole.decode(ids) != text)
 
 
 TEXTS = (

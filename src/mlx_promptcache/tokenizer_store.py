@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 import re
 import time
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_promptcache import arithmetic, container
 from mlx_promptcache.container import Array
 from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError
+from mlx_promptcache.headers import TOKENIZER
 from mlx_promptcache.store import TOKENIZERS
 from mlx_promptcache.tokenizer import Facts, Tokenizer, agrees, facts_of, wrapped
 from mlx_promptcache.tree import KEY_BYTES
@@ -33,10 +35,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlx_promptcache")
 
-KIND = "tokenizer"
 ARRAY = "tokenizer.json"
 FORMAT = 1  # raised when what is kept means something else
-FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.jsonl")
+FILES = (
+    "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.jsonl",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
 VERSION = re.compile(rb"^__version__ = [\"']([^\"']+)", re.MULTILINE)
 LARGEST_BYTES = 1 << 28
 
@@ -47,76 +51,99 @@ class TokenizerStore:
     def __init__(self, store: Store, bad: Quarantine) -> None:
         self._store, self._bad = store, bad
 
-    def load(self, model: Path, whole: Callable[[], Any]) -> Any:
-        """The tokenizer of a model, wrapped as mlx-lm wraps it; None if it is not kept.
+    def tokenizer(self, model: Path, whole: Callable[[], Any], *, keeps: bool) -> Any:
+        """The tokenizer of a model, wrapped as mlx-lm wraps it.
 
-        `whole` makes the whole one, for what the kept one does not know.
+        `whole` makes the whole one, for what the kept one does not know, or if none is kept; then,
+        with `keeps`, it is kept. Failing to keep it is no matter.
         """
-        stem = stem_of(model)
+        stem = _stem_or_none(model)
+        kept = None if stem is None else self._load(stem, whole)
+        if kept is not None:
+            return kept
+        tokenizer = whole()
+        # Files that were replaced meanwhile are not what it was made from.
+        if keeps and stem is not None and stem == _stem_or_none(model):
+            self._keep(stem, tokenizer)
+        return tokenizer
+
+    def _load(self, stem: str, whole: Callable[[], Any]) -> Any:
         try:
             with self._store.reader(TOKENIZERS, stem) as reader:
                 header = reader.header()
                 facts, entry = _checked(header)
                 text = bytes(container.read_array(reader.read, entry).data)
             return _made(text, facts, whole)
-        except CacheMiss as exc:
-            if isinstance(exc, DamagedFile):
-                self._bad.set_aside(TOKENIZERS, stem, exc)
         except PromptCacheError as exc:
-            self._bad.set_aside(TOKENIZERS, stem, exc)
+            if isinstance(exc, DamagedFile) or not isinstance(exc, CacheMiss):
+                self._bad.set_aside(TOKENIZERS, stem, exc)
         except Exception as exc:  # noqa: BLE001 - whatever another release does otherwise
             log.debug("the tokenizer that is kept cannot be used: %s", exc)
         return None
 
-    def keep(self, model: Path, wrapper: Any) -> bool:
-        """Keep a tokenizer that mlx-lm loaded, if the kept one does the same; whether it is kept.
-
-        Failing is no matter.
-        """
+    def _keep(self, stem: str, wrapper: Any) -> None:
         try:
             facts = facts_of(wrapper)
             if facts is None:
-                return False
+                return
             text = _shortened(wrapper.backend_tokenizer.to_str()).encode()
-            if not agrees(_made(text, facts, lambda: wrapper), wrapper):
+            if agrees(_made(text, facts, lambda: wrapper), wrapper):
+                self._write(stem, facts, text)
+            else:
                 log.debug("this tokenizer is not kept: what would be kept of it differs")
-                return False
-            self._write(model, facts, text)
         except Exception as exc:  # noqa: BLE001 - it is a convenience
             log.debug("this tokenizer is not kept: %s", exc)
-            return False
-        return True
 
-    def _write(self, model: Path, facts: Facts, text: bytes) -> None:
+    def _write(self, stem: str, facts: Facts, text: bytes) -> None:
         arrays = {ARRAY: Array("uint8", (len(text),), text)}
         notes = {"made": round(time.time(), 3), "versions": arithmetic.versions()}
-        packed = container.pack(KIND, asdict(facts), notes, arrays)
+        packed = container.pack(TOKENIZER, asdict(facts), notes, arrays)
         self._store.create()
         with self._store.shared():
-            self._store.write(TOKENIZERS, stem_of(model), packed)
+            self._store.write(TOKENIZERS, stem, packed)
 
 
 def _shortened(text: str) -> str:
     """A tokenizer's JSON with its merges as `"a b"`, which is read a quarter faster than as
-    `["a", "b"]`, if no token of them has a space.
+    `["a", "b"]`, if that says the same of all of them.
     """
     value = json.loads(text)
     merges = value.get("model", {}).get("merges")
-    pairs = isinstance(merges, list) and all(isinstance(pair, list) for pair in merges)
-    if pairs and not any(" " in token for pair in merges for token in pair):
+    if isinstance(merges, list) and all(map(_is_shortened_well, merges)):
         value["model"]["merges"] = [" ".join(pair) for pair in merges]
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
+def _is_shortened_well(pair: Any) -> bool:
+    """Not if a token has a space, nor if it would read as the comment that may begin such lists."""
+    spaces = isinstance(pair, str) or any(" " in token for token in pair)
+    return not spaces and not pair[0].startswith("#version")
+
+
 def _made(text: bytes, facts: Facts, whole: Callable[[], Any]) -> Any:
+    """The tokenizer that is kept.
+
+    Raises:
+        DamagedFile: it is none.
+    """
     import tokenizers
 
-    return wrapped(Tokenizer(tokenizers.Tokenizer.from_str(text.decode()), facts, whole), facts)
+    try:
+        rust = tokenizers.Tokenizer.from_str(text.decode())
+        return wrapped(Tokenizer(rust, facts, whole), facts)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as exc:  # a panic of Rust is no Exception
+        raise DamagedFile(f"it makes no tokenizer: {_sentence(exc)}") from exc
+
+
+def _sentence(exc: BaseException) -> str:
+    return " ".join(str(exc).split())[:200]
 
 
 def _checked(header: container.Header) -> tuple[Facts, container.Entry]:
     entry = header.entries.get(ARRAY)
-    if header.kind != KIND or entry is None or entry.dtype != "uint8" or len(entry.shape) != 1:
+    if header.kind != TOKENIZER or entry is None or entry.dtype != "uint8" or len(entry.shape) != 1:
         raise DamagedFile("it is no tokenizer")
     if entry.shape[0] > LARGEST_BYTES:
         raise DamagedFile("it is too large")
@@ -126,12 +153,20 @@ def _checked(header: container.Header) -> tuple[Facts, container.Entry]:
         raise DamagedFile("what it says of a tokenizer makes no sense") from None
 
 
+def _stem_or_none(model: Path) -> str | None:
+    try:
+        return stem_of(model)
+    except (OSError, ValueError) as exc:
+        log.debug("the tokenizer's files cannot be told apart: %s", exc)
+        return None
+
+
 def stem_of(model: Path) -> str:
     """Where the tokenizer of a model directory is kept: a hash of all that it is made from."""
     digest = hashlib.blake2b(f"{FORMAT} {_releases()}".encode(), digest_size=KEY_BYTES)
     for path in _files(model):
         data = hashlib.sha256(path.read_bytes()).digest()
-        digest.update(path.name.encode() + b"\0" + data)
+        digest.update(os.fsencode(path.relative_to(model)) + b"\0" + data)
     key = digest.hexdigest()
     return f"{key[:2]}/{key}"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mlx_promptcache import catalog, container, headers
 from mlx_promptcache.errors import CacheMiss, DamagedFile, ForeignFile, StoreError
-from mlx_promptcache.store import BLOCKS, NAMES, SNAPSHOTS, Store
+from mlx_promptcache.store import BLOCKS, NAMES, SNAPSHOTS, TOKENIZERS, Store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Damage:
-    """A file that is not what it should be: a block, a snapshot or a name.
+    """A file that is not what it should be: a block, a snapshot, a tokenizer or a name.
 
     `certain` if its bytes say so; not if they merely could not be read, or if what is wrong is
     another file.
@@ -59,6 +59,7 @@ def verify(store: Store, names: Sequence[str] = ()) -> Report:
             if stem not in there
         ]
     files = [*((SNAPSHOTS, stem) for stem in snapshots), *((BLOCKS, stem) for stem in blocks)]
+    files += [(TOKENIZERS, stem) for stem in (() if names else store.stems(TOKENIZERS))]
     damaged += [found for kind, stem in files if (found := look(store, kind, stem)) is not None]
     total = sum(store.size(kind, stem) for kind, stem in files)
     return Report(len(files), total, tuple(damaged), time.monotonic() - began)
@@ -87,8 +88,10 @@ def look(store: Store, kind: str, stem: str) -> Damage | None:
             header = reader.header()
             if kind == SNAPSHOTS:
                 headers.checked_snapshot(header, stem)
-            else:
+            elif kind == BLOCKS:
                 headers.checked_block(header, stem)
+            elif header.kind != headers.TOKENIZER:
+                raise DamagedFile("it is no tokenizer")
             container.check(reader.read, header.entries.values())
     except ForeignFile:
         return None

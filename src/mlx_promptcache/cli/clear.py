@@ -114,5 +114,6 @@ def _print(plan: Deletion, dry_run: bool) -> None:
         f"{'would delete' if dry_run else 'to delete'}: {len(plan.names)} names"
         f"{' (' + ', '.join(plan.names) + ')' if plan.names else ''}, "
         f"{len(plan.snapshots)} snapshots, {len(plan.blocks)} blocks, "
+        f"{f'{len(plan.tokenizers)} tokenizers, ' if plan.tokenizers else ''}"
         f"{output.size(plan.freed_bytes)}"
     )
