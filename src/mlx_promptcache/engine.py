@@ -154,7 +154,7 @@ def _without(later: Mapping[str, Mapping[str, Any]], name: str) -> Any:
     """
     whole = f"{PACKAGE}.{name}"
     if whole in sys.modules:
-        return sys.modules[whole]
+        return importlib.import_module(whole)  # another thread may be importing it
     try:
         return _copy(later, whole)
     except Exception as exc:  # noqa: BLE001 - whatever another release does otherwise
