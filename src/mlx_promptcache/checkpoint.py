@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+AT_ONCE = 16  # arrays that are waited for together; fewer leave cores idle, all could not be left
+
+
 class Weights:
     """The weights of a model, on their way from its files while other things are done."""
 
@@ -37,10 +40,11 @@ class Weights:
     def _read(self, model: Any) -> None:
         try:
             parameters: Any = tree_flatten(model.parameters())
-            for _, array in parameters:
+            arrays = [array for _, array in parameters]
+            for i in range(0, len(arrays), AT_ONCE):
                 if self._leaving:
                     return
-                mx.eval(array)  # one by one: the other cores have other things to do
+                mx.eval(arrays[i : i + AT_ONCE])
         except Exception as exc:  # noqa: BLE001 - whatever it is, `wait` tells of it
             self._error = exc
 
