@@ -60,7 +60,7 @@ class Staging:
     """
 
     def __init__(self, count: int, largest_bytes: int) -> None:
-        arrays = [mx.zeros((largest_bytes,), mx.uint8) for _ in range(count)]
+        arrays = [mx.zeros((max(1, largest_bytes),), mx.uint8) for _ in range(count)]
         mx.eval(arrays)
         self._free: SimpleQueue[tuple[mx.array, memoryview]] = SimpleQueue()
         for array in arrays:
@@ -144,7 +144,9 @@ class Room:
         """
         for start, stop, at in self._shared(used):
             first, count = start - used.start, stop - start
-            if _HOST_SEES_ARRAYS:
+            if not self._row_bytes:
+                pass  # rows of nothing: some layers have such keys or values
+            elif _HOST_SEES_ARRAYS:
                 self._copy(stack, layer, first, at, count)
             else:
                 self.bytes[:, :, at : at + count] = stack[layer, :, :, first : first + count]
