@@ -117,15 +117,15 @@ def test_a_list_opens_each_file_at_most_once_and_lists_each_directory_once(
 # A conversation
 
 
-@pytest.mark.parametrize("kind", ["plain", "rotating", "hybrid"])
+@pytest.mark.parametrize(("kind", "turns"), [("plain", 50), ("rotating", 20), ("hybrid", 20)])
 def test_each_turn_of_a_conversation_writes_its_own_rows_and_its_snapshots(
-    kind: str, tmp_path: Path
+    kind: str, turns: int, tmp_path: Path
 ) -> None:
     runner = Runner(tiny.KINDS[kind]())
     blueprint = Blueprint.of(runner.model, runner.kv)
     tokens: list[int] = []
     there: dict[str, tuple[int, int]] = {}
-    for turn in range(50):
+    for turn in range(turns):
         runner.cache = cache = PromptCache(tmp_path, kind)
         cache.blueprint = blueprint
         run = runner.start(
