@@ -7,7 +7,7 @@ import contextlib
 import importlib
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -67,8 +67,16 @@ class Weights:
             raise ModelError(f"the weights of {self._path} cannot be read: {why}") from self._error
 
 
-def load(path: Path, adapter: Path | None) -> tuple[Any, Mapping[str, Any], Weights]:
-    """Load a model, and return it with its configuration, and its weights, which are being read.
+class Loaded(NamedTuple):
+    """A model, its configuration, and its weights, which are being read."""
+
+    model: Any
+    config: Mapping[str, Any]
+    weights: Weights
+
+
+def load(path: Path, adapter: Path | None) -> Loaded:
+    """Load a model; its weights are being read when this returns.
 
     Nothing may be computed with them before they are there.
 
@@ -85,7 +93,7 @@ def load(path: Path, adapter: Path | None) -> tuple[Any, Mapping[str, Any], Weig
     except Exception as exc:
         raise ModelError(f"mlx-lm cannot load {path}: {exc}") from exc
     _keep_in_memory()
-    return model, config, Weights(model, path, beside=stream is not None)
+    return Loaded(model, config, Weights(model, path, beside=stream is not None))
 
 
 def load_tokenizer(path: Path, config: Mapping[str, Any]) -> Any:

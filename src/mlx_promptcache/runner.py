@@ -34,7 +34,7 @@ from mlx_promptcache.trunk import Trunk
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from mlx_promptcache.checkpoint import Weights
+    from mlx_promptcache.checkpoint import Loaded, Weights
     from mlx_promptcache.run import Later, Progress
 
     PromptLike = str | Sequence[Mapping[str, Any]] | Sequence[int] | Prompt
@@ -120,8 +120,10 @@ class Runner:
         salt: str = "",
         read_only: bool = False,
         use_cache: bool = True,
+        loaded: Loaded | None = None,
     ) -> Runner:
-        """Load a model through mlx-lm and open its store.
+        """Load a model through mlx-lm and open its store. `loaded` is this very model, if
+        `checkpoint.load` has begun to load it.
 
         Raises:
             ModelError: there is no such model or adapter, or mlx-lm cannot load it.
@@ -138,7 +140,7 @@ class Runner:
             Store(directory).check()
             fingerprint = remembered(path, adapter=adapter, kv=kv, salt=salt, draft=draft_path)
             cache = PromptCache(directory, fingerprint, kv=kv, read_only=read_only)
-        model, told, weights = checkpoint.load(path, adapter)
+        model, told, weights = loaded or checkpoint.load(path, adapter)
         tokenizer = _tokenizer(path, told, cache)
         draft, others = None, None
         if draft_path is not None:

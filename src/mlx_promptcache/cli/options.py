@@ -20,6 +20,7 @@ from mlx_promptcache.store import Store
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mlx_promptcache.checkpoint import Loaded
     from mlx_promptcache.runner import Runner
     from mlx_promptcache.sampling import Sampling
 
@@ -200,15 +201,27 @@ class ModelChoice:
                 raise
             return None
 
-    def runner(self, *, read_only: bool = False, use_cache: bool = True) -> Runner:
-        """Load the model."""
-        path = self.path()
+    def begin(self, *, use_cache: bool = True) -> Loaded:
+        """Begin to load the model: while its weights are read other things can be imported."""
+        path, adapter = self.path(), Path(self.adapter_path) if self.adapter_path else None
         if use_cache:
             self.store(download=True)  # before the model, which takes long
+            draft = models.find(self.draft_model) if self.draft_model else None
+            remembered(path, adapter=adapter, kv=self.kv, salt=self.salt, draft=draft)
+        models.config(path)
+        from mlx_promptcache import checkpoint
+
+        return checkpoint.load(path, adapter)
+
+    def runner(
+        self, *, read_only: bool = False, use_cache: bool = True, loaded: Loaded | None = None
+    ) -> Runner:
+        """Load the model, which may have been begun."""
+        loaded = loaded or self.begin(use_cache=use_cache)
         from mlx_promptcache.runner import Runner
 
         return Runner.load(
-            str(path),
+            str(self.path()),
             self.adapter_path,
             self.kv_bits,
             self.cache_dir,
@@ -220,6 +233,7 @@ class ModelChoice:
             salt=self.salt,
             read_only=read_only,
             use_cache=use_cache,
+            loaded=loaded,
         )
 
 
