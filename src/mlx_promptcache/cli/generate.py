@@ -56,10 +56,10 @@ def command(**options: Any) -> int:
     if name is not None:
         _stored(choice.store(), name)  # before the model, which takes long
 
+    asked.sampling()  # what makes no sense is told before the model is looked for
     loaded = choice.begin(use_cache=not off)
     from mlx_promptcache.cli.session import DEFAULT_MAX_TOKENS, Interrupted, Session
 
-    asked.sampling()  # what makes no sense is told before anything is computed
     runner = choice.runner(read_only=read_only, use_cache=not off, loaded=loaded)
     session = Session(runner, as_json=options["as_json"], quiet=options["quiet"], seed=asked.seed)
     prompt = _prompt(runner, prompts, choice, name)
