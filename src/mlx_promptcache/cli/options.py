@@ -204,11 +204,11 @@ class ModelChoice:
     def begin(self, *, use_cache: bool = True) -> Loaded:
         """Begin to load the model: while its weights are read other things can be imported."""
         path, adapter = self.path(), Path(self.adapter_path) if self.adapter_path else None
+        models.config(path)  # whether there is a model at all
         if use_cache:
             self.store(download=True)  # before the model, which takes long
             draft = models.find(self.draft_model) if self.draft_model else None
             remembered(path, adapter=adapter, kv=self.kv, salt=self.salt, draft=draft)
-        models.config(path)
         from mlx_promptcache import checkpoint
 
         return checkpoint.load(path, adapter)
