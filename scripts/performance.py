@@ -54,7 +54,7 @@ All programs get the prompt through the model's chat template. `{theirs}` is `ml
 ## A cold process
 
 From the start of a process to its end: the whole prompt is computed, and {saved_run} tokens are
-generated. Seconds; rounds: {runs}; every run of ours with an empty store.
+generated. Seconds; rounds: {process_runs}; every run of ours with an empty store.
 
 {cold}
 
@@ -128,6 +128,7 @@ def document(report: Json) -> str:
         theirs=THEIRS,
         llama_note=llama_note(report),
         runs=len(report["warm"][OURS]),
+        process_runs=len(report["cold"][OURS]),
         warm=samples_table(report["warm"]),
         saved_run=SAVED_RUN,
         cold=samples_table(report["cold"]),
