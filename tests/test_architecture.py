@@ -25,6 +25,7 @@ FLOORS = [
     "__init__",
     "codec",
     "container",
+    "memo",
     "places",
     "store",
     "tree",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib
-import os
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -109,8 +108,6 @@ def load_tokenizer(path: Path, config: Mapping[str, Any]) -> Any:
 
 
 def _tokenizer(path: Path, ends: Any) -> Any:
-    # As the `__init__` of mlx-lm does: else transformers tells users that there is no PyTorch.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     return importlib.import_module("mlx_lm.utils").load_tokenizer(path, eos_token_ids=ends)
 
 

@@ -16,7 +16,7 @@ import time
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from mlx_promptcache import headers, places
+from mlx_promptcache import headers, memo, places
 from mlx_promptcache.errors import CacheMiss, PromptCacheError
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, TOKENIZERS, File, Store
 from mlx_promptcache.version import __version__
@@ -215,7 +215,8 @@ class _Known:
         ]
         blocks = [[stem, *stamp, *fact] for stem, (stamp, fact) in self.blocks.items()]
         rows = {"fingerprints": list(parts), "used": list(used)}
-        _replace(path, json.dumps({**rows, "snapshots": snapshots, "blocks": blocks}))
+        text = json.dumps({**rows, "snapshots": snapshots, "blocks": blocks})
+        memo.write(path, f"{_checksum(text)}\n{text}")
 
 
 def _uses(blocks: Sequence[tuple[str, str]], counts: Sequence[int]) -> tuple[Use, ...]:
@@ -227,16 +228,3 @@ def _uses(blocks: Sequence[tuple[str, str]], counts: Sequence[int]) -> tuple[Use
 
 def _checksum(text: str) -> str:
     return hashlib.sha256(f"{__version__}\n{text}".encode()).hexdigest()
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        path.parent.mkdir(0o700, parents=True, exist_ok=True)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(fd, "w", encoding="ascii") as file:
-            file.write(f"{_checksum(text)}\n{text}")
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ on a path, a date or a machine: a copied model with its copied store still fits.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache import models, places
 from mlx_promptcache.errors import ModelError
+from mlx_promptcache.memo import write
 from mlx_promptcache.tree import KEY_BYTES
 
 if TYPE_CHECKING:
@@ -188,16 +188,7 @@ class Memo:
             return
         there = {name: row for name, row in self.known.items() if os.path.exists(name)}  # noqa: PTH110
         text = json.dumps(there, separators=(",", ":"))
-        temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-        try:
-            path.parent.mkdir(0o700, parents=True, exist_ok=True)
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(fd, "w", encoding="utf-8") as file:
-                file.write(f"{_hash(text.encode())}\n{text}")
-            temporary.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        write(path, f"{_hash(text.encode())}\n{text}")
         self.changed = False
 
 

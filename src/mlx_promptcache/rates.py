@@ -6,12 +6,10 @@ measured is kept in the user's cache directory; losing it costs one slow read.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from typing import TYPE_CHECKING
 
-from mlx_promptcache import places
+from mlx_promptcache import memo, places
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,9 +32,11 @@ class Rates:
 
         Saying yes makes the next answer more hopeful: drives wake up, networks recover.
         """
+        if stored_bytes < LEAST_BYTES:
+            return False
         known = _load()
         read, computed = known.get(self._read), known.get(self._computed)
-        if stored_bytes < LEAST_BYTES or not read or not computed:
+        if not read or not computed:
             return False
         reading, computing = stored_bytes / read, tokens / computed
         slower = reading > SLOWER * computing and reading > computing + WAIT_SECONDS
@@ -73,14 +73,4 @@ def _load() -> dict[str, float]:
 
 
 def _save(known: dict[str, float]) -> None:
-    path = places.rates_memo()
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        path.parent.mkdir(0o700, parents=True, exist_ok=True)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            json.dump(known, file)
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    memo.write(places.rates_memo(), json.dumps(known))
