@@ -26,6 +26,8 @@ FLOORS = [
     "codec",
     "container",
     "memo",
+    "files",
+    "locks",
     "places",
     "store",
     "tree",

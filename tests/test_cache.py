@@ -23,7 +23,7 @@ from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 
 import processes
 import tiny
-from mlx_promptcache import PromptCache, Runner, Sampling, State, store
+from mlx_promptcache import PromptCache, Runner, Sampling, State, locks
 from mlx_promptcache.blueprint import Blueprint
 from mlx_promptcache.errors import (
     CacheLocked,
@@ -665,7 +665,7 @@ def test_garbage_in_the_files_that_are_not_containers_is_no_matter(
     assert Runner.load(str(model)).start("Hello, world!").prefilled_tokens == 0
     store = model / "prompt_cache"
     names = {path.name for path in store.iterdir() if path.is_file()}
-    assert names == {"lock", "uses.jsonl"}
+    assert names == {"lock", "gate", "turn", "uses.jsonl"}
     for name in names:
         (store / name).write_bytes(garbage)
     again = Runner.load(str(model))
@@ -855,7 +855,7 @@ def test_threads_that_save_at_the_same_time_leave_a_whole_store(tmp_path: Path) 
 def test_a_store_that_is_locked_is_a_miss_on_the_way_and_an_error_when_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(store, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(locks, "LOCK_SECONDS", 0.05)
     prompt = random_tokens(30, seed=22)
     state = keep("plain", tmp_path, prompt, "mine")
     cache = PromptCache(tmp_path, "plain")

@@ -181,7 +181,7 @@ def test_a_memo_that_cannot_be_written_is_no_matter(
 def test_a_system_that_notes_every_reading_lets_the_memo_stand(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_promptcache.store.NO_ATIME", 0)
+    monkeypatch.setattr("mlx_promptcache.files.NO_ATIME", 0)
     listed(store)
     with Counted(store.directory) as count:
         listed(store)

@@ -10,8 +10,8 @@ import pytest
 
 import tiny
 from mlx_promptcache import PromptCache, Runner, places
+from mlx_promptcache.files import Reader
 from mlx_promptcache.rates import FORGET, LEAST_BYTES, LEAST_TOKENS, WAIT_SECONDS, Rates
-from mlx_promptcache.store import Reader
 
 if TYPE_CHECKING:
     from pathlib import Path

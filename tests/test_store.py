@@ -22,12 +22,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import processes
+from mlx_promptcache import files as files_module
+from mlx_promptcache import locks
 from mlx_promptcache import store as store_module
 from mlx_promptcache.container import Array, pack, read_array
 from mlx_promptcache.errors import CacheLocked, CacheMiss, DamagedFile, PromptCacheError, StoreError
+from mlx_promptcache.locks import LOCK, LOCK_FILES
 from mlx_promptcache.store import (
     BLOCKS,
-    LOCK,
     LONGEST_NAME_BYTES,
     NAMES,
     QUARANTINE,
@@ -63,7 +65,9 @@ def packed(text: str = "first", size: int = 100) -> Packed:
 def files(directory: Path) -> list[str]:
     """Every file below a directory, temporary ones included, but the lock."""
     paths = (path for path in directory.rglob("*") if not path.is_dir())
-    return sorted(path.relative_to(directory).as_posix() for path in paths if path.name != LOCK)
+    return sorted(
+        path.relative_to(directory).as_posix() for path in paths if path.name not in LOCK_FILES
+    )
 
 
 def one_sentence(error: PromptCacheError) -> bool:
@@ -206,8 +210,8 @@ def test_what_was_written_before_can_be_brought_to_the_drive(
     store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     synced: list[os.stat_result] = []
-    monkeypatch.setattr(store_module, "_sync", lambda fd: synced.append(os.fstat(fd)))
-    monkeypatch.setattr(store_module, "_sync_directory", lambda path: synced.append(path.stat()))
+    monkeypatch.setattr(store_module, "sync_file", lambda fd: synced.append(os.fstat(fd)))
+    monkeypatch.setattr(store_module, "sync_directory", lambda path: synced.append(path.stat()))
     store.write(BLOCKS, STEM, packed())
     assert synced == []
     store.sync(BLOCKS, STEM)
@@ -268,7 +272,7 @@ def test_a_sync_that_fails_leaves_nothing(store: Store, monkeypatch: pytest.Monk
     def refuse(_: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(store_module, "_sync", refuse)
+    monkeypatch.setattr(files_module, "sync_file", refuse)
     with pytest.raises(StoreError, match="cannot write"):
         store.write(BLOCKS, STEM, packed(), sync=True)
     assert files(store.directory) == []
@@ -457,7 +461,7 @@ def test_looking_is_not_using(store: Store) -> None:
 def test_looking_is_not_using_where_the_system_has_no_flag_for_it(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "NO_ATIME", 0)
+    monkeypatch.setattr(files_module, "NO_ATIME", 0)
     store.write(BLOCKS, STEM, packed())
     path = store.path(BLOCKS, STEM)
     os.utime(path, (1_000_000_000, 1_100_000_000))
@@ -762,7 +766,7 @@ def held_elsewhere(store: Store, how: str) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(locks, "LOCK_SECONDS", 0.05)
 
 
 @pytest.mark.usefixtures("impatient")

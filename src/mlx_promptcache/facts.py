@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from mlx_promptcache import headers, memo, places
 from mlx_promptcache.errors import CacheMiss, PromptCacheError
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, TOKENIZERS, File, Store
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, TOKENIZERS, Store
 from mlx_promptcache.version import __version__
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mlx_promptcache.container import Header
+    from mlx_promptcache.files import File
 
     Stamp = tuple[int, ...]
     T = TypeVar("T")

@@ -7,7 +7,7 @@
       tokenizers/<stem>.safetensors
       quarantine/              files found damaged, moved aside
       uses.jsonl               one line a hit; statistics only
-      lock                     flock: shared to read and write, exclusive to delete
+      lock, gate, turn         see `locks.py`
 
 A file appears whole or not at all, under a name that nothing else is ever written to, and is never
 written again: not even its mtime changes, so that backups and `rsync` see what is new and nothing
@@ -18,31 +18,31 @@ stems mean.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import re
 import secrets
 import shutil
-import stat
-import sys
 import time
 import unicodedata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from mlx_promptcache import container
-from mlx_promptcache.errors import (
-    CacheLocked,
-    CacheMiss,
-    DamagedFile,
-    PromptCacheError,
-    StoreError,
+from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError, StoreError
+from mlx_promptcache.files import (
+    TEMPORARY,
+    File,
+    Reader,
+    sync_directory,
+    sync_file,
+    write_once,
 )
+from mlx_promptcache.locks import LOCK_FILES, Locks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from mlx_promptcache import container
 
 BLOCKS = "blocks"
 SNAPSHOTS = "snapshots"
@@ -51,19 +51,10 @@ TOKENIZERS = "tokenizers"
 KINDS = (BLOCKS, SNAPSHOTS, TOKENIZERS)
 QUARANTINE = "quarantine"
 USES = "uses.jsonl"
-LOCK = "lock"
 
 SUFFIX = ".safetensors"
-TEMPORARY = ".tmp-"
 STEM = re.compile(r"[0-9a-f]{2}/[0-9a-f-]{1,200}")
-LOCK_SECONDS = 30.0
 LONGEST_NAME_BYTES = 200
-NO_LINKS = {
-    errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EINVAL,
-    errno.EACCES,
-}  # fmt: skip
-NO_ATIME: int = getattr(os, "O_NOATIME", 0)  # Linux only
-FULL_FSYNC = 51  # F_FULLFSYNC of macOS's <fcntl.h>: the drive's own cache too
 
 
 class Store:
@@ -71,6 +62,8 @@ class Store:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
+        self.locks = Locks(self.directory)
+        self.shared, self.exclusive = self.locks.shared, self.locks.exclusive
 
     def __repr__(self) -> str:
         return f"Store({str(self.directory)!r})"
@@ -88,7 +81,7 @@ class Store:
                 self.directory.chmod(0o700)
             for kind in (BLOCKS, SNAPSHOTS, NAMES, TOKENIZERS):
                 (self.directory / kind).mkdir(0o700, exist_ok=True)
-            os.close(os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600))
+            self.locks.create()
 
     def check(self) -> bool:
         """Whether there is a store here.
@@ -104,7 +97,9 @@ class Store:
             raise StoreError(f"{self.directory} is a file, not a store of prompt caches") from None
         except OSError as exc:
             raise StoreError(f"the store {self.directory} cannot be read: {exc.strerror}") from exc
-        foreign = [name for name in names if not name.startswith(".") and name not in {LOCK, USES}]
+        foreign = [
+            name for name in names if not name.startswith(".") and name not in {*LOCK_FILES, USES}
+        ]
         if foreign and BLOCKS not in names and SNAPSHOTS not in names:
             raise StoreError(
                 f"{self.directory} is not a store of prompt caches: choose another --cache-dir, "
@@ -181,7 +176,7 @@ class Store:
         path = self.path(kind, stem)
         with _told(f"cannot write to the store {self.directory}"):
             path.parent.mkdir(0o700, parents=True, exist_ok=True)
-            return _write_once(path, packed.chunks, sync=sync, replace=False)
+            return write_once(path, packed.chunks, sync=sync)
 
     def sync(self, kind: str, stem: str) -> None:
         """Return when a file that was written before, and its name, are on the drive.
@@ -193,11 +188,11 @@ class Store:
         with _told(f"cannot write to the store {self.directory}"):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
-                _sync(fd)
+                sync_file(fd)
             finally:
                 os.close(fd)
             for directory in (path.parent, path.parent.parent, self.directory):
-                _sync_directory(directory)
+                sync_directory(directory)
 
     def reader(self, kind: str, stem: str) -> contextlib.closing[Reader]:
         """Open a file for reading; close it when done (`with store.reader(...) as reader`).
@@ -322,7 +317,7 @@ class Store:
         """
         path = self.directory / NAMES / check_name(name)
         with _told(f"cannot write to the store {self.directory}"):
-            _write_once(path, [stem.encode() + b"\n"], sync=sync, replace=True)
+            write_once(path, [stem.encode() + b"\n"], sync=sync, replace=True)
 
     def remove_name(self, name: str) -> None:
         """Delete a name; what it stands for stays. The caller holds `exclusive()`."""
@@ -355,149 +350,6 @@ class Store:
             if isinstance(use, dict):
                 yield use
 
-    # Locks
-
-    @contextlib.contextmanager
-    def shared(self) -> Iterator[None]:
-        """Hold the lock that readers and writers share: nothing is deleted meanwhile.
-
-        Raises:
-            CacheLocked: somebody deletes, and does not come to an end.
-        """
-        with self._locked(fcntl.LOCK_SH):
-            yield
-
-    @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Hold the lock alone, to delete.
-
-        Raises:
-            CacheLocked: others read or write, and do not come to an end.
-        """
-        with self._locked(fcntl.LOCK_EX):
-            yield
-
-    @contextlib.contextmanager
-    def _locked(self, how: int) -> Iterator[None]:
-        fd = self._lock_file(how)
-        if fd is None:
-            yield
-            return
-        try:
-            _flock(fd, how, self.directory)
-            yield
-        finally:
-            os.close(fd)
-
-    def _lock_file(self, how: int) -> int | None:
-        """Open the lock; None where there is nothing to lock, or nobody can delete anything."""
-        make = how == fcntl.LOCK_EX and self.directory.is_dir()  # it was copied without its lock
-        try:
-            return os.open(self.directory / LOCK, os.O_RDONLY | (os.O_CREAT if make else 0), 0o600)
-        except OSError as exc:
-            if make:
-                raise StoreError(f"{self.directory} cannot be locked: {exc.strerror}") from exc
-            return None
-
-
-class File(NamedTuple):
-    """What the file system says of a file."""
-
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-    inode: int
-    last_use: float  # seconds since the epoch
-
-    @property
-    def stamp(self) -> tuple[int, ...]:
-        """While this stays the same, so do the bytes: only the system sets `ctime_ns`."""
-        return self[:4]
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> File:
-        """From the answer of `stat`."""
-        return cls(
-            status.st_size,
-            status.st_mtime_ns,
-            status.st_ctime_ns,
-            status.st_ino,
-            max(status.st_atime, status.st_mtime),
-        )
-
-
-class Reader:
-    """A file of the store, open for reading. It stays whole while it is open, deleted or not."""
-
-    def __init__(self, path: str | Path) -> None:
-        try:
-            self._fd = _open_unnoticed(path)
-        except FileNotFoundError:
-            raise CacheMiss("a file that is needed is not there") from None
-        except OSError as exc:
-            raise StoreError(f"a file of the store cannot be read: {exc.strerror}") from exc
-        self._status = os.fstat(self._fd)
-        self.file = File.of(self._status)
-        """The file as it was opened; when it is closed, as it is left."""
-        self.size = self.file.size
-        if not stat.S_ISREG(self._status.st_mode):  # a pipe would be waited for without end
-            os.close(self._fd)
-            raise StoreError("a file of the store is something else than a file")
-
-    def close(self) -> None:
-        """Close the file."""
-        if not NO_ATIME:  # looking is not using
-            with contextlib.suppress(OSError):
-                os.utime(self._fd, ns=(self._status.st_atime_ns, self._status.st_mtime_ns))
-                self.file = File.of(os.fstat(self._fd))
-        os.close(self._fd)
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Return up to `length` bytes from `offset`; fewer only at the end of the file.
-
-        Raises:
-            StoreError: the file system refuses.
-        """
-        length = max(0, min(length, self.size - offset))
-        chunks = []
-        while length:
-            try:
-                chunk = os.pread(self._fd, length, offset)
-            except OSError as exc:
-                raise StoreError(f"a file of the store cannot be read: {exc.strerror}") from exc
-            if not chunk:
-                break
-            chunks.append(chunk)
-            offset += len(chunk)
-            length -= len(chunk)
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-    def read_into(self, offset: int, memory: memoryview) -> int:
-        """Read from `offset` into memory, and return how many bytes that were: fewer than there is
-        room for only at the end of the file.
-
-        Raises:
-            StoreError: the file system refuses.
-        """
-        done = 0
-        while done < len(memory):
-            try:
-                count = os.preadv(self._fd, [memory[done:]], offset + done)
-            except OSError as exc:
-                raise StoreError(f"a file of the store cannot be read: {exc.strerror}") from exc
-            if not count:
-                break
-            done += count
-        return done
-
-    def header(self) -> container.Header:
-        """Return the file's header, checked.
-
-        Raises:
-            DamagedFile: it is not the one that was written.
-        """
-        return container.read_header(self.read, self.size)
-
 
 def stems_of(directory: str, names: Iterable[str]) -> list[str]:
     """The stems that names in one directory stand for; files of others have none."""
@@ -527,96 +379,6 @@ def _entries(directory: str) -> list[os.DirEntry[str]]:
             return list(entries)
     except OSError:
         return []
-
-
-def _open_unnoticed(path: str | Path) -> int:
-    """Open a file to read, and let its atime be."""
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    try:
-        return os.open(path, flags | NO_ATIME)
-    except PermissionError:  # only the owner may leave no trace
-        return os.open(path, flags)
-
-
-def _write_once(path: Path, chunks: list[bytes | memoryview], *, sync: bool, replace: bool) -> bool:
-    if not replace and path.exists():
-        return False
-    temporary = path.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(6)}"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            for chunk in chunks:
-                _write_all(fd, chunk)
-            if sync:
-                _sync(fd)
-        finally:
-            os.close(fd)
-        if replace:
-            temporary.replace(path)
-        elif not _link(temporary, path):
-            return False
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    if sync:
-        _sync_directory(path.parent)
-    return True
-
-
-def _write_all(fd: int, chunk: bytes | memoryview) -> None:
-    view = memoryview(chunk)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-def _link(temporary: Path, path: Path) -> bool:
-    """Give the file its name unless the name is taken: the first writer wins."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError as exc:
-        if exc.errno not in NO_LINKS:
-            raise
-        # A file system without hard links. Between these two lines another writer may win the
-        # name and be replaced by a file of equal worth.
-        if path.exists():
-            return False
-        temporary.rename(path)
-    return True
-
-
-def _sync(fd: int) -> None:
-    if sys.platform == "darwin":
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(fd, FULL_FSYNC)
-            return
-    os.fsync(fd)
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _flock(fd: int, how: int, directory: Path) -> None:
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(fd, how | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise CacheLocked(
-                    f"the store {directory} is in use by another process; try again"
-                ) from None
-            time.sleep(0.01)
-        except OSError:
-            return  # a file system without locks, as some of the network's
-        else:
-            return
 
 
 @contextlib.contextmanager
