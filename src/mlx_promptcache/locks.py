@@ -106,7 +106,7 @@ class Locks:
 
     def _open(self, name: str, *, make: bool) -> int | None:
         """Open a lock; None where there is nothing to lock, or nobody can delete anything."""
-        make = make and self.directory.is_dir()  # it was copied without its locks
+        make = make and os.path.isdir(self.directory)  # noqa: PTH112 - a Path's may raise
         flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_CREAT if make else 0)
         try:
             return os.open(self.directory / name, flags, 0o600)
