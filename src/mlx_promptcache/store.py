@@ -51,8 +51,10 @@ TOKENIZERS = "tokenizers"
 KINDS = (BLOCKS, SNAPSHOTS, TOKENIZERS)
 QUARANTINE = "quarantine"
 USES = "uses.jsonl"
+OURS = {*KINDS, NAMES, QUARANTINE, USES, *LOCK_FILES}  # after a power cut any of them may be left
 
 SUFFIX = ".safetensors"
+SHARD = re.compile(r"[0-9a-f]{2}")
 STEM = re.compile(r"[0-9a-f]{2}/[0-9a-f-]{1,200}")
 LONGEST_NAME_BYTES = 200
 
@@ -97,9 +99,7 @@ class Store:
             raise StoreError(f"{self.directory} is a file, not a store of prompt caches") from None
         except OSError as exc:
             raise StoreError(f"the store {self.directory} cannot be read: {exc.strerror}") from exc
-        foreign = [
-            name for name in names if not name.startswith(".") and name not in {*LOCK_FILES, USES}
-        ]
+        foreign = [name for name in names if not name.startswith(".") and name not in OURS]
         if foreign and BLOCKS not in names and SNAPSHOTS not in names:
             raise StoreError(
                 f"{self.directory} is not a store of prompt caches: choose another --cache-dir, "
@@ -140,22 +140,26 @@ class Store:
             return []
 
     def stems(self, kind: str) -> list[str]:
-        """All stems of a kind, in order."""
-        try:
-            shards = sorted(os.listdir(self.directory / kind))  # noqa: PTH208
-        except OSError:
-            return []
-        return [stem for shard in shards for stem in self.beginning(kind, f"{shard}/")]
+        """All stems of a kind, in order. Raises as `files` does."""
+        directory = f"{self.directory}/{kind}"
+        with _told(f"the store {self.directory} cannot be read"):
+            shards = sorted(filter(SHARD.fullmatch, _names(directory)))
+            return [s for d in shards for s in sorted(stems_of(d, _names(f"{directory}/{d}")))]
 
     def files(self, kind: str) -> dict[str, File]:
-        """All stems of a kind, in no order, and what the file system says of their files."""
+        """All stems of a kind, in no order, and what the file system says of their files.
+
+        Raises:
+            StoreError: a directory cannot be read. What is not told of would be taken for deleted.
+        """
         found: dict[str, File] = {}
-        for shard in _entries(f"{self.directory}/{kind}"):
-            for entry in _entries(shard.path):
-                stem = f"{shard.name}/{entry.name.removesuffix(SUFFIX)}"
-                if entry.name.endswith(SUFFIX) and STEM.fullmatch(stem):
-                    with contextlib.suppress(OSError):
-                        found[stem] = File.of(entry.stat(follow_symlinks=False))
+        with _told(f"the store {self.directory} cannot be read"):
+            for shard in _entries(f"{self.directory}/{kind}"):
+                for entry in _entries(shard.path) if SHARD.fullmatch(shard.name) else ():
+                    stem = f"{shard.name}/{entry.name.removesuffix(SUFFIX)}"
+                    if entry.name.endswith(SUFFIX) and STEM.fullmatch(stem):
+                        with contextlib.suppress(FileNotFoundError):  # deleted since
+                            found[stem] = File.of(entry.stat(follow_symlinks=False))
         return found
 
     def file(self, kind: str, stem: str) -> File | None:
@@ -178,20 +182,24 @@ class Store:
             path.parent.mkdir(0o700, parents=True, exist_ok=True)
             return write_once(path, packed.chunks, sync=sync)
 
-    def sync(self, kind: str, stem: str) -> None:
-        """Return when a file that was written before, and its name, are on the drive.
+    def sync(self, files: Iterable[tuple[str, str]]) -> None:
+        """Return when these files that were written before, each a kind and a stem, are on the
+        drive, with their names and the names of all directories on the way to them.
 
         Raises:
-            StoreError: the file system refuses, or the file is not there any more.
+            StoreError: the file system refuses, or a file is not there any more.
         """
-        path = self.path(kind, stem)
+        directories: dict[Path, None] = {}
         with _told(f"cannot write to the store {self.directory}"):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                sync_file(fd)
-            finally:
-                os.close(fd)
-            for directory in (path.parent, path.parent.parent, self.directory):
+            for kind, stem in files:
+                path = self.path(kind, stem)
+                _sync_path(path)
+                directories.update(dict.fromkeys((path.parent, path.parent.parent)))
+            # Whoever made the store, and directories above it, may not have synced them.
+            for above in self.directory.absolute().parents:
+                with contextlib.suppress(OSError):  # of another owner, who made it
+                    sync_directory(above)
+            for directory in (*directories, self.directory):
                 sync_directory(directory)
 
     def reader(self, kind: str, stem: str) -> contextlib.closing[Reader]:
@@ -266,17 +274,22 @@ class Store:
         """
         shutil.rmtree(self.directory / QUARANTINE, ignore_errors=True)
         ours = (*(f"{kind}/*/" for kind in KINDS), f"{NAMES}/")  # a file elsewhere may be anybody's
-        leftovers = [p for place in ours for p in self.directory.glob(f"{place}{TEMPORARY}*")]
+        leftovers: list[Path] = []
+        with contextlib.suppress(OSError):
+            for place in ours:
+                leftovers += self.directory.glob(f"{place}{TEMPORARY}*")
         for path in (*leftovers, self.directory / USES):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
     def names(self) -> dict[str, str]:
-        """Every name and the stem that it stands for (empty if its file cannot be read)."""
-        try:
-            names = sorted(os.listdir(self.directory / NAMES))  # noqa: PTH208
-        except OSError:
-            return {}
+        """Every name and the stem that it stands for (empty if its file cannot be read).
+
+        Raises:
+            StoreError: the directory cannot be read.
+        """
+        with _told(f"the store {self.directory} cannot be read"):
+            names = sorted(_names(f"{self.directory}/{NAMES}"))
         found: dict[str, str] = {}
         for name in names:
             try:
@@ -373,12 +386,29 @@ def check_name(name: str) -> str:
     return name
 
 
+def _names(directory: str) -> list[str]:
+    """The names in a directory, none if there is no such directory. Raises OSError."""
+    try:
+        return os.listdir(directory)  # noqa: PTH208 - only the names are wanted
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def _entries(directory: str) -> list[os.DirEntry[str]]:
+    """What is in a directory, nothing if there is no such directory. Raises OSError."""
     try:
         with os.scandir(directory) as entries:
             return list(entries)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def _sync_path(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        sync_file(fd)
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager
