@@ -163,7 +163,7 @@ class Drive:
 
     def fates(self, draw: random.Random, most: int, drawn: int) -> Iterator[Fate]:
         """All fates of what is not synced if these are at most so many. Else: nothing and all of it
-        lost, each one and each two lost, each one kept, and so many that are drawn.
+        lost, each one lost, each one kept; and with `drawn` each two lost, and so many drawn ones.
         """
         unsynced = self.unsynced()
         fates = [(WHOLE, *_fates_of(node)) for node in unsynced]
@@ -178,6 +178,8 @@ class Drive:
         lost = {node: _fates_of(node)[0] for node in unsynced}
         yield from ({}, lost, *alone)
         yield from ({n: f for n, f in lost.items() if n is not node} for node in unsynced)
+        if not drawn:
+            return
         yield from ({**a, **b} for a, b in itertools.combinations(alone, 2) if a.keys() != b.keys())
         for _ in range(drawn):
             yield _fate(unsynced, [draw.choice(each) for each in fates])

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+T = TypeVar("T")
 
 MOST_TOLD = 20  # of what went wrong: the first ones are enough to look for the reason
 
@@ -31,6 +37,14 @@ class Outcome:
         else:
             print("\n".join([*self.wrong[:MOST_TOLD], self.line()]))
         return int(bool(self.wrong))
+
+
+def some(all_: Sequence[T], most: int | None, seed: int) -> Sequence[T]:
+    """At most so many of these, evenly spread; other seeds choose others. All if `most` is None."""
+    if most is None or len(all_) <= most:
+        return all_
+    first, step = random.Random(seed).random(), len(all_) / most
+    return [all_[int((first + number) * step)] for number in range(most)]
 
 
 def _told(value: Any) -> str:

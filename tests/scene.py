@@ -53,6 +53,7 @@ class Scene:
         self.answers = {name: self.answer(None, name) for name in self.prompts}
         self.ids = {name or UNNAMED: snapshot for name, snapshot in self.entries(directory)}
         self.files = self._files(directory)
+        self.taken = Store(directory / STORE).taken()
 
     def cache(self, directory: Path) -> PromptCache:
         """A new look at the store in a directory."""

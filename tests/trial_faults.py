@@ -9,7 +9,6 @@ same action without a fault does what it should; and no file and no descriptor i
 from __future__ import annotations
 
 import logging
-import random
 import shutil
 import tempfile
 import time
@@ -19,11 +18,13 @@ from os import listdir  # a shim replaces the one in `os`
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_promptcache import PromptCacheError, Runner
-from mlx_promptcache.catalog import Catalog, execute
+from mlx_promptcache import PromptCache, PromptCacheError, Runner
+from mlx_promptcache.catalog import Catalog
 from mlx_promptcache.cli.session import Session
+from mlx_promptcache.deletion import execute
+from mlx_promptcache.saver import most_bytes
 from mlx_promptcache.store import BLOCKS, NAMES, SNAPSHOTS, Store
-from outcome import Outcome, parser
+from outcome import Outcome, parser, some
 from scene import FIRST, GENERATED, GREEDY, SECOND, STORE, UNNAMED, Scene, leftovers
 from shim import Call, Fault, Shim, faults
 from tiny import digest
@@ -128,6 +129,21 @@ def clear_all(scene: Scene, directory: Path) -> int:
     return len(store.stems(BLOCKS) + store.stems(SNAPSHOTS))
 
 
+def prune(scene: Scene, directory: Path) -> list[str]:
+    """Delete whatever has no name; the names that are left."""
+    scene.cache(directory).prune(0)
+    return _names(directory)
+
+
+def keep_in_budget(scene: Scene, directory: Path) -> None:
+    """Keep a state where another has to go for it."""
+    state = scene.states["new"]
+    most = scene.taken + most_bytes(state) - 1
+    cache = PromptCache(directory / STORE, scene.kind, max_bytes=most)
+    session = Session(Runner(scene.model, None, cache), as_json=True, quiet=True, seed=1)
+    session.keep(None, state)
+
+
 ACTIONS = {
     "save": Action(save, asked=True),
     "first save": Action(save, asked=True, gone=(FIRST, SECOND, UNNAMED), empty=True),
@@ -141,6 +157,8 @@ ACTIONS = {
     "fetch": Action(other_loop, asked=False),
     "look": Action(look, asked=True),
     "clear": Action(clear, asked=True, gone=(SECOND,)),
+    "prune": Action(prune, asked=True, gone=(UNNAMED,)),
+    "keep in a budget": Action(keep_in_budget, asked=False, gone=(UNNAMED,)),
     "clear all": Action(clear_all, asked=True, gone=(FIRST, SECOND, UNNAMED)),
 }
 
@@ -251,10 +269,7 @@ def main(arguments: list[str]) -> int:
             for name in options.action or ACTIONS:
                 calls, right = trials.calls(name)
                 figures["calls"] += len(calls)
-                chosen = list(faults(calls))
-                if options.most and len(chosen) > options.most:
-                    chosen = random.Random(options.seed).sample(chosen, options.most)
-                for fault in chosen:
+                for fault in some(list(faults(calls)), options.most, options.seed):
                     trials.try_(name, fault, right)
             figures += trials.counts
             wrong += trials.wrong
@@ -268,5 +283,5 @@ def _parser() -> Any:
     made = parser("faults", __doc__)
     made.add_argument("--kind", action="append", choices=list(KINDS), help="of model (default all)")
     made.add_argument("--action", action="append", choices=list(ACTIONS), help="(default all)")
-    made.add_argument("--most", type=int, help="faults an action, drawn at random (default all)")
+    made.add_argument("--most", type=int, help="faults an action, evenly spread (default all)")
     return made

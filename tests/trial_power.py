@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import drive
 from mlx_promptcache import PromptCacheError
-from outcome import Outcome, parser
+from outcome import Outcome, parser, some
 from scene import FIRST, SECOND, STORE, UNNAMED, Scene
 from shim import Shim
 from tiny import digest
@@ -113,8 +113,10 @@ class Trials:
         self.wrong: list[str] = []
         self.counts: Counter[str] = Counter()
 
-    def cuts(self, name: str, most: int = MOST, drawn: int = DRAWN) -> Iterator[Cut]:
-        """Every store that a power cut in a story may leave, once for all that must be there."""
+    def cuts(self, name: str, most: int, drawn: int) -> Iterator[Cut]:
+        """Every store that a power cut in a story may leave, once for all that must be there.
+        `most` and `drawn` are those of `Drive.fates`.
+        """
         story, directory = STORIES[name], self._directory / "told"
         if story.empty:
             (directory / STORE).parent.mkdir(parents=True)
@@ -201,9 +203,7 @@ def main(arguments: list[str]) -> int:
             trials = Trials(scene, Path(base), options.seed)
             for story in options.story or STORIES:
                 cuts = list(trials.cuts(story, options.most, options.drawn))
-                if options.stores and len(cuts) > options.stores:
-                    cuts = random.Random(options.seed).sample(cuts, options.stores)
-                for cut in cuts:
+                for cut in some(cuts, options.stores, options.seed):
                     trials.try_(cut)
             figures += trials.counts
             wrong += trials.wrong
@@ -219,5 +219,5 @@ def _parser() -> Any:
     made.add_argument("--most", type=int, default=MOST, help=said)
     said = "else draw so many, beside each one and each two lost (default %(default)s)"
     made.add_argument("--drawn", type=int, default=DRAWN, help=said)
-    made.add_argument("--stores", type=int, help="stores a story, drawn at random (default all)")
+    made.add_argument("--stores", type=int, help="stores a story, evenly spread (default all)")
     return made

@@ -19,20 +19,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import secrets
 import shutil
+import stat
 import time
 import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError, StoreError
+from mlx_promptcache.errors import CacheMiss, DamagedFile, StoreError
 from mlx_promptcache.files import (
     TEMPORARY,
     File,
     Reader,
+    on_disk,
     sync_directory,
     sync_file,
     write_once,
@@ -57,6 +60,8 @@ SUFFIX = ".safetensors"
 SHARD = re.compile(r"[0-9a-f]{2}")
 STEM = re.compile(r"[0-9a-f]{2}/[0-9a-f-]{1,200}")
 LONGEST_NAME_BYTES = 200
+LEFTOVER_SECONDS = 3600.0  # a write that is on its way is younger
+MOST_STATISTICS_BYTES = 4 << 20
 
 
 class Store:
@@ -66,6 +71,7 @@ class Store:
         self.directory = Path(directory)
         self.locks = Locks(self.directory)
         self.shared, self.exclusive = self.locks.shared, self.locks.exclusive
+        self.adding = self.locks.adding
 
     def __repr__(self) -> str:
         return f"Store({str(self.directory)!r})"
@@ -240,13 +246,12 @@ class Store:
             os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
     def remove(self, kind: str, stem: str) -> int:
-        """Delete a file and return the bytes that this frees. The caller holds `exclusive()`.
+        """Delete a file and return how many bytes it had. The caller holds `exclusive()`.
 
         Raises:
             StoreError: the file system refuses.
         """
-        path = self.path(kind, stem)
-        size = self.size(kind, stem)
+        path, size = self.path(kind, stem), self.size(kind, stem)
         with _told(f"cannot delete from the store {self.directory}"):
             path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # other files are in it
@@ -265,7 +270,76 @@ class Store:
             return False
         return True
 
-    # Names
+    # What is no state
+
+    def taken(self) -> int:
+        """Bytes on disk of all that is in the directory, whatever it is."""
+        try:
+            total = on_disk(self.directory.lstat())
+        except OSError:
+            return 0
+        waiting = [str(self.directory)]
+        while waiting:
+            try:
+                entries = _entries(waiting.pop())
+            except OSError:  # not ours to look into
+                continue
+            for entry in entries:
+                try:  # tens of thousands of times before a save: no `File`, no `suppress`
+                    status = entry.stat(follow_symlinks=False)
+                except OSError:  # it is gone
+                    continue
+                total += on_disk(status)
+                if stat.S_ISDIR(status.st_mode):
+                    waiting.append(entry.path)
+        return total
+
+    def leftovers(self, now: float) -> dict[str, File]:
+        """What crashes left behind an hour ago or longer, by their paths in the store.
+
+        Raises:
+            StoreError: a directory cannot be read.
+        """
+        found: dict[str, File] = {}
+        places = (*(f"{kind}/*/" for kind in KINDS), f"{NAMES}/")  # elsewhere it is not ours
+        with _told(f"the store {self.directory} cannot be read"):
+            paths = [p for place in places for p in self.directory.glob(f"{place}{TEMPORARY}*")]
+        for path in paths:
+            with contextlib.suppress(OSError):
+                file = File.of(path.lstat())
+                if abs(now - file.mtime_ns / 1e9) > LEFTOVER_SECONDS:  # the clock may be set
+                    found[path.relative_to(self.directory).as_posix()] = file
+        return found
+
+    def set_aside(self) -> dict[str, File]:
+        """The files in quarantine, by their paths in the store.
+
+        Raises:
+            StoreError: a directory cannot be read.
+        """
+        found: dict[str, File] = {}
+        with _told(f"the store {self.directory} cannot be read"):
+            for kind in _entries(f"{self.directory}/{QUARANTINE}"):
+                for entry in _entries(kind.path):
+                    with contextlib.suppress(FileNotFoundError):
+                        path = f"{QUARANTINE}/{kind.name}/{entry.name}"
+                        found[path] = File.of(entry.stat(follow_symlinks=False))
+        return found
+
+    def remove_leftover(self, path: str) -> int:
+        """Delete what `leftovers` or `set_aside` told of, and return how many bytes it had. The
+        caller holds `exclusive()`.
+
+        Raises:
+            StoreError: the file system refuses.
+        """
+        there = self.directory / path
+        told = _told(f"cannot delete from the store {self.directory}")
+        with told, contextlib.suppress(FileNotFoundError):
+            size = there.lstat().st_size
+            there.unlink()
+            return size
+        return 0
 
     def clear_traces(self) -> None:
         """Delete what is no state: quarantined files, statistics, leftovers of crashes.
@@ -273,20 +347,21 @@ class Store:
         The caller holds `exclusive()`. Failing is no matter.
         """
         shutil.rmtree(self.directory / QUARANTINE, ignore_errors=True)
-        ours = (*(f"{kind}/*/" for kind in KINDS), f"{NAMES}/")  # a file elsewhere may be anybody's
-        leftovers: list[Path] = []
-        with contextlib.suppress(OSError):
-            for place in ours:
-                leftovers += self.directory.glob(f"{place}{TEMPORARY}*")
-        for path in (*leftovers, self.directory / USES):
+        leftovers: dict[str, File] = {}
+        with contextlib.suppress(StoreError):
+            leftovers = self.leftovers(math.inf)
+        for path in (*leftovers, USES):
             with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+                (self.directory / path).unlink(missing_ok=True)
 
-    def names(self) -> dict[str, str]:
+    # Names
+
+    def names(self, *, certain: bool = False) -> dict[str, str]:
         """Every name and the stem that it stands for (empty if its file cannot be read).
 
         Raises:
-            StoreError: the directory cannot be read.
+            StoreError: the directory cannot be read; with `certain` also if the file of a name
+                cannot. Whoever deletes what has no name is to be certain.
         """
         with _told(f"the store {self.directory} cannot be read"):
             names = sorted(_names(f"{self.directory}/{NAMES}"))
@@ -298,7 +373,11 @@ class Store:
                 continue
             try:
                 found[name] = self.read_name(name)
-            except PromptCacheError:
+            except CacheMiss:
+                found[name] = ""
+            except StoreError as exc:
+                if certain:
+                    raise StoreError(f"the name {name!r} cannot be read: {exc}") from exc
                 found[name] = ""
         return found
 
@@ -337,7 +416,7 @@ class Store:
         with _told(f"cannot delete from the store {self.directory}"):
             (self.directory / NAMES / check_name(name)).unlink(missing_ok=True)
 
-    # Uses
+    # Statistics
 
     def record_use(self, use: dict[str, Any]) -> None:
         """Append a line to the statistics. Failing is no matter."""
@@ -348,6 +427,32 @@ class Store:
                 os.write(fd, line.encode())
             finally:
                 os.close(fd)
+
+    def record_write(self, count: int) -> None:
+        """Note that so many bytes were written now. Failing is no matter."""
+        if count:
+            self.record_use({"when": round(time.time(), 3), "wrote": count})
+
+    def shorten_uses(self) -> None:
+        """Forget the older half of long statistics. The caller holds `exclusive()`. Failing is no
+        matter.
+        """
+        path = self.directory / USES
+        with contextlib.suppress(OSError):
+            if path.stat().st_size > MOST_STATISTICS_BYTES:
+                lines = path.read_bytes().splitlines(keepends=True)
+                write_once(path, lines[len(lines) // 2 :], sync=False, replace=True)
+
+    def written_by_day(self) -> dict[str, int]:
+        """How many bytes were written on each day (UTC) that the statistics know of."""
+        days: dict[str, int] = {}
+        for use in self.uses():
+            when, wrote = use.get("when"), use.get("wrote")
+            if isinstance(when, (int, float)) and type(wrote) is int:
+                with contextlib.suppress(ValueError, OverflowError, OSError):
+                    day = time.strftime("%Y-%m-%d", time.gmtime(when))
+                    days[day] = days.get(day, 0) + wrote
+        return days
 
     def uses(self) -> Iterator[dict[str, Any]]:
         """The statistics, oldest first; lines that cannot be read are passed over."""
