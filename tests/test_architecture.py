@@ -56,6 +56,7 @@ FLOORS = [
     "rows",
     "arithmetic",
     "tokenizer",
+    "tokenizer_trial",
     "tokenizer_store",
     "sampling",
     "state",
