@@ -86,7 +86,9 @@ class PromptCache:
     """The states of one fingerprint in one store. Making the object touches no file.
 
     `fingerprint` may be any string, for a model made in memory. A `read_only` cache writes nothing
-    at all: no states, no statistics, and damaged files stay where they are.
+    at all: no states, no statistics, and damaged files stay where they are. A store that belongs to
+    another user is a miss on the way of a generation and an error (ForeignStore) elsewhere, unless
+    `allow_foreign` is set.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class PromptCache:
         *,
         kv: KVSettings | None = None,
         read_only: bool = False,
+        allow_foreign: bool = False,
     ) -> None:
         if isinstance(fingerprint, str):
             fingerprint = Fingerprint.of_text(fingerprint)
@@ -103,7 +106,7 @@ class PromptCache:
         self.fingerprint = fingerprint.with_kv(self.kv)
         self.read_only = read_only
         self._blueprint: Blueprint | None = None
-        self._store = Store(directory)
+        self._store = Store(directory, allow_foreign=allow_foreign, read_only=read_only)
         self._bad = Quarantine(self._store, read_only=read_only)
         self._finder = Finder(self._store, self.fingerprint, self.kv, self._bad)
         self._fetched: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
@@ -134,7 +137,13 @@ class PromptCache:
         """The same store for the same model with other KV settings."""
         if kv == self.kv:
             return self
-        return PromptCache(self.directory, self.fingerprint, kv=kv, read_only=self.read_only)
+        return PromptCache(
+            self.directory,
+            self.fingerprint,
+            kv=kv,
+            read_only=self.read_only,
+            allow_foreign=self._store.allow_foreign,
+        )
 
     @property
     def rates(self) -> Rates:
@@ -343,6 +352,7 @@ class PromptCache:
 
     @contextlib.contextmanager
     def _writing(self, state: State) -> Iterator[None]:
+        self._store.allow()
         if self.read_only:
             raise StoreError("this prompt cache is read-only")
         if not state.contents:

@@ -42,7 +42,8 @@ class Locks:
     def create(self) -> None:
         """Make the files, if they are not there. Raises OSError."""
         for name in LOCK_FILES:
-            os.close(os.open(self.directory / name, os.O_RDWR | os.O_CREAT, 0o600))
+            flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            os.close(os.open(self.directory / name, flags, 0o600))
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
@@ -107,7 +108,8 @@ class Locks:
     def _open(self, name: str, *, make: bool) -> int | None:
         """Open a lock; None where there is nothing to lock, or nobody can delete anything."""
         make = make and self.directory.is_dir()  # it was copied without its locks
-        flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_CREAT if make else 0)
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        flags |= os.O_CREAT if make else 0
         try:
             return os.open(self.directory / name, flags, 0o600)
         except OSError as exc:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
 from pathlib import Path
+
+from mlx_promptcache import memo
 
 log = logging.getLogger("mlx_promptcache")
 
@@ -75,12 +76,7 @@ def remember_store(directory: Path) -> None:
     path, known = directory.resolve(), known_stores()
     if path in known:
         return
-    file = _stores_file()
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(0o700, parents=True, exist_ok=True)
-        temporary.write_text("".join(f"{line}\n" for line in [*known, path]), "utf-8")
-        temporary.replace(file)
+    memo.write(_stores_file(), "".join(f"{line}\n" for line in [*known, path]))
 
 
 def weights_memo() -> Path:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,8 +11,14 @@ from mlx_promptcache import places
 from mlx_promptcache.catalog import Catalog, Entry
 from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import ModelChoice, model_options, output_options, take
+from mlx_promptcache.errors import ForeignStore
 from mlx_promptcache.facts import memo_of
 from mlx_promptcache.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+log = logging.getLogger("mlx_promptcache")
 
 
 @click.command(help=__doc__)
@@ -22,7 +29,7 @@ def command(**options: Any) -> int:
     """Parse, look, print."""
     choice = take(ModelChoice, options)
     if options["everywhere"]:
-        found = [(store, None) for store in map(Store, places.known_stores())]
+        found = [(store, None) for store in _known(choice)]
     else:
         store = choice.store()
         found = [(store, choice.fingerprint())]  # type: ignore[list-item]
@@ -41,6 +48,18 @@ def command(**options: Any) -> int:
     else:
         _print(entries, total, blocks)
     return 0
+
+
+def _known(choice: ModelChoice) -> Iterator[Store]:
+    """The stores that this user has written to, without those that are another user's by now."""
+    for directory in places.known_stores():
+        store = Store(directory, allow_foreign=choice.allow_foreign_store)
+        try:
+            store.allow()
+        except ForeignStore as exc:
+            log.warning("%s", exc)
+        else:
+            yield store
 
 
 def entry_json(entry: Entry) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import click
 
 from mlx_promptcache import models, places
 from mlx_promptcache.cli import output
-from mlx_promptcache.errors import ModelError, PromptError
+from mlx_promptcache.errors import ForeignStore, ModelError, PromptError
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings, remembered
 from mlx_promptcache.headers import MOST_DRAFT_TOKENS
 from mlx_promptcache.store import Store
@@ -61,6 +61,10 @@ model_options = _options(
     click.option(
         "--cache-dir", envvar="MLX_PROMPTCACHE_DIR", metavar="DIR",
         help="The store; prompt_cache in the model's directory by default.",
+    ),
+    click.option(
+        "--allow-foreign-store", is_flag=True, envvar="MLX_PROMPTCACHE_ALLOW_FOREIGN_STORE",
+        help="Use a store that belongs to another user, whom you trust.",
     ),
     click.option("--kv-bits", type=int, help="Quantise the KV cache to so many bits."),
     click.option("--kv-group-size", type=int, default=64, show_default=True),
@@ -158,6 +162,7 @@ class ModelChoice:
     draft_model: str | None
     num_draft_tokens: int
     salt: str
+    allow_foreign_store: bool
 
     def __post_init__(self) -> None:
         try:
@@ -180,10 +185,14 @@ class ModelChoice:
         """
         return model_path(self.model, download=download)
 
-    def store(self, *, download: bool = False) -> Store:
+    def store(self, *, download: bool = False, read_only: bool = False) -> Store:
         """The store, checked to be one. Needs no model if `--cache-dir` is given."""
         directory = Path(self.cache_dir).expanduser() if self.cache_dir else None
-        store = Store(directory or places.store_directory(self.path(download=download)))
+        store = Store(
+            directory or places.store_directory(self.path(download=download)),
+            allow_foreign=self.allow_foreign_store,
+            read_only=read_only,
+        )
         store.check()
         return store
 
@@ -201,12 +210,22 @@ class ModelChoice:
                 raise
             return None
 
-    def begin(self, *, use_cache: bool = True) -> Loaded:
-        """Begin to load the model: while its weights are read other things can be imported."""
+    def begin(
+        self, *, use_cache: bool = True, read_only: bool = False, needs_store: bool = True
+    ) -> Loaded:
+        """Begin to load the model: while its weights are read other things can be imported.
+
+        Raises:
+            ForeignStore: the store is another user's, and there must be one: it `needs_store`.
+        """
         path, adapter = self.path(), Path(self.adapter_path) if self.adapter_path else None
         models.config(path)  # whether there is a model at all
         if use_cache:
-            self.store(download=True)  # before the model, which takes long
+            try:
+                self.store(download=True, read_only=read_only)  # before the model, which takes long
+            except ForeignStore:
+                if needs_store:
+                    raise
             draft = models.find(self.draft_model) if self.draft_model else None
             remembered(path, adapter=adapter, kv=self.kv, salt=self.salt, draft=draft)
         from mlx_promptcache import checkpoint
@@ -233,6 +252,7 @@ class ModelChoice:
             salt=self.salt,
             read_only=read_only,
             use_cache=use_cache,
+            allow_foreign=self.allow_foreign_store,
             loaded=loaded,
         )
 

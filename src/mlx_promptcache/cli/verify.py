@@ -37,6 +37,7 @@ def command(**options: Any) -> int:
                     {"kind": d.kind, "file": d.stem, "reason": d.reason} for d in report.damaged
                 ],
                 "quarantined": moved,
+                "closed": report.closed,
             }
         )
     else:
@@ -44,5 +45,6 @@ def command(**options: Any) -> int:
             click.echo(f"{damage.kind}/{damage.stem}: {damage.reason}")
         found = f"{len(report.damaged)} damaged" if report.damaged else "all sound"
         aside = f", {moved} moved aside" if moved else ""
-        click.echo(f"{report.files} files, {output.size(report.bytes)}: {found}{aside}")
+        closed = f", {report.closed} closed to other users" if report.closed else ""
+        click.echo(f"{report.files} files, {output.size(report.bytes)}: {found}{aside}{closed}")
     return DAMAGE_FOUND if report.damaged else 0
