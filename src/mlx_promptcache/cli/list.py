@@ -101,4 +101,4 @@ def _print(entries: list[dict[str, Any]], total: int, blocks: int) -> None:
     output.table(heads, rows)
     click.echo(f"{len(entries)} states, {blocks} blocks, {output.size(total)} in all")
     for reason in dict.fromkeys(f"{e['status']}: {e['reason']}" for e in entries if e["reason"]):
-        click.echo(reason)
+        click.echo(output.printable(reason))

@@ -78,7 +78,15 @@ model_options = _options(
     click.option("--salt", default="", help="A private namespace inside the store."),
 )  # fmt: skip
 
+
+def _no_more(ctx: click.Context, param: click.Parameter, words: tuple[str, ...]) -> None:  # noqa: ARG001
+    """Click would repeat the words, which are a prompt without quotes, and end up in logs."""
+    if words:
+        raise click.UsageError("give the prompt with -p, in quotes, or with --prompt-file")
+
+
 prompt_options = _options(
+    click.argument("words", nargs=-1, metavar="", expose_value=False, callback=_no_more),
     click.option("-p", "--prompt", help="The prompt; - reads standard input."),
     click.option("--prompt-file", metavar="FILE", help="The prompt, from a file."),
     click.option("--system-prompt", help="The system message of a chat."),
