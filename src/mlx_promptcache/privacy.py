@@ -22,7 +22,7 @@ DIRECTORY, FILE = 0o700, 0o600  # the modes of all that a store has
 LINK = "it is a link, and links are not followed"
 NO_DIRECTORY = "it is no directory"
 THIRD = "it belongs to another user"
-_LOOK = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_LOOK = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 def users(directory: str | os.PathLike[str], *, allow_foreign: bool) -> frozenset[int]:
@@ -72,15 +72,15 @@ def is_open(status: os.stat_result) -> bool:
     return bool(status.st_mode & OTHERS) and status.st_uid == os.geteuid()
 
 
-def close(path: str | os.PathLike[str]) -> bool:
+def close(path: str | os.PathLike[str], *, follow: bool = False) -> bool:
     """Take from others what they may do with a file or directory of ours, if it is open to them;
-    return whether it was, and is not any more. What is a link is left alone, as is what it leads
-    to. Failing is no matter: there are file systems without modes.
+    return whether it was, and is not any more. A link is left alone, as is what it leads to, unless
+    it is to be followed. Failing is no matter: there are file systems without modes.
     """
     try:
-        if not is_open(os.lstat(path)):
+        if not is_open(os.stat(path, follow_symlinks=follow)):  # noqa: PTH116
             return False
-        fd = os.open(path, _LOOK)
+        fd = os.open(path, _LOOK if follow else _LOOK | os.O_NOFOLLOW)
     except OSError:
         return False
     try:
@@ -112,3 +112,16 @@ def make_directory(path: str | os.PathLike[str]) -> None:
     except FileExistsError:
         return
     os.chmod(path, DIRECTORY)  # noqa: PTH101
+
+
+def open_file(path: str | os.PathLike[str], flags: int) -> int:
+    """Open a file of a store; one that is made is for this user alone, whatever the umask is. No
+    link is followed, and no pipe is waited for.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, FILE)
+    if flags & os.O_CREAT and not os.fstat(fd).st_mode & stat.S_IRUSR:
+        os.fchmod(fd, FILE)
+    return fd

@@ -58,7 +58,7 @@ DIRECTORIES = (*KINDS, NAMES, QUARANTINE)
 USES = "uses.jsonl"
 
 SUFFIX = ".safetensors"
-APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 LARGEST_USES_BYTES = 1 << 26  # of the statistics, the last ones: more are not read
 STEM = re.compile(r"[0-9a-f]{2}/[0-9a-f-]{1,200}")
 LONGEST_NAME_BYTES = 200
@@ -155,9 +155,8 @@ class Store:
         if self._closed:
             return
         self._closed = True
-        paths = [os.path.realpath(self.directory)]
-        paths += [f"{self.directory}/{name}" for name in DIRECTORIES]
-        if sum(map(privacy.close, paths)):
+        opened = privacy.close(self.directory, follow=True)
+        if sum(privacy.close(self.directory / name) for name in DIRECTORIES) or opened:
             log.warning("others could look into the store %s: that is over now", self.directory)
 
     def close_files(self) -> int:
@@ -430,7 +429,7 @@ class Store:
         """Append a line to the statistics. Failing is no matter."""
         line = json.dumps(use, separators=(",", ":")) + "\n"
         with contextlib.suppress(OSError, StoreError):
-            fd = os.open(f"{self._inside()}/{USES}", APPENDING, privacy.FILE)
+            fd = privacy.open_file(f"{self._inside()}/{USES}", APPENDING)
             try:
                 os.write(fd, line.encode())
             finally:

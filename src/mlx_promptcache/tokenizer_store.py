@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache import arithmetic, container
 from mlx_promptcache.container import Array
-from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError
+from mlx_promptcache.errors import CacheMiss, DamagedFile, ForeignStore, PromptCacheError
 from mlx_promptcache.headers import TOKENIZER
 from mlx_promptcache.store import TOKENIZERS
 from mlx_promptcache.tokenizer import Facts, Tokenizer, agrees, facts_of, wrapped
@@ -74,6 +74,8 @@ class TokenizerStore:
                 facts, entry = _checked(header)
                 text = bytes(container.read_array(reader.read, entry).data)
             return _made(text, facts, whole)
+        except ForeignStore:  # every prompt is told so
+            return None
         except PromptCacheError as exc:
             if isinstance(exc, DamagedFile) or not isinstance(exc, CacheMiss):
                 self._bad.set_aside(TOKENIZERS, stem, exc)
