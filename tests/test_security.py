@@ -590,7 +590,7 @@ def test_tokens_are_compared_and_a_hash_alone_is_never_believed(
 ) -> None:
     monkeypatch.setattr(tree, "_hash", truncated)
     model = tiny.smallest()
-    prompts = [random_tokens(n, seed=n, vocab=16) for n in (5, 6, 7, 9, 12, 300, 301)]
+    prompts = [[3, *random_tokens(n, seed=n, vocab=16)] for n in (5, 6, 7, 9, 12, 300, 301)]
     for _ in range(2):
         for prompt in prompts:
             expected = state_after(Runner(model), prompt)
@@ -635,6 +635,7 @@ def test_a_snapshot_that_names_blocks_of_another_model_is_refused(tmp_path: Path
     store.path(BLOCKS, block).write_bytes(b"".join(map(bytes, forged.chunks)))
     (snapshot,) = store.stems(SNAPSHOTS)
     point_to(store, snapshot, forged.digest)
+    assert PromptCache(tmp_path, "mine", read_only=True).match(tokens).position == 0
     cache = PromptCache(tmp_path, "mine")
     with pytest.raises(PromptCacheError, match="a block of another model"):
         cache.load(cache.list()[0].snapshot)

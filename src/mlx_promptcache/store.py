@@ -468,8 +468,8 @@ def check_name(name: str) -> str:
     bad = not name or name[0] in ".-" or not name.isprintable() or set(name) & set('/\\:*?"<>|')
     if bad or len(os.fsencode(name)) > LONGEST_NAME_BYTES:
         raise StoreError(
-            f"{name!r} cannot be a name: use letters, digits, spaces, '.', '_' and '-', "
-            "and begin with a letter or a digit"
+            f"{name[:LONGEST_NAME_BYTES]!r} cannot be a name: use letters, digits, spaces, '.', "
+            "'_' and '-', and begin with a letter or a digit"
         )
     return name
 
