@@ -12,6 +12,7 @@ from mlx_promptcache import memo
 log = logging.getLogger("mlx_promptcache")
 
 STORE = "prompt_cache"
+READ_ONLY = "MLX_PROMPTCACHE_READ_ONLY"
 DEMO_MODEL = "SmolLM2-135M-Instruct"
 
 
@@ -39,6 +40,11 @@ def user_store(model: Path) -> Path:
     return (
         user_cache() / "stores" / str(model.resolve()).strip(os.sep).replace(os.sep, "--") / STORE
     )
+
+
+def writing_is_off() -> bool:
+    """Whether the user wants nothing to be written to any store."""
+    return os.environ.get(READ_ONLY, "") not in {"", "0"}
 
 
 def is_writable(directory: Path) -> bool:

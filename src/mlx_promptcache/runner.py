@@ -126,12 +126,14 @@ class Runner:
         salt: str = "",
         read_only: bool = False,
         use_cache: bool = True,
+        max_bytes: int | None = None,
         allow_foreign: bool = False,
         loaded: Loaded | None = None,
     ) -> Runner:
-        """Load a model through mlx-lm and open its store. `loaded` is this very model, if
-        `checkpoint.load` has begun to load it. A store of another user is a miss for every prompt,
-        and nothing is written there, unless `allow_foreign` is set.
+        """Load a model through mlx-lm and open its store, which may take `max_bytes` on disk (see
+        `PromptCache`). `loaded` is this very model, if `checkpoint.load` has begun to load it. A
+        store of another user is a miss for every prompt, and nothing is written there, unless
+        `allow_foreign` is set.
 
         Raises:
             ModelError: there is no such model or adapter, or mlx-lm cannot load it.
@@ -145,14 +147,16 @@ class Runner:
         cache = None
         if use_cache:
             directory = places.store_directory(path, cache_dir)
+            read_only = read_only or places.writing_is_off()
             try:
                 Store(directory, allow_foreign=allow_foreign, read_only=read_only).check()
             except ForeignStore:  # who asks it for something is told
                 read_only = True
             fingerprint = remembered(path, adapter=adapter, kv=kv, salt=salt, draft=draft_path)
             cache = PromptCache(
-                directory, fingerprint, kv=kv, read_only=read_only, allow_foreign=allow_foreign
-            )
+                directory, fingerprint, kv=kv, read_only=read_only, max_bytes=max_bytes,
+                allow_foreign=allow_foreign,
+            )  # fmt: skip
         model, told, weights = loaded or checkpoint.load(path, adapter)
         tokenizer = _tokenizer(path, told, cache)
         draft, others = None, None

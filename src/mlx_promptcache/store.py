@@ -20,10 +20,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import secrets
 import shutil
+import stat
 import time
 import unicodedata
 from pathlib import Path
@@ -35,6 +37,7 @@ from mlx_promptcache.files import (
     TEMPORARY,
     File,
     Reader,
+    on_disk,
     sync_directory,
     sync_file,
     write_once,
@@ -62,6 +65,8 @@ APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 LARGEST_USES_BYTES = 1 << 26  # of the statistics, the last ones: more are not read
 STEM = re.compile(r"[0-9a-f]{2}/[0-9a-f-]{1,200}")
 LONGEST_NAME_BYTES = 200
+LEFTOVER_SECONDS = 3600.0  # a write that is on its way is younger
+MOST_STATISTICS_BYTES = 4 << 20
 
 
 class Store:
@@ -192,6 +197,18 @@ class Store:
         with self.locks.exclusive(seconds):
             yield
 
+    @contextlib.contextmanager
+    def adding(self) -> Iterator[None]:
+        """Hold the turn to add to the store: nobody else adds meanwhile.
+
+        Raises:
+            CacheLocked: somebody else adds, and does not come to an end.
+            ForeignStore: the store belongs to another user, and that is not allowed.
+        """
+        self.allow()
+        with self.locks.adding():
+            yield
+
     # Containers
 
     def path(self, kind: str, stem: str) -> Path:
@@ -242,7 +259,7 @@ class Store:
         """All stems of a kind, in no order, and what the file system says of their files."""
         found: dict[str, File] = {}
         for shard in self._names_in(kind):
-            for entry in self._entries(kind, shard):
+            for entry in self._entries_in(kind, shard):
                 stem = f"{shard}/{entry.name.removesuffix(SUFFIX)}"
                 if entry.name.endswith(SUFFIX) and STEM.fullmatch(stem):
                     with contextlib.suppress(OSError):
@@ -256,11 +273,10 @@ class Store:
         except (OSError, StoreError):
             return None
 
-    def _entries(self, *parts: str) -> list[os.DirEntry[str]]:
+    def _entries_in(self, *parts: str) -> list[os.DirEntry[str]]:
         try:
-            with os.scandir(self._inside(*parts)) as entries:
-                return list(entries)
-        except (OSError, StoreError):
+            return _entries(self._inside(*parts))
+        except StoreError:
             return []
 
     def write(self, kind: str, stem: str, packed: container.Packed, *, sync: bool = False) -> bool:
@@ -330,13 +346,12 @@ class Store:
             os.utime(path, ns=times, follow_symlinks=False)
 
     def remove(self, kind: str, stem: str) -> int:
-        """Delete a file and return the bytes that this frees. The caller holds `exclusive()`.
+        """Delete a file and return how many bytes it had. The caller holds `exclusive()`.
 
         Raises:
             StoreError: the file system refuses.
         """
-        path = Path(self._own(kind, stem))
-        size = self.size(kind, stem)
+        path, size = Path(self._own(kind, stem)), self.size(kind, stem)
         with _told(f"cannot delete from the store {self.directory}"):
             path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # other files are in it
@@ -355,7 +370,65 @@ class Store:
             return False
         return True
 
-    # Names
+    # What is no state
+
+    def taken(self) -> int:
+        """Bytes on disk of all that is in the directory, whatever it is."""
+        try:
+            total = on_disk(self.directory.lstat())
+        except OSError:
+            return 0
+        waiting = [str(self.directory)]
+        while waiting:
+            for entry in _entries(waiting.pop()):
+                try:  # tens of thousands of times before a save: no `File`, no `suppress`
+                    status = entry.stat(follow_symlinks=False)
+                except OSError:  # it is gone
+                    continue
+                total += on_disk(status)
+                if stat.S_ISDIR(status.st_mode):
+                    waiting.append(entry.path)
+        return total
+
+    def leftovers(self, now: float) -> dict[str, File]:
+        """What crashes left behind an hour ago or longer, by their paths in the store."""
+        found: dict[str, File] = {}
+        shards = [(kind, shard) for kind in KINDS for shard in self._names_in(kind)]
+        for parts in (*shards, (NAMES,)):  # elsewhere it is not ours
+            for entry in self._entries_in(*parts):
+                if not entry.name.startswith(TEMPORARY):
+                    continue
+                with contextlib.suppress(OSError):
+                    file = File.of(entry.stat(follow_symlinks=False))
+                    if abs(now - file.mtime_ns / 1e9) > LEFTOVER_SECONDS:  # the clock may be set
+                        found["/".join((*parts, entry.name))] = file
+        return found
+
+    def set_aside(self) -> dict[str, File]:
+        """The files in quarantine, by their paths in the store."""
+        found: dict[str, File] = {}
+        for kind in self._names_in(QUARANTINE):
+            for entry in self._entries_in(QUARANTINE, kind):
+                with contextlib.suppress(OSError):
+                    path = f"{QUARANTINE}/{kind}/{entry.name}"
+                    found[path] = File.of(entry.stat(follow_symlinks=False))
+        return found
+
+    def remove_leftover(self, path: str) -> int:
+        """Delete what `leftovers` or `set_aside` told of, and return how many bytes it had. The
+        caller holds `exclusive()`.
+
+        Raises:
+            StoreError: the file system refuses.
+        """
+        *parts, name = path.split("/")
+        there = Path(self._inside(*parts), name)
+        told = _told(f"cannot delete from the store {self.directory}")
+        with told, contextlib.suppress(FileNotFoundError):
+            size = there.lstat().st_size
+            there.unlink()
+            return size
+        return 0
 
     def clear_traces(self) -> None:
         """Delete what is no state: quarantined files, statistics, leftovers of crashes.
@@ -363,12 +436,11 @@ class Store:
         The caller holds `exclusive()`. Failing is no matter.
         """
         shutil.rmtree(self.directory / QUARANTINE, ignore_errors=True)  # not what a link leads to
-        shards = [(kind, shard) for kind in KINDS for shard in self._names_in(kind)]
-        for parts in (*shards, (NAMES,)):  # a file elsewhere may be anybody's
-            for entry in self._entries(*parts):
-                if entry.name.startswith(TEMPORARY):
-                    _unlink(entry.path)
-        _unlink(self.directory / USES)
+        for path in (*self.leftovers(math.inf), USES):
+            with contextlib.suppress(OSError):
+                (self.directory / path).unlink(missing_ok=True)
+
+    # Names
 
     def names(self) -> dict[str, str]:
         """Every name and the stem that it stands for (empty if its file cannot be read)."""
@@ -423,7 +495,7 @@ class Store:
         checked = check_name(name)
         return Path(self._inside(NAMES), checked)
 
-    # Uses
+    # Statistics
 
     def record_use(self, use: dict[str, Any]) -> None:
         """Append a line to the statistics. Failing is no matter."""
@@ -435,12 +507,42 @@ class Store:
             finally:
                 os.close(fd)
 
+    def record_write(self, count: int) -> None:
+        """Note that so many bytes were written now. Failing is no matter."""
+        if count:
+            self.record_use({"when": round(time.time(), 3), "wrote": count})
+
+    def shorten_uses(self) -> None:
+        """Forget the older half of long statistics. The caller holds `exclusive()`. Failing is no
+        matter.
+        """
+        path = self.directory / USES
+        with contextlib.suppress(OSError, PromptCacheError):
+            if path.lstat().st_size > MOST_STATISTICS_BYTES:
+                lines = self._statistics().splitlines(keepends=True)
+                write_once(path, lines[len(lines) // 2 :], sync=False, replace=True)
+
+    def _statistics(self) -> bytes:
+        """The statistics as they stand; of very long ones the end. Raises as `reader` does."""
+        with contextlib.closing(Reader(self.directory / USES, self.allow())) as reader:
+            begin = max(0, reader.size - LARGEST_USES_BYTES)
+            return reader.read(begin, LARGEST_USES_BYTES)
+
+    def written_by_day(self) -> dict[str, int]:
+        """How many bytes were written on each day (UTC) that the statistics know of."""
+        days: dict[str, int] = {}
+        for use in self.uses():
+            when, wrote = use.get("when"), use.get("wrote")
+            if isinstance(when, (int, float)) and type(wrote) is int:
+                with contextlib.suppress(ValueError, OverflowError, OSError):
+                    day = time.strftime("%Y-%m-%d", time.gmtime(when))
+                    days[day] = days.get(day, 0) + wrote
+        return days
+
     def uses(self) -> Iterator[dict[str, Any]]:
         """The statistics, oldest first; lines that cannot be read are passed over."""
         try:
-            with contextlib.closing(Reader(self.directory / USES, self.allow())) as reader:
-                begin = max(0, reader.size - LARGEST_USES_BYTES)
-                lines = reader.read(begin, LARGEST_USES_BYTES).splitlines()
+            lines = self._statistics().splitlines()
         except PromptCacheError:
             return
         for line in lines:
@@ -474,9 +576,12 @@ def check_name(name: str) -> str:
     return name
 
 
-def _unlink(path: str | Path) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(path)  # noqa: PTH108
+def _entries(directory: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(directory) as entries:
+            return list(entries)
+    except OSError:
+        return []
 
 
 @contextlib.contextmanager
