@@ -26,6 +26,7 @@ FLOORS = [
     "codec",
     "container",
     "memo",
+    "privacy",
     "files",
     "locks",
     "places",
