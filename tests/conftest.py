@@ -24,7 +24,7 @@ REAL_MODEL = places.demo_model()
 # Tests of many models, then those that start processes, then those that run the real model.
 LAST = (
     "test_conformance", "test_adapters", "test_kv_settings", "test_engine", "test_benchmark",
-    "test_cli",
+    "test_cli", "test_kill", "test_many",
     "test_scripts", "test_real",
 )  # fmt: skip
 
