@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 KILLS = 1000
 KINDS = ("smallest", "rotating", "hybrid")
 SURE_SECONDS = 60.0  # no deed takes so long
+CHANGING = [what for what in WEIGHTS if what not in {"list", "verify"}]
+MANY_CALLS = 60  # that change something: about as many as a deed makes
 WAIT = 1.2  # times as long as a deed takes: some of them have just ended
 
 Promise = tuple[int, int, bool] | None
@@ -126,8 +128,8 @@ class Executioner:
         self.nursery, self.draw = nursery, random.Random(seed)
         self.wrong: list[str] = []
         self.by_deed: Counter[str] = Counter()
-        self.at_calls = self.at_moments = self.between = self.survived = self.leftovers = 0
-        self._most_calls: dict[str, int] = {}
+        self.at_calls = self.at_moments = self.between = self.leftovers = 0
+        self._calls: dict[str, int] = {}  # that a deed makes at most
         self._seconds: dict[str, float] = {}
 
     def kill_one(self, patient: Patient) -> None:
@@ -149,17 +151,15 @@ class Executioner:
         self.leftovers = max(self.leftovers, leftovers(patient.inspector.directory))
 
     def _at_a_call(self, job: dict[str, Any]) -> list[Note]:
-        what = self.draw.choice(list(WEIGHTS))
-        last = self.draw.randint(1, self._most_calls.get(what, 20) + 1)
+        what = self.draw.choice(CHANGING)
+        last = self.draw.randint(1, self._calls.get(what, MANY_CALLS) + 1)
         before = self.draw.randint(0, 2)
         pid = self.nursery.start(**job, what=what, last=last, before=before)
         notes = self.nursery.wait(pid, SURE_SECONDS)
         if notes[-1]["ended"] == 0:
-            self.survived += 1
-            self._most_calls[what] = max(self._most_calls.get(what, 0), notes[-2]["calls"])
+            self._calls[what] = max(self._calls.get(what, 0), notes[-2].get("calls", 0))
         else:
             self.at_calls += 1
-            self._most_calls[what] = max(self._most_calls.get(what, 0), last)
             self.by_deed[what] += 1
         return notes
 
@@ -168,11 +168,10 @@ class Executioner:
         pid = self.nursery.start(**job, seconds=SURE_SECONDS)
         for note in self.nursery.notes(SURE_SECONDS):
             notes.append(note)
-            if "begin" in note:
-                if not before:
-                    break
-                before -= 1
-        lasts = self._seconds.get(note["begin"], 0.03)
+            if "wrong" in note or ("begin" in note and not before):
+                break
+            before -= "begin" in note
+        lasts = self._seconds.get(note.get("begin"), 0.03)
         time.sleep(self.draw.uniform(0, WAIT * lasts))
         self.nursery.kill(pid)
         notes += self.nursery.wait(pid, SURE_SECONDS)
