@@ -64,6 +64,9 @@ def _own_surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in list(os.environ):
         if name.startswith("MLX_PROMPTCACHE"):
             monkeypatch.delenv(name)
+    # What the drive here happens to have free is no matter of theirs either.
+    monkeypatch.setenv("MLX_PROMPTCACHE_MAX_SIZE", "20GB")
+    monkeypatch.setenv("MLX_PROMPTCACHE_MIN_FREE", "0")
     yield
     log = logging.getLogger("mlx_promptcache")
     log.handlers, log.propagate = [], True

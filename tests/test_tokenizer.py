@@ -21,6 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 import tiny
 from families import CORPUS, FAMILIES, write_tokenizer
 from mlx_promptcache import Runner, checkpoint
+from mlx_promptcache.budget import Budget
 from mlx_promptcache.quarantine import Quarantine
 from mlx_promptcache.store import Store
 from mlx_promptcache.tokenizer import ASKED, BPE, NAIVE, SPM, SPM_NO_SPACE, Tokenizer, wrapped
@@ -172,7 +173,7 @@ def pair_of(model: Path, store: Path) -> Pair:
         return loads[-1]
 
     kept_in = Store(store)
-    tokenizer_store = TokenizerStore(kept_in, Quarantine(kept_in, read_only=False))
+    tokenizer_store = TokenizerStore(kept_in, Quarantine(kept_in, read_only=False), Budget())
     first = tokenizer_store.tokenizer(model, whole, keeps=True)
     kept = tokenizer_store.tokenizer(model, whole, keeps=True)
     assert [loads.pop()] == [first]

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_promptcache import catalog, headers, verification
+from mlx_promptcache import catalog, headers, places, room, verification
 from mlx_promptcache.blueprint import Blueprint
+from mlx_promptcache.budget import Budget
+from mlx_promptcache.deletion import Deletion, execute
 from mlx_promptcache.errors import (
     CacheMiss,
     DamagedFile,
@@ -34,7 +36,7 @@ from mlx_promptcache.loader import Loader
 from mlx_promptcache.passes import UNKNOWN
 from mlx_promptcache.quarantine import BadFile, Quarantine
 from mlx_promptcache.rates import Rates
-from mlx_promptcache.saver import Saved, Saver
+from mlx_promptcache.saver import Saved, Saver, most_bytes
 from mlx_promptcache.state import Ref, State, Trail
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from mlx_promptcache.tokenizer_store import TokenizerStore
@@ -86,7 +88,12 @@ class PromptCache:
     """The states of one fingerprint in one store. Making the object touches no file.
 
     `fingerprint` may be any string, for a model made in memory. A `read_only` cache writes nothing
-    at all: no states, no statistics, and damaged files stay where they are.
+    at all: no states, no statistics, and damaged files stay where they are; so is every cache where
+    the environment has `MLX_PROMPTCACHE_READ_ONLY`. `max_bytes` is what the store may take on disk
+    when this cache adds to it (see `Budget`, also for the default).
+
+    Raises:
+        StoreError: the environment's `MLX_PROMPTCACHE_MAX_SIZE` is no size.
     """
 
     def __init__(
@@ -96,15 +103,17 @@ class PromptCache:
         *,
         kv: KVSettings | None = None,
         read_only: bool = False,
+        max_bytes: int | None = None,
     ) -> None:
         if isinstance(fingerprint, str):
             fingerprint = Fingerprint.of_text(fingerprint)
         self.kv = kv or KVSettings()
         self.fingerprint = fingerprint.with_kv(self.kv)
-        self.read_only = read_only
+        self.read_only = read_only or places.writing_is_off()
+        self.budget = Budget.chosen(max_bytes)
         self._blueprint: Blueprint | None = None
         self._store = Store(directory)
-        self._bad = Quarantine(self._store, read_only=read_only)
+        self._bad = Quarantine(self._store, read_only=self.read_only)
         self._finder = Finder(self._store, self.fingerprint, self.kv, self._bad)
         self._fetched: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
 
@@ -134,7 +143,10 @@ class PromptCache:
         """The same store for the same model with other KV settings."""
         if kv == self.kv:
             return self
-        return PromptCache(self.directory, self.fingerprint, kv=kv, read_only=self.read_only)
+        return PromptCache(
+            self.directory, self.fingerprint, kv=kv, read_only=self.read_only,
+            max_bytes=self.budget.max_bytes,
+        )  # fmt: skip
 
     @property
     def rates(self) -> Rates:
@@ -144,7 +156,7 @@ class PromptCache:
     @property
     def tokenizers(self) -> TokenizerStore:
         """The tokenizers that are kept beside the states."""
-        return TokenizerStore(self._store, self._bad)
+        return TokenizerStore(self._store, self._bad, self.budget)
 
     def _loader(self) -> Loader:
         return Loader(self._finder, self.blueprint)
@@ -324,10 +336,11 @@ class PromptCache:
         that other passes computed are stored again, as this state's own passes did.
 
         Raises:
-            StoreError: the name cannot be one or is taken, or the file system refuses.
-            CacheLocked: somebody deletes from the store, and does not come to an end.
+            StoreError: the name cannot be one or is taken, there is no room within the budget, or
+                the file system refuses.
+            CacheLocked: somebody adds to the store or deletes from it, and does not come to an end.
         """
-        with self._writing(state):
+        with self._writing(state, asked_for=True):
             saver = Saver(self._finder, state, sync=sync, exact=exact or self._cuts_matter)
             return saver.save(name, replace=replace)
 
@@ -337,12 +350,16 @@ class PromptCache:
         Where a state of the same tokens is stored, that one serves: its logits are the same, and
         its key and sampling are not used by prompts. Raises as `save` does.
         """
+        saver = Saver(self._finder, state, sync=False, exact=exact or self._cuts_matter)
+        with self._store.shared():
+            kept = None if self.read_only else saver.kept()
+        if kept is not None:
+            return kept
         with self._writing(state):
-            saver = Saver(self._finder, state, sync=False, exact=exact or self._cuts_matter)
             return saver.save(None, share=True)
 
     @contextlib.contextmanager
-    def _writing(self, state: State) -> Iterator[None]:
+    def _writing(self, state: State, *, asked_for: bool = False) -> Iterator[None]:
         if self.read_only:
             raise StoreError("this prompt cache is read-only")
         if not state.contents:
@@ -350,8 +367,12 @@ class PromptCache:
         if state.fingerprint not in {"", self.fingerprint.digest}:
             raise StoreError("this state was computed by another model, or with other settings")
         self._store.create()
-        with self._store.shared():
-            yield
+        with self._store.adding():
+            kept = {ref.stem for ref in state.trail.refs}
+            needed = most_bytes(state)
+            room.make(self._store, self.budget, needed, kept=kept, asked_for=asked_for)
+            with self._store.shared():
+                yield
 
     # For programs that keep mlx-lm's own loop
 
@@ -436,7 +457,7 @@ class PromptCache:
         with self._store.shared():
             return catalog.Catalog(self._store, self.fingerprint).entries()
 
-    def clear(self, names: Iterable[str]) -> catalog.Deletion:
+    def clear(self, names: Iterable[str]) -> Deletion:
         """Delete these names and what only they use; return what was deleted.
 
         Raises:
@@ -449,7 +470,29 @@ class PromptCache:
         with self._store.exclusive():
             known = catalog.Catalog(self._store)
             plan = known.plan_clear(known.named(names))
-            catalog.execute(self._store, plan)
+            execute(self._store, plan)
+            return plan
+
+    def prune(self, max_bytes: int | None = None, *, dry_run: bool = False) -> Deletion:
+        """Delete leftovers of crashes, and evict states without a name until the store takes at
+        most `max_bytes` on disk (its budget, if none are given); return what was deleted, or would
+        be with `dry_run`.
+
+        What has a name stays, even if the store is too large then.
+
+        Raises:
+            CacheLocked: others read or write, and do not come to an end.
+            StoreError: the cache is read-only, or the file system refuses.
+        """
+        budget = self.budget if max_bytes is None else Budget.chosen(max_bytes)
+        if dry_run:
+            with self._store.shared():
+                return room.plan_prune(self._store, budget)
+        if self.read_only:
+            raise StoreError("this prompt cache is read-only")
+        with self._store.exclusive():
+            plan = room.plan_prune(self._store, budget)
+            execute(self._store, plan)
             return plan
 
     def verify(self, names: Sequence[str] = ()) -> verification.Report:

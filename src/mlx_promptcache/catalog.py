@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache import headers
+from mlx_promptcache.deletion import Deletion
 from mlx_promptcache.errors import CacheMiss, DamagedFile, ForeignFile, PromptCacheError
 from mlx_promptcache.facts import Facts, Snapshot
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, TOKENIZERS, Store
+from mlx_promptcache.store import SNAPSHOTS, Store
 from mlx_promptcache.tree import SnapshotName
 
 if TYPE_CHECKING:
@@ -42,22 +43,6 @@ class Entry:
     status: str
     reason: str | None
     stem: str = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Deletion:
-    """What would be deleted, in that order: names, snapshots, blocks from the leaf up; with
-    everything the tokenizers, too.
-    """
-
-    names: tuple[str, ...]
-    snapshots: tuple[str, ...]
-    blocks: tuple[str, ...]
-    freed_bytes: int
-    tokenizers: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.names or self.snapshots or self.blocks or self.tokenizers)
 
 
 class Catalog:
@@ -183,42 +168,93 @@ class Catalog:
 
     # Deletion
 
-    def plan_clear(self, doomed: Iterable[Entry], *, everything: bool = False) -> Deletion:
+    def plan_clear(
+        self,
+        doomed: Iterable[Entry],
+        *,
+        everything: bool = False,
+        unused: bool = False,
+        damaged: bool = False,
+    ) -> Deletion:
         """Plan to delete these states and what only they use; or everything that there is.
 
-        A snapshot that another name stands for stays, and so does every block that another state
-        uses.
+        With `unused` also the blocks that no state uses, with `damaged` also damaged blocks and
+        what was moved aside. A snapshot that another name stands for stays, and so does every block
+        that another state uses.
         """
-        doomed = list(doomed)
-        names = sorted({e.name for e in doomed if e.name is not None})
-        if everything:
-            names = sorted(self.names)
+        doomed, facts = list(doomed), self.facts
+        names = sorted(self.names if everything else {e.name for e in doomed if e.name is not None})
         kept_names = {stem for name, stem in self.names.items() if name not in names}
         snapshots = {e.stem for e in doomed if e.stem and e.stem not in kept_names}
         if everything:
             snapshots = set(self._snapshots)
         blocks = self._orphans(snapshots)
+        if unused:
+            blocks |= self._unused(snapshots)
+        if damaged:
+            blocks |= {stem: 0 for stem in facts.blocks if self._is_damaged(stem)}
         if everything:
-            blocks = {stem: blocks.get(stem, 0) for stem in self.facts.blocks}
+            blocks = {stem: blocks.get(stem, 0) for stem in facts.blocks}
         ordered = sorted(blocks, key=lambda stem: (-blocks[stem], stem))
-        freed = sum(self.facts.snapshots[stem].size for stem in snapshots)
-        freed += sum(f.size for f in map(self.facts.blocks.get, blocks) if f is not None)
-        tokenizers = self.facts.tokenizers if everything else {}
-        freed += sum(file.size for file in tokenizers.values())
+        tokenizers = facts.tokenizers if everything else {}
+        aside = self.store.set_aside() if damaged or everything else {}
+        files = [facts.snapshots[stem] for stem in snapshots]
+        files += [file for file in map(facts.blocks.get, blocks) if file is not None]
+        files += [*tokenizers.values(), *aside.values()]
         return Deletion(
-            tuple(names), tuple(sorted(snapshots)), tuple(ordered), freed, tuple(sorted(tokenizers))
+            names=tuple(names),
+            snapshots=tuple(sorted(snapshots)),
+            blocks=tuple(ordered),
+            tokenizers=tuple(sorted(tokenizers)),
+            leftovers=tuple(sorted(aside)),
+            freed_bytes=sum(file.size for file in files),
+            freed_on_disk=sum(file.on_disk for file in files),
         )
 
     def _orphans(self, doomed: set[str]) -> dict[str, int]:
         """The blocks that only these snapshots use, and where they begin."""
-        orphans: dict[str, int] = {}
-        used: set[str] = set()
-        for stem, snapshot in self._snapshots.items():
-            if isinstance(snapshot, Snapshot) and stem in doomed:
-                orphans.update((use.stem, use.start) for use in snapshot.uses)
-            elif isinstance(snapshot, Snapshot):
-                used.update(use.stem for use in snapshot.uses)
+        orphans = {
+            use.stem: use.start
+            for stem, snapshot in self._snapshots.items()
+            if isinstance(snapshot, Snapshot) and stem in doomed
+            for use in snapshot.uses
+        }
+        used = self._used_by_others(doomed)
         return {stem: start for stem, start in orphans.items() if stem not in used}
+
+    def _unused(self, doomed: set[str]) -> dict[str, int]:
+        """The blocks that no other snapshot uses, and where they begin; none if that cannot be
+        told, because a snapshot that stays cannot be read.
+        """
+        stay = self._snapshots.keys() - doomed
+        if not all(isinstance(self._snapshots[stem], (Snapshot, DamagedFile)) for stem in stay):
+            return {}
+        unused: dict[str, int] = {}
+        for stem in self.facts.blocks.keys() - self._used_by_others(doomed):
+            try:
+                unused[stem] = self.facts.block(stem).start
+            except DamagedFile:
+                unused[stem] = 0
+            except PromptCacheError:  # of another version, or not to be read for now
+                continue
+        return unused
+
+    def _used_by_others(self, doomed: set[str]) -> set[str]:
+        return {
+            use.stem
+            for stem, snapshot in self._snapshots.items()
+            if isinstance(snapshot, Snapshot) and stem not in doomed
+            for use in snapshot.uses
+        }
+
+    def _is_damaged(self, block: str) -> bool:
+        try:
+            self.facts.block(block)
+        except DamagedFile:
+            return True
+        except PromptCacheError:
+            return False
+        return False
 
 
 def _id_of(stem: str) -> str:
@@ -260,16 +296,3 @@ def find(store: Store, name: str) -> tuple[str, Header]:
         raise DamagedFile(
             f"the state {name!r} is lost: its snapshot is not there; save it again"
         ) from None
-
-
-def execute(store: Store, plan: Deletion) -> int:
-    """Delete what the plan says, and return the bytes freed. The caller holds `store.exclusive()`.
-
-    Raises:
-        StoreError: the file system refuses; what is left is a valid store.
-    """
-    for name in plan.names:
-        store.remove_name(name)
-    freed = sum(store.remove(SNAPSHOTS, stem) for stem in plan.snapshots)
-    freed += sum(store.remove(BLOCKS, stem) for stem in plan.blocks)
-    return freed + sum(store.remove(TOKENIZERS, stem) for stem in plan.tokenizers)

@@ -31,15 +31,21 @@ if TYPE_CHECKING:
     Stamp = tuple[int, ...]
     T = TypeVar("T")
 
+FORMAT = 2  # of the memo
 SETTLED_NS = 2_000_000_000  # a file that was just written may change within one tick of its times
 WORTH_KEEPING = 100  # headers: to read fewer takes less time than to write the memo
 
 
 class Block(NamedTuple):
-    """A block's digest, and how many bytes one of its rows takes in memory."""
+    """A block's digest, how many bytes one of its rows takes in memory, the position of the first,
+    how long computing each took, and of which fingerprint they are.
+    """
 
     digest: str
     row_bytes: int
+    start: int
+    seconds_per_token: float
+    fingerprint: str
 
 
 class Use(NamedTuple):
@@ -53,12 +59,14 @@ class Use(NamedTuple):
 
 class Snapshot(NamedTuple):
     """What a snapshot says of itself: `raw_bytes` of its own arrays, `made` in seconds since the
-    epoch, `fingerprint` as the JSON of the parts.
+    epoch, `whole` if its layers can be resumed from it alone, `fingerprint` as the JSON of the
+    parts.
     """
 
     n_past: int
     raw_bytes: int
     made: float
+    whole: bool
     fingerprint: str
     uses: tuple[Use, ...]
 
@@ -148,12 +156,20 @@ def _snapshot(header: Header, stem: str) -> Snapshot:
     parts = json.dumps(headers.fingerprint_parts(header), sort_keys=True)
     made = headers.noted_number(header, "made")
     uses = tuple([Use(*ref) for ref in header.content["refs"]])
-    return Snapshot(header.content["n_past"], header.raw_bytes, made, parts, uses)
+    whole = bool(header.content["opaque"]) or headers.has_window_rows(header)
+    return Snapshot(header.content["n_past"], header.raw_bytes, made, whole, parts, uses)
 
 
 def _block(header: Header, stem: str) -> Block:
     headers.checked_block(header, stem)
-    return Block(header.digest, header.raw_bytes // len(header.content["tokens"]))
+    content = header.content
+    return Block(
+        header.digest,
+        header.raw_bytes // len(content["tokens"]),
+        content["start"],
+        headers.noted_number(header, "seconds_per_token"),
+        content["fingerprint"],
+    )
 
 
 # The memo
@@ -191,12 +207,13 @@ class _Known:
         return known
 
     def _take(self, rows: dict[str, Any]) -> None:
-        for stem, *stamp, digest, row_bytes in rows["blocks"]:
-            self.blocks[stem] = (tuple(stamp), Block(digest, row_bytes))
         parts, used = rows["fingerprints"], rows["used"]
-        for stem, *stamp, n_past, raw_bytes, made, fingerprint, refs, counts in rows["snapshots"]:
+        for stem, *stamp, digest, row_bytes, start, seconds, fingerprint in rows["blocks"]:
+            block = Block(digest, row_bytes, start, seconds, parts[fingerprint])
+            self.blocks[stem] = (tuple(stamp), block)
+        for stem, *stamp, n_past, raw, made, whole, fingerprint, refs, counts in rows["snapshots"]:
             uses = _uses([used[i] for i in refs], counts)
-            snapshot = Snapshot(n_past, raw_bytes, made, parts[fingerprint], uses)
+            snapshot = Snapshot(n_past, raw, made, whole, parts[fingerprint], uses)
             self.snapshots[stem] = (tuple(stamp), snapshot)
 
     def save(self, path: Path) -> None:
@@ -207,14 +224,17 @@ class _Known:
             [
                 stem,
                 *stamp,
-                *fact[:3],
+                *fact[:4],
                 parts.setdefault(fact.fingerprint, len(parts)),
                 [used.setdefault(use[:2], len(used)) for use in fact.uses],
                 [use.rows for use in fact.uses],
             ]
             for stem, (stamp, fact) in self.snapshots.items()
         ]
-        blocks = [[stem, *stamp, *fact] for stem, (stamp, fact) in self.blocks.items()]
+        blocks = [
+            [stem, *stamp, *fact[:4], parts.setdefault(fact.fingerprint, len(parts))]
+            for stem, (stamp, fact) in self.blocks.items()
+        ]
         rows = {"fingerprints": list(parts), "used": list(used)}
         text = json.dumps({**rows, "snapshots": snapshots, "blocks": blocks})
         memo.write(path, f"{_checksum(text)}\n{text}")
@@ -228,4 +248,4 @@ def _uses(blocks: Sequence[tuple[str, str]], counts: Sequence[int]) -> tuple[Use
 
 
 def _checksum(text: str) -> str:
-    return hashlib.sha256(f"{__version__}\n{text}".encode()).hexdigest()
+    return hashlib.sha256(f"{__version__} {FORMAT}\n{text}".encode()).hexdigest()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TEMPORARY = ".tmp-"
+BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's own blocks are
 NO_LINKS = {
     errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EINVAL,
     errno.EACCES,
@@ -35,6 +36,7 @@ class File(NamedTuple):
     ctime_ns: int
     inode: int
     last_use: float  # seconds since the epoch
+    on_disk: int  # bytes that the drive gave for it
 
     @property
     def stamp(self) -> tuple[int, ...]:
@@ -50,7 +52,15 @@ class File(NamedTuple):
             status.st_ctime_ns,
             status.st_ino,
             max(status.st_atime, status.st_mtime),
+            on_disk(status),
         )
+
+
+def on_disk(status: os.stat_result) -> int:
+    """Bytes that the drive gave for a file, at least those in it: some file systems give blocks
+    later than bytes, and some pack small files.
+    """
+    return max(status.st_size, status.st_blocks * BLOCK_BYTES)
 
 
 class Reader:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
 from pathlib import Path
 
+from mlx_promptcache import memo
+
 log = logging.getLogger("mlx_promptcache")
 
 STORE = "prompt_cache"
+READ_ONLY = "MLX_PROMPTCACHE_READ_ONLY"
 DEMO_MODEL = "SmolLM2-135M-Instruct"
 
 
@@ -38,6 +40,11 @@ def user_store(model: Path) -> Path:
     return (
         user_cache() / "stores" / str(model.resolve()).strip(os.sep).replace(os.sep, "--") / STORE
     )
+
+
+def writing_is_off() -> bool:
+    """Whether the user wants nothing to be written to any store."""
+    return os.environ.get(READ_ONLY, "") not in {"", "0"}
 
 
 def is_writable(directory: Path) -> bool:
@@ -75,12 +82,7 @@ def remember_store(directory: Path) -> None:
     path, known = directory.resolve(), known_stores()
     if path in known:
         return
-    file = _stores_file()
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(0o700, parents=True, exist_ok=True)
-        temporary.write_text("".join(f"{line}\n" for line in [*known, path]), "utf-8")
-        temporary.replace(file)
+    memo.write(_stores_file(), "".join(f"{line}\n" for line in [*known, path]))
 
 
 def weights_memo() -> Path:

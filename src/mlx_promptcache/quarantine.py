@@ -21,7 +21,7 @@ class Quarantine:
     """The files of one store that this process will not read again."""
 
     def __init__(self, store: Store, *, read_only: bool) -> None:
-        self._store, self._read_only = store, read_only
+        self._store, self.read_only = store, read_only
         self._stems: set[str] = set()
 
     def __contains__(self, stem: str) -> bool:
@@ -41,7 +41,7 @@ class Quarantine:
         What was moved aside leaves its name to the next sound file. What only cannot be read (a
         drive's error, a missing permission) stays: it may be sound.
         """
-        damaged = isinstance(why, DamagedFile) and not self._read_only
+        damaged = isinstance(why, DamagedFile) and not self.read_only
         moved = damaged and self._store.quarantine(kind, stem)
         if not moved:
             self._stems.add(stem)

@@ -120,9 +120,11 @@ class Runner:
         salt: str = "",
         read_only: bool = False,
         use_cache: bool = True,
+        max_bytes: int | None = None,
         loaded: Loaded | None = None,
     ) -> Runner:
-        """Load a model through mlx-lm and open its store. `loaded` is this very model, if
+        """Load a model through mlx-lm and open its store, which may take `max_bytes` on disk (see
+        `PromptCache`). `loaded` is this very model, if
         `checkpoint.load` has begun to load it.
 
         Raises:
@@ -139,7 +141,9 @@ class Runner:
             directory = places.store_directory(path, cache_dir)
             Store(directory).check()
             fingerprint = remembered(path, adapter=adapter, kv=kv, salt=salt, draft=draft_path)
-            cache = PromptCache(directory, fingerprint, kv=kv, read_only=read_only)
+            cache = PromptCache(
+                directory, fingerprint, kv=kv, read_only=read_only, max_bytes=max_bytes
+            )
         model, told, weights = loaded or checkpoint.load(path, adapter)
         tokenizer = _tokenizer(path, told, cache)
         draft, others = None, None

@@ -12,9 +12,10 @@ from mlx_promptcache.errors import CacheMiss, PromptCacheError, StoreError
 from mlx_promptcache.finder import record_of
 from mlx_promptcache.parts import known_window_rows, split_rest, split_rows
 from mlx_promptcache.passes import PassRecord
+from mlx_promptcache.room import FILE_BYTES
 from mlx_promptcache.state import Ref, State
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS
-from mlx_promptcache.tree import BlockName, Keys, SnapshotName, cell_start, pieces, shard
+from mlx_promptcache.tree import CELL, BlockName, Keys, SnapshotName, cell_start, pieces, shard
 from mlx_promptcache.windows import Span, widest
 
 if TYPE_CHECKING:
@@ -44,6 +45,22 @@ class Saved:
             max(self.blocks_shared, later.blocks_shared - self.blocks_written),
             self.bytes_written + later.bytes_written,
         )
+
+
+def most_bytes(state: State) -> int:
+    """The most bytes on disk that saving a state may take: those of what no block has yet, as they
+    are in memory, and some for each file.
+    """
+    n, stored = state.n_past, state.trail.refs[-1].end if state.trail.refs else 0
+    rows = sum(layer.nbytes for layer in state.contents if layer.sliceable)
+    rest = state.nbytes - rows + sum(passed.nbytes for passed in state.passed)
+    for mark in state.marks:
+        heads = (mark.logits, mark.embedding, mark.rng)
+        rest += sum(layer.nbytes for layer in mark.layers)
+        rest += sum(array.nbytes for array in heads if array is not None)
+    blocks = 1 + -(-(n - stored) // CELL) if n > stored else 0
+    files = blocks + 1 + len(state.marks)
+    return rows * (n - stored) // max(1, n) + rest + files * FILE_BYTES
 
 
 class Saver:
@@ -86,7 +103,24 @@ class Saver:
             self._store.sync(SNAPSHOTS, stem)
         if name is not None:
             self._store.write_name(name, stem, sync=self._sync)
+        self._store.record_write(self._bytes)
         return Saved(name, stem.rpartition("-")[2], self._written, self._shared, self._bytes)
+
+    def kept(self) -> Saved | None:
+        """What there is if all of the state is stored already, for prompts to find; else None.
+
+        The caller holds the shared lock.
+        """
+        state, refs = self._state, self._state.trail.refs
+        if not refs or refs[-1].end < state.n_past:
+            return None
+        if not all(self._finder.is_there(ref.stem, ref.digest) for ref in refs):
+            return None
+        marks = [state.at(mark) for mark in state.marks if mark.position < state.n_past]
+        if not all(self._snapshot_there(mark, list(refs)) for mark in marks):
+            return None
+        stem = self._snapshot_there(state, list(refs))
+        return Saved(None, stem.rpartition("-")[2], 0, len(refs), 0) if stem else None
 
     def _count(self, other: Saver) -> None:
         saved = other.save(None, share=True)

@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import secrets
 import shutil
+import stat
 import time
 import unicodedata
 from pathlib import Path
@@ -33,6 +35,7 @@ from mlx_promptcache.files import (
     TEMPORARY,
     File,
     Reader,
+    on_disk,
     sync_directory,
     sync_file,
     write_once,
@@ -55,6 +58,8 @@ USES = "uses.jsonl"
 SUFFIX = ".safetensors"
 STEM = re.compile(r"[0-9a-f]{2}/[0-9a-f-]{1,200}")
 LONGEST_NAME_BYTES = 200
+LEFTOVER_SECONDS = 3600.0  # a write that is on its way is younger
+MOST_STATISTICS_BYTES = 4 << 20
 
 
 class Store:
@@ -64,6 +69,7 @@ class Store:
         self.directory = Path(directory)
         self.locks = Locks(self.directory)
         self.shared, self.exclusive = self.locks.shared, self.locks.exclusive
+        self.adding = self.locks.adding
 
     def __repr__(self) -> str:
         return f"Store({str(self.directory)!r})"
@@ -232,13 +238,12 @@ class Store:
             os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
     def remove(self, kind: str, stem: str) -> int:
-        """Delete a file and return the bytes that this frees. The caller holds `exclusive()`.
+        """Delete a file and return how many bytes it had. The caller holds `exclusive()`.
 
         Raises:
             StoreError: the file system refuses.
         """
-        path = self.path(kind, stem)
-        size = self.size(kind, stem)
+        path, size = self.path(kind, stem), self.size(kind, stem)
         with _told(f"cannot delete from the store {self.directory}"):
             path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # other files are in it
@@ -257,7 +262,61 @@ class Store:
             return False
         return True
 
-    # Names
+    # What is no state
+
+    def taken(self) -> int:
+        """Bytes on disk of all that is in the directory, whatever it is."""
+        try:
+            total = on_disk(self.directory.lstat())
+        except OSError:
+            return 0
+        waiting = [str(self.directory)]
+        while waiting:
+            for entry in _entries(waiting.pop()):
+                try:  # tens of thousands of times before a save: no `File`, no `suppress`
+                    status = entry.stat(follow_symlinks=False)
+                except OSError:  # it is gone
+                    continue
+                total += on_disk(status)
+                if stat.S_ISDIR(status.st_mode):
+                    waiting.append(entry.path)
+        return total
+
+    def leftovers(self, now: float) -> dict[str, File]:
+        """What crashes left behind an hour ago or longer, by their paths in the store."""
+        found: dict[str, File] = {}
+        for place in (*(f"{kind}/*/" for kind in KINDS), f"{NAMES}/"):  # elsewhere it is not ours
+            for path in self.directory.glob(f"{place}{TEMPORARY}*"):
+                with contextlib.suppress(OSError):
+                    file = File.of(path.lstat())
+                    if abs(now - file.mtime_ns / 1e9) > LEFTOVER_SECONDS:  # the clock may be set
+                        found[path.relative_to(self.directory).as_posix()] = file
+        return found
+
+    def set_aside(self) -> dict[str, File]:
+        """The files in quarantine, by their paths in the store."""
+        found: dict[str, File] = {}
+        for kind in _entries(f"{self.directory}/{QUARANTINE}"):
+            for entry in _entries(kind.path):
+                with contextlib.suppress(OSError):
+                    path = f"{QUARANTINE}/{kind.name}/{entry.name}"
+                    found[path] = File.of(entry.stat(follow_symlinks=False))
+        return found
+
+    def remove_leftover(self, path: str) -> int:
+        """Delete what `leftovers` or `set_aside` told of, and return how many bytes it had. The
+        caller holds `exclusive()`.
+
+        Raises:
+            StoreError: the file system refuses.
+        """
+        there = self.directory / path
+        told = _told(f"cannot delete from the store {self.directory}")
+        with told, contextlib.suppress(FileNotFoundError):
+            size = there.lstat().st_size
+            there.unlink()
+            return size
+        return 0
 
     def clear_traces(self) -> None:
         """Delete what is no state: quarantined files, statistics, leftovers of crashes.
@@ -265,11 +324,11 @@ class Store:
         The caller holds `exclusive()`. Failing is no matter.
         """
         shutil.rmtree(self.directory / QUARANTINE, ignore_errors=True)
-        ours = (*(f"{kind}/*/" for kind in KINDS), f"{NAMES}/")  # a file elsewhere may be anybody's
-        leftovers = [p for place in ours for p in self.directory.glob(f"{place}{TEMPORARY}*")]
-        for path in (*leftovers, self.directory / USES):
+        for path in (*self.leftovers(math.inf), USES):
             with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+                (self.directory / path).unlink(missing_ok=True)
+
+    # Names
 
     def names(self) -> dict[str, str]:
         """Every name and the stem that it stands for (empty if its file cannot be read)."""
@@ -324,7 +383,7 @@ class Store:
         with _told(f"cannot delete from the store {self.directory}"):
             (self.directory / NAMES / check_name(name)).unlink(missing_ok=True)
 
-    # Uses
+    # Statistics
 
     def record_use(self, use: dict[str, Any]) -> None:
         """Append a line to the statistics. Failing is no matter."""
@@ -335,6 +394,32 @@ class Store:
                 os.write(fd, line.encode())
             finally:
                 os.close(fd)
+
+    def record_write(self, count: int) -> None:
+        """Note that so many bytes were written now. Failing is no matter."""
+        if count:
+            self.record_use({"when": round(time.time(), 3), "wrote": count})
+
+    def shorten_uses(self) -> None:
+        """Forget the older half of long statistics. The caller holds `exclusive()`. Failing is no
+        matter.
+        """
+        path = self.directory / USES
+        with contextlib.suppress(OSError):
+            if path.stat().st_size > MOST_STATISTICS_BYTES:
+                lines = path.read_bytes().splitlines(keepends=True)
+                write_once(path, lines[len(lines) // 2 :], sync=False, replace=True)
+
+    def written_by_day(self) -> dict[str, int]:
+        """How many bytes were written on each day (UTC) that the statistics know of."""
+        days: dict[str, int] = {}
+        for use in self.uses():
+            when, wrote = use.get("when"), use.get("wrote")
+            if isinstance(when, (int, float)) and type(wrote) is int:
+                with contextlib.suppress(ValueError, OverflowError, OSError):
+                    day = time.strftime("%Y-%m-%d", time.gmtime(when))
+                    days[day] = days.get(day, 0) + wrote
+        return days
 
     def uses(self) -> Iterator[dict[str, Any]]:
         """The statistics, oldest first; lines that cannot be read are passed over."""

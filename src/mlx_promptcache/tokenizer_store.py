@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_promptcache import arithmetic, container
+from mlx_promptcache import arithmetic, container, room
 from mlx_promptcache.container import Array
 from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError
 from mlx_promptcache.headers import TOKENIZER
@@ -30,6 +30,7 @@ from mlx_promptcache.tree import KEY_BYTES
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from mlx_promptcache.budget import Budget
     from mlx_promptcache.quarantine import Quarantine
     from mlx_promptcache.store import Store
 
@@ -48,8 +49,8 @@ LARGEST_BYTES = 1 << 28
 class TokenizerStore:
     """The tokenizers of one store."""
 
-    def __init__(self, store: Store, bad: Quarantine) -> None:
-        self._store, self._bad = store, bad
+    def __init__(self, store: Store, bad: Quarantine, budget: Budget) -> None:
+        self._store, self._bad, self._budget = store, bad, budget
 
     def tokenizer(self, model: Path, whole: Callable[[], Any], *, keeps: bool) -> Any:
         """The tokenizer of a model, wrapped as mlx-lm wraps it.
@@ -73,12 +74,16 @@ class TokenizerStore:
                 header = reader.header()
                 facts, entry = _checked(header)
                 text = bytes(container.read_array(reader.read, entry).data)
-            return _made(text, facts, whole)
+            tokenizer = _made(text, facts, whole)
         except PromptCacheError as exc:
             if isinstance(exc, DamagedFile) or not isinstance(exc, CacheMiss):
                 self._bad.set_aside(TOKENIZERS, stem, exc)
         except Exception as exc:  # noqa: BLE001 - whatever another release does otherwise
             log.debug("the tokenizer that is kept cannot be used: %s", exc)
+        else:
+            if not self._bad.read_only:
+                self._store.touch(TOKENIZERS, stem)
+            return tokenizer
         return None
 
     def _keep(self, stem: str, wrapper: Any) -> None:
@@ -99,8 +104,11 @@ class TokenizerStore:
         notes = {"made": round(time.time(), 3), "versions": arithmetic.versions()}
         packed = container.pack(TOKENIZER, asdict(facts), notes, arrays)
         self._store.create()
-        with self._store.shared():
-            self._store.write(TOKENIZERS, stem, packed)
+        with self._store.adding():
+            needed = packed.size + room.FILE_BYTES
+            room.make(self._store, self._budget, needed, asked_for=False)
+            with self._store.shared():
+                self._store.write(TOKENIZERS, stem, packed)
 
 
 def _shortened(text: str) -> str:

@@ -20,6 +20,7 @@ COMMANDS = {
     "show": "Show everything about one stored state.",
     "clear": "Delete stored states.",
     "verify": "Read every stored byte and check it.",
+    "prune": "Make the store fit its budget.",
     "bench": "Measure what the cache is worth on this machine.",
 }
 

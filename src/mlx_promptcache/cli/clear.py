@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
-from mlx_promptcache.catalog import DAMAGED, STALE, Catalog, Deletion, Entry, execute
+from mlx_promptcache.catalog import DAMAGED, STALE, Catalog, Entry
 from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import ModelChoice, model_options, output_options, take
+from mlx_promptcache.deletion import Deletion, execute
 from mlx_promptcache.errors import PromptCacheError
 from mlx_promptcache.facts import forget, memo_of
 
@@ -32,9 +33,9 @@ def _duration(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 @model_options
 @click.option("--all", "everything", is_flag=True, help="Everything in the store.")
 @click.option("--stale", is_flag=True, help="States that other weights made.")
-@click.option("--damaged", is_flag=True, help="States that cannot be restored.")
+@click.option("--damaged", is_flag=True, help="States that cannot be restored, and damaged files.")
 @click.option("--older-than", callback=_duration, metavar="30d", help="Not used for so long.")
-@click.option("--unnamed", is_flag=True, help="States without a name.")
+@click.option("--unnamed", is_flag=True, help="States without a name, and rows of none.")
 @click.option("--dry-run", is_flag=True, help="Show the plan, delete nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @output_options
@@ -50,7 +51,7 @@ def command(**options: Any) -> int:
     with store.shared():
         plan = _plan(Catalog(store, fingerprint, memo_of(store)), options)
     if not options["as_json"]:
-        _print(plan, options["dry_run"])
+        click.echo(output.plan(plan, dry_run=options["dry_run"]))
     done = bool(plan) and not options["dry_run"] and _agreed(options)
     freed = 0
     if done:
@@ -80,7 +81,12 @@ def _plan(catalog: Catalog, options: dict[str, Any]) -> Deletion:
     doomed = catalog.named(options["names"])
     if _filters(options):
         doomed += [entry for entry in catalog.entries() if _is_meant(entry, options)]
-    return catalog.plan_clear(doomed, everything=options["everything"])
+    return catalog.plan_clear(
+        doomed,
+        everything=options["everything"],
+        unused=options["unnamed"],
+        damaged=options["damaged"],
+    )
 
 
 def _filters(options: dict[str, Any]) -> bool:
@@ -104,16 +110,3 @@ def _agreed(options: dict[str, Any]) -> bool:
     if options["as_json"] or not sys.stdin.isatty():
         raise PromptCacheError("nothing was deleted: say --yes to delete without being asked")
     return click.confirm("Delete?", default=False, err=True)
-
-
-def _print(plan: Deletion, dry_run: bool) -> None:
-    if not plan:
-        click.echo("there is nothing to delete")
-        return
-    click.echo(
-        f"{'would delete' if dry_run else 'to delete'}: {len(plan.names)} names"
-        f"{' (' + ', '.join(plan.names) + ')' if plan.names else ''}, "
-        f"{len(plan.snapshots)} snapshots, {len(plan.blocks)} blocks, "
-        f"{f'{len(plan.tokenizers)} tokenizers, ' if plan.tokenizers else ''}"
-        f"{output.size(plan.freed_bytes)}"
-    )

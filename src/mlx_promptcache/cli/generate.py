@@ -13,6 +13,7 @@ from mlx_promptcache.cli.options import (
     ModelChoice,
     PromptChoice,
     SamplingChoice,
+    max_size_option,
     model_options,
     output_options,
     prompt_options,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 @click.option("--no-prompt-cache", is_flag=True, help="Neither read nor write.")
 @click.option("--exact", is_flag=True, help="The very bits of a run without the cache.")
 @sampling_options
+@max_size_option
 @output_options
 def command(**options: Any) -> int:
     """Parse, check, run."""
@@ -60,7 +62,9 @@ def command(**options: Any) -> int:
     loaded = choice.begin(use_cache=not off)
     from mlx_promptcache.cli.session import DEFAULT_MAX_TOKENS, Interrupted, Session
 
-    runner = choice.runner(read_only=read_only, use_cache=not off, loaded=loaded)
+    runner = choice.runner(
+        read_only=read_only, use_cache=not off, max_bytes=options["max_size"], loaded=loaded
+    )
     session = Session(runner, as_json=options["as_json"], quiet=options["quiet"], seed=asked.seed)
     prompt = _prompt(runner, prompts, choice, name)
     sampling = replace(asked, seed=session.seed).sampling(tokenizer=runner.tokenizer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from typing import Any
 
 import click
@@ -28,6 +30,7 @@ def command(**options: Any) -> int:
         found = [(store, choice.fingerprint())]  # type: ignore[list-item]
     entries: list[dict[str, Any]] = []
     total = blocks = 0
+    written: Counter[str] = Counter()
     for store, fingerprint in found:
         with store.shared():
             catalog = Catalog(store, fingerprint, memo_of(store))
@@ -35,11 +38,16 @@ def command(**options: Any) -> int:
             entries += [entry_json(entry) | where for entry in catalog.entries()]
             blocks += len(catalog.facts.blocks)
             total += catalog.facts.total_bytes
+            written.update(store.written_by_day())
             catalog.facts.keep()
     if options["as_json"]:
-        output.print_json({"entries": entries, "total_bytes": total, "blocks": blocks})
+        days = {day: written[day] for day in sorted(written)}
+        answer = {"entries": entries, "total_bytes": total, "blocks": blocks}
+        output.print_json(answer | {"written_bytes": days})
     else:
         _print(entries, total, blocks)
+        if written:
+            click.echo(_wear(written))
     return 0
 
 
@@ -58,6 +66,16 @@ def entry_json(entry: Entry) -> dict[str, Any]:
         "status": entry.status,
         "reason": entry.reason,
     }
+
+
+def _wear(written: Counter[str]) -> str:
+    """How much was written to the drive, for people."""
+    today = time.strftime("%Y-%m-%d", time.gmtime())
+    mean = sum(written.values()) / len(written)
+    return (
+        f"written: {output.size(written[today])} today, "
+        f"{output.size(mean)} a day on {len(written)} days of use"
+    )
 
 
 def _print(entries: list[dict[str, Any]], total: int, blocks: int) -> None:

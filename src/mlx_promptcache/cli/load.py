@@ -12,6 +12,7 @@ from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import (
     ModelChoice,
     SamplingChoice,
+    max_size_option,
     model_options,
     output_options,
     sampling_options,
@@ -33,6 +34,7 @@ LIKELIEST = 5
 @click.option("--prompt-cache-all", is_flag=True, help="Keep the generated tokens' state.")
 @click.option("--save-as", metavar="NAME", help="Name the state at the end of the run.")
 @sampling_options
+@max_size_option
 @output_options
 def command(**options: Any) -> int:
     """Parse, check, run."""
@@ -44,7 +46,7 @@ def command(**options: Any) -> int:
     from mlx_promptcache.cli.session import Session
 
     asked.sampling()  # what makes no sense is told before the model is loaded
-    runner = choice.runner()
+    runner = choice.runner(max_bytes=options["max_size"])
     if runner.cache is None:
         raise UnsupportedLayer(str(runner.why_not_kept))
     session = Session(runner, as_json=options["as_json"], quiet=options["quiet"], seed=asked.seed)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mlx_promptcache import models, places
+from mlx_promptcache.budget import MAX_SIZE, parse_size
 from mlx_promptcache.cli import output
 from mlx_promptcache.errors import ModelError, PromptError
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings, remembered
@@ -72,6 +73,19 @@ model_options = _options(
         show_default=True, help="How many tokens the draft model proposes at a time.",
     ),
     click.option("--salt", default="", help="A private namespace inside the store."),
+)  # fmt: skip
+
+
+def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    try:
+        return None if value is None else parse_size(value)
+    except ValueError as exc:
+        raise click.BadParameter(str(exc), ctx, param) from exc
+
+
+max_size_option = click.option(
+    "--max-size", envvar=MAX_SIZE, callback=_bytes, metavar="20GB",
+    help="What the store may take on disk; 20 GB, or a tenth of what is free, by default.",
 )  # fmt: skip
 
 prompt_options = _options(
@@ -214,7 +228,12 @@ class ModelChoice:
         return checkpoint.load(path, adapter)
 
     def runner(
-        self, *, read_only: bool = False, use_cache: bool = True, loaded: Loaded | None = None
+        self,
+        *,
+        read_only: bool = False,
+        use_cache: bool = True,
+        max_bytes: int | None = None,
+        loaded: Loaded | None = None,
     ) -> Runner:
         """Load the model, which may have been begun."""
         loaded = loaded or self.begin(use_cache=use_cache)
@@ -233,6 +252,7 @@ class ModelChoice:
             salt=self.salt,
             read_only=read_only,
             use_cache=use_cache,
+            max_bytes=max_bytes,
             loaded=loaded,
         )
 

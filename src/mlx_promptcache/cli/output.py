@@ -14,6 +14,8 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mlx_promptcache.deletion import Deletion
+
 STARTED = time.time()  # a fallback: the process is a few hundredths of a second older
 
 
@@ -51,6 +53,23 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells).rstrip())
     click.echo("\n".join(lines))
+
+
+def plan(plan: Deletion, *, dry_run: bool) -> str:
+    """What would be deleted, or is, for people."""
+    if not plan:
+        return "there is nothing to delete"
+    counts = [
+        (len(plan.names), "names"),
+        (len(plan.snapshots), "snapshots"),
+        (len(plan.blocks), "blocks"),
+        (len(plan.tokenizers), "tokenizers"),
+        (len(plan.leftovers), "leftovers"),
+    ]
+    told = ", ".join(f"{count} {what}" for count, what in counts if count)
+    names = f" ({', '.join(plan.names)})" if plan.names else ""
+    what = "would delete" if dry_run else "to delete"
+    return f"{what}: {told}, {size(plan.freed_bytes)}{names}"
 
 
 def size(count: float) -> str:

@@ -10,6 +10,7 @@ from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import (
     ModelChoice,
     PromptChoice,
+    max_size_option,
     model_options,
     output_options,
     prompt_options,
@@ -25,6 +26,7 @@ from mlx_promptcache.store import check_name
 @model_options
 @click.option("--exact", is_flag=True, help="Reuse only the very bits of a run without the cache.")
 @click.option("--force", is_flag=True, help="Let the name stand for this state from now on.")
+@max_size_option
 @output_options
 def command(**options: Any) -> int:
     """Parse, check, run."""
@@ -35,7 +37,7 @@ def command(**options: Any) -> int:
     from mlx_promptcache.cli.session import Interrupted, Session, saved_json
     from mlx_promptcache.sampling import Sampling
 
-    runner = choice.runner()
+    runner = choice.runner(max_bytes=options["max_size"])
     session = Session(runner, as_json=options["as_json"], quiet=options["quiet"], seed=0)
     if runner.cache is None:
         raise UnsupportedLayer(str(runner.why_not_kept))

@@ -17,6 +17,7 @@ DAMAGE_FOUND = 3
 @click.argument("names", nargs=-1)
 @model_options
 @click.option("--quarantine", is_flag=True, help="Move the damaged files aside.")
+@click.option("--dry-run", is_flag=True, help="With --quarantine: show the plan, move nothing.")
 @output_options
 def command(**options: Any) -> int:
     """Parse, read, report."""
@@ -24,7 +25,9 @@ def command(**options: Any) -> int:
     with store.shared():
         report = verification.verify(store, options["names"])
     moved = 0
-    if options["quarantine"]:
+    if options["quarantine"] and options["dry_run"]:
+        moved = sum(damage.certain for damage in report.damaged)
+    elif options["quarantine"]:
         with store.exclusive():
             moved = verification.set_aside(store, report)
     if options["as_json"]:
@@ -37,12 +40,14 @@ def command(**options: Any) -> int:
                     {"kind": d.kind, "file": d.stem, "reason": d.reason} for d in report.damaged
                 ],
                 "quarantined": moved,
+                "dry_run": options["dry_run"],
             }
         )
     else:
         for damage in report.damaged:
             click.echo(f"{damage.kind}/{damage.stem}: {damage.reason}")
         found = f"{len(report.damaged)} damaged" if report.damaged else "all sound"
-        aside = f", {moved} moved aside" if moved else ""
+        done = "would be moved" if options["dry_run"] else "moved"
+        aside = f", {moved} {done} aside" if moved else ""
         click.echo(f"{report.files} files, {output.size(report.bytes)}: {found}{aside}")
     return DAMAGE_FOUND if report.damaged else 0

@@ -1,0 +1,106 @@
+"""Room in a store: for what is to be added to it, and back within its budget."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mlx_promptcache.budget import Drive
+from mlx_promptcache.deletion import Deletion, execute
+from mlx_promptcache.errors import StoreError
+from mlx_promptcache.eviction import Eviction
+from mlx_promptcache.facts import Facts, memo_of
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from mlx_promptcache.budget import Budget
+    from mlx_promptcache.files import File
+    from mlx_promptcache.store import Store
+
+FILE_BYTES = 16384  # of a file beside its arrays: header, directory, the drive's whole blocks
+SPARE = 20  # a twentieth of the budget more is freed, so that not every save has to evict
+LOCK_SECONDS = 5.0  # a generation does not wait longer for others to stop reading
+
+
+class NoRoom(StoreError):
+    """What is to be added does not fit the budget, whatever is evicted. Nothing was deleted."""
+
+
+def make(
+    store: Store,
+    budget: Budget,
+    needed_bytes: int,
+    *,
+    kept: Collection[str] = (),
+    asked_for: bool,
+) -> None:
+    """Evict what must go so that so many bytes more can be written. `kept` are stems that stay.
+
+    What was `asked_for` by name is bound by a budget that was chosen, not by the defaults. The
+    caller holds `store.adding()`, and no other lock.
+
+    Raises:
+        NoRoom: even then there would be none.
+        CacheLocked: others read or write, and do not come to an end.
+    """
+    taken, drive = store.taken(), Drive.of(store.directory)
+    most = budget.limit(drive, taken)
+    over = taken + needed_bytes - most
+    short = needed_bytes + budget.floor(drive) - drive.free
+    if max(over, short) <= 0:
+        return
+    optional = asked_for and budget.max_bytes is None
+    with store.exclusive(LOCK_SECONDS):
+        lacking = max(over, 0 if asked_for else short)
+        plan = _plan(store, lacking, most // SPARE, kept)
+        if plan.freed_on_disk >= lacking or optional:
+            execute(store, plan)
+            store.shorten_uses()
+            return
+    if over > plan.freed_on_disk:
+        raise NoRoom(
+            f"it may take {needed_bytes:,} bytes, the store takes {taken:,} of the {most:,} that "
+            f"it may take, and at most {plan.freed_on_disk:,} could be evicted: delete states that "
+            "are not needed (`clear`), or choose a larger --max-size"
+        )
+    raise NoRoom(f"the drive has only {drive.free:,} bytes free: make room on it")
+
+
+def limit(store: Store, budget: Budget, taken: int) -> int:
+    """The most bytes on disk that a store may take, which takes `taken` now."""
+    return budget.limit(Drive.of(store.directory), taken)
+
+
+def _plan(store: Store, lacking: int, spare: int, kept: Collection[str]) -> Deletion:
+    """What to delete to free `lacking` bytes, and some to spare; what is no state goes first."""
+    rest = store.leftovers(time.time())
+    if _on_disk(rest) < lacking:
+        rest |= store.set_aside()
+    states = Deletion()
+    if (freed := _on_disk(rest)) < lacking:
+        facts = Facts(store, memo_of(store))
+        states = Eviction(facts, kept).plan(lacking - freed + spare)
+        facts.keep()
+    return replace(
+        states,
+        leftovers=tuple(rest),
+        freed_bytes=states.freed_bytes + sum(file.size for file in rest.values()),
+        freed_on_disk=states.freed_on_disk + freed,
+    )
+
+
+def _on_disk(files: Mapping[str, File]) -> int:
+    return sum(file.on_disk for file in files.values())
+
+
+def plan_prune(store: Store, budget: Budget) -> Deletion:
+    """What `prune` would delete: leftovers of crashes, and what is over the budget.
+
+    The caller holds a lock of the store.
+    """
+    taken, drive = store.taken(), Drive.of(store.directory)
+    over = taken - budget.limit(drive, taken)
+    short = 0 if budget.max_bytes is not None else budget.floor(drive) - drive.free
+    return _plan(store, max(0, over, short), 0, ())
