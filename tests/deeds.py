@@ -15,6 +15,7 @@ from known import ANSWER, DRAWN, GREEDY, Known, model_of
 from lastcall import Calls
 from mlx_promptcache import PromptCache, Runner, cli
 from mlx_promptcache.errors import CacheMiss, DamagedFile, StoreError
+from mlx_promptcache.room import NoRoom
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 COMMON, RARE = 6, 1
 WEIGHTS = {
     "save": COMMON, "talk": COMMON, "keep": COMMON, "generate": COMMON, "load": COMMON,
-    "clear": COMMON, "clear_unnamed": RARE, "clear_all": RARE, "verify": RARE, "list": RARE,
-    "harm": 0,
+    "clear": COMMON, "prune": RARE, "clear_unnamed": RARE, "clear_all": RARE, "verify": RARE,
+    "list": RARE, "harm": 0,
 }  # fmt: skip
 LATEST = "latest"  # a name that stands for one state after the other
 
@@ -58,7 +59,8 @@ class Worker:
         self.say, self.directory = say, Path(job["store"])
         self.draw = random.Random(job["seed"])
         self.known = [Known(*map(tuple, row)) for row in job["known"]]
-        self.cache = PromptCache(self.directory, job["kind"])
+        self.budget: int = job["budget"]
+        self.cache = PromptCache(self.directory, job["kind"], max_bytes=self.budget)
         self.runner = Runner(model_of(job["kind"]), cache=self.cache)
         self.calls: Calls | None = None
         log = logging.getLogger("mlx_promptcache")
@@ -80,14 +82,24 @@ class Worker:
 
     def _save(self, deed: Deed) -> str:
         try:
-            self.cache.save(
-                deed.name, self._prompt(deed), replace=deed.name == LATEST, sync=deed.sync,
-                exact=deed.exact,
-            )  # fmt: skip
+            return self._saved(deed, self._prompt(deed), replace=deed.name == LATEST)
         except StoreError as exc:
             self._expect("another state named" in str(exc), f"a save failed: {exc}")
             return "taken"
+
+    def _saved(self, deed: Deed, state: State, *, replace: bool) -> str:
+        try:
+            self.cache.save(deed.name, state, replace=replace, sync=deed.sync, exact=deed.exact)
+        except NoRoom:
+            return "no room"
         return "saved"
+
+    def _kept(self, deed: Deed, state: State) -> str:
+        try:
+            self.cache.keep(state, exact=deed.exact)
+        except NoRoom:
+            return "no room"
+        return "kept"
 
     def _talk(self, deed: Deed) -> str:
         sampling = DRAWN if deed.exact else GREEDY
@@ -95,12 +107,10 @@ class Worker:
         steps = self.runner.generate(known.prompt, deed.said, sampling, exact=deed.exact)
         said = tuple(step.token for step in steps)
         self._expect(said == known.said(drawn=deed.exact)[: deed.said], f"{said} after {deed}")
-        self.cache.save(deed.name, self.runner.state, replace=True, sync=deed.sync)
-        return "saved"
+        return self._saved(deed, self.runner.state, replace=True)
 
     def _keep(self, deed: Deed) -> str:
-        self.cache.keep(self._prompt(deed), exact=deed.exact)
-        return "kept"
+        return self._kept(deed, self._prompt(deed))
 
     def _generate(self, deed: Deed) -> str:
         known = self.known[deed.prompt]
@@ -108,10 +118,8 @@ class Worker:
         run = self.runner.start(known.prompt, exact=deed.exact, sampling=sampling, later=True)
         said = tuple(step.token for step in run.steps(ANSWER))
         self._expect(said == known.said(drawn=deed.exact), f"{said} after {deed}")
-        self.cache.keep(run.prompt_state(), exact=deed.exact)
-        if deed.sync:
-            self.cache.keep(run.state(), exact=deed.exact)
-        return "kept"
+        kept = self._kept(deed, run.prompt_state())
+        return self._kept(deed, run.state()) if deed.sync else kept
 
     def _load(self, deed: Deed) -> str:
         try:
@@ -134,6 +142,9 @@ class Worker:
         except CacheMiss:
             return "miss"
         return "cleared"
+
+    def _prune(self, deed: Deed) -> str:
+        return self._command("prune", "--max-size", str(self.budget // (1 + deed.sync)))
 
     def _clear_unnamed(self, deed: Deed) -> str:
         return self._command("clear", "--unnamed", "--yes")

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,14 @@ def test_a_nursery_tells_what_its_processes_say_and_how_they_end(forks: bool) ->
 def test_a_process_is_killed_at_the_call_that_was_named(tmp_path: Path) -> None:
     """The bytes of a file are half written at some of them."""
     prompts = [[list(k.prompt), list(k.greedy), list(k.drawn)] for k in known("smallest")]
-    job = {"kind": "smallest", "known": prompts, "seed": 1, "what": "keep", "before": 0}
+    job: dict[str, Any] = {
+        "kind": "smallest",
+        "known": prompts,
+        "seed": 1,
+        "what": "keep",
+        "before": 0,
+        "budget": trial_kill.BUDGET,
+    }
     ended, torn = [], 0
     with Nursery("deeds") as nursery:
         for last in (*range(1, 20, 3), MORE_THAN_ALL):

@@ -30,6 +30,7 @@ KINDS = ("smallest", "rotating", "hybrid")
 SURE_SECONDS = 60.0  # no deed takes so long
 CHANGING = [what for what in WEIGHTS if what not in {"list", "verify"}]
 MANY_CALLS = 60  # that change something: about as many as a deed makes
+BUDGET = 400_000  # bytes: some states have to go for others
 WAIT = 1.2  # times as long as a deed takes: some of them have just ended
 
 Promise = tuple[int, int, bool] | None
@@ -71,8 +72,8 @@ class Patient:
         what, name = deed["what"], deed["name"]
         if answer == "saved":
             self.names[name] = {_promise(deed)}
-        elif answer == "taken":
-            self.names[name].discard(_promise(deed))
+        elif answer in {"taken", "no room"}:
+            self.names.get(name, set()).discard(_promise(deed))
         elif what == "clear":
             self.names[name] = {None}
         elif what == "clear_all":
@@ -139,6 +140,7 @@ class Executioner:
             "kind": patient.inspector.kind,
             "known": [astuple(known) for known in patient.inspector.known],
             "seed": self.draw.getrandbits(32),
+            "budget": BUDGET,
         }
         notes = self._at_a_call(job) if self.draw.random() < 0.5 else self._at_a_moment(job)
         for note in notes:
@@ -171,7 +173,7 @@ class Executioner:
             if "wrong" in note or ("begin" in note and not before):
                 break
             before -= "begin" in note
-        lasts = self._seconds.get(note.get("begin"), 0.03)
+        lasts = self._seconds.get(note.get("begin", ""), 0.03)
         time.sleep(self.draw.uniform(0, WAIT * lasts))
         self.nursery.kill(pid)
         notes += self.nursery.wait(pid, SURE_SECONDS)

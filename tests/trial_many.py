@@ -1,13 +1,16 @@
 """Many processes use one store at the same time, and each of them says what it would say alone.
 
-They save, load, generate, list, verify and clear at random. Nobody waits without end, no wrong
-token is said, and nothing is found damaged.
+They save, load, generate, list, verify, prune and clear at random, within a budget that is too
+small for all of it. Nobody waits without end, no wrong token is said, nothing is found damaged, and
+the store is never larger than its budget and one state.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
 import tempfile
+import threading
 import time
 from collections import Counter
 from dataclasses import astuple
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from deeds import RARE, WEIGHTS
 from inspection import Inspector
+from mlx_promptcache.store import Store
 from nursery import Nursery
 from outcome import Outcome, parser
 
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
 
 PROCESSES, SECONDS = 8, 120.0
 KINDS = ("smallest", "hybrid")  # two models that share a store
+BUDGET = 500_000  # bytes: some states have to go for others
+ONE_STATE = 100_000  # bytes that adding a state may take
+WATCH_SECONDS = 0.02
 SILENCE = 60.0  # seconds: whoever says nothing for so long waits for what does not come
 
 
@@ -38,6 +45,7 @@ class Crowd:
         self.deeds: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.longest = 0.0
+        self.largest = 0
 
     def run(self, nursery: Nursery, processes: int, seconds: float) -> None:
         """Let so many processes do what they like for so many seconds."""
@@ -56,6 +64,28 @@ class Crowd:
                 nursery.kill(pid)
             nursery.wait(pid)
 
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Look again and again how much the store takes on disk while this lasts."""
+        over = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(over,))
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+        if self.largest > BUDGET + ONE_STATE:
+            self.wrong.append(f"the store took {self.largest:,} bytes of {BUDGET:,}")
+
+    def _watch(self, over: threading.Event) -> None:
+        """What is deleted and added while one looks may be counted both: the least of three looks
+        is no more than there was at some time.
+        """
+        store = Store(self.directory)
+        while not over.wait(WATCH_SECONDS):
+            self.largest = max(self.largest, min(store.taken() for _ in range(3)))
+
     def _job(self, number: int, seconds: float) -> Note:
         inspector = self.inspectors[number % len(self.inspectors)]
         return {
@@ -63,6 +93,7 @@ class Crowd:
             "kind": inspector.kind,
             "known": [astuple(known) for known in inspector.known],
             "seed": self._draw.getrandbits(32),
+            "budget": BUDGET,
             "seconds": seconds,
         }
 
@@ -95,15 +126,23 @@ class Crowd:
         for deed, times in self.deeds.items():
             counted[deed.partition(":")[0]] += times
         common = {what: counted[what] for what, weight in WEIGHTS.items() if weight > RARE}
-        slowest = {"seconds for the slowest deed": self.longest}
-        return {"deeds": sum(counted.values()), **common, **slowest}
+        answers = Counter(deed.partition(": ")[2] for deed in self.deeds.elements())
+        return {
+            "deeds": sum(counted.values()),
+            **common,
+            "refused for want of room": answers["no room"],
+            "bytes at most": self.largest,
+            "bytes of budget": BUDGET,
+            "seconds for the slowest deed": self.longest,
+        }
 
 
 def tried(processes: int, seconds: float, seed: int) -> Outcome:
     """Let a crowd use a store."""
     with tempfile.TemporaryDirectory() as directory, Nursery("deeds") as nursery:
         crowd = Crowd(Path(directory) / "store", seed)
-        crowd.run(nursery, processes, seconds)
+        with crowd.watched():
+            crowd.run(nursery, processes, seconds)
         crowd.look()
     figures = {"processes": processes, "seconds": seconds, **crowd.figures()}
     return Outcome("many", seed, figures, crowd.wrong)
