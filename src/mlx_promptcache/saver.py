@@ -15,7 +15,7 @@ from mlx_promptcache.passes import PassRecord
 from mlx_promptcache.room import FILE_BYTES
 from mlx_promptcache.state import Ref, State
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS
-from mlx_promptcache.tree import CELL, BlockName, Keys, SnapshotName, cell_start, pieces, shard
+from mlx_promptcache.tree import BlockName, Keys, SnapshotName, cell_start, pieces, shard
 from mlx_promptcache.windows import Span, widest
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ def most_bytes(state: State) -> int:
         heads = (mark.logits, mark.embedding, mark.rng)
         rest += sum(layer.nbytes for layer in mark.layers)
         rest += sum(array.nbytes for array in heads if array is not None)
-    blocks = 1 + -(-(n - stored) // CELL) if n > stored else 0
-    files = blocks + 1 + len(state.marks)
+    files = len(list(pieces(stored, n))) + 1 + len(state.marks)
     return rows * (n - stored) // max(1, n) + rest + files * FILE_BYTES
 
 

@@ -1,0 +1,186 @@
+"""`prune`, `--max-size`, and what the other commands tell of what goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mlx_promptcache.store import BLOCKS, QUARANTINE, SNAPSHOTS
+from test_cli import GREEDY, PROMPT, Program, one_line, program, tiny_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["program", "tiny_model"]  # fixtures
+
+MORE = ("one", "two", "three")
+
+
+def fill(program: Program) -> None:
+    """A state with a name, and three that have none."""
+    program("save", "mine", "-p", PROMPT)
+    for word in MORE:
+        program.generate("-p", f"{word} {PROMPT}")
+
+
+def on_disk(directory: Path) -> int:
+    return sum(
+        max(p.lstat().st_size, p.lstat().st_blocks * 512)
+        for p in (directory, *directory.rglob("*"))
+    )
+
+
+def files(directory: Path) -> set[Path]:
+    return {path for path in directory.rglob("*") if path.is_file()}
+
+
+def entries(program: Program) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = program("list", "--json").json["entries"]
+    return found
+
+
+def test_prune_leaves_what_has_a_name_and_says_what_went(program: Program) -> None:
+    fill(program)
+    told = program("prune", "--max-size", "0", "--json").json
+    assert set(told) == {
+        "removed", "blocks", "tokenizers", "leftovers", "freed_bytes", "taken_bytes", "max_bytes",
+        "dry_run",
+    }  # fmt: skip
+    assert [entry["name"] for entry in entries(program)] == ["mine"]
+    assert told["taken_bytes"] > told["max_bytes"] == 0
+    assert (len(told["removed"]), told["tokenizers"], told["dry_run"]) == (3, 1, False)
+    again = program("prune", "--max-size", "0")
+    assert again.out.splitlines()[0] == "there is nothing to delete"
+    assert "the rest has names" in again.out
+
+
+def test_prune_within_the_budget_deletes_nothing(program: Program) -> None:
+    fill(program)
+    before = files(program.directory)
+    told = program("prune", "--json").json
+    assert (told["removed"], told["freed_bytes"], told["max_bytes"]) == ([], 0, 20 * 10**9)
+    assert files(program.directory) == before
+
+
+def test_a_dry_run_shows_the_very_plan_that_runs(program: Program) -> None:
+    fill(program)
+    limit = str(on_disk(program.directory) * 2 // 3)
+    before = files(program.directory)
+    told = program("prune", "--max-size", limit, "--dry-run", "--json").json
+    assert files(program.directory) == before
+    assert told["freed_bytes"] > 0
+    done = program("prune", "--max-size", limit, "--json").json
+    assert done == told | {"dry_run": False}
+    gone = before - files(program.directory)
+    assert len(gone) == len(told["removed"]) + told["blocks"] + told["tokenizers"]
+    assert on_disk(program.directory) <= int(limit)
+
+
+def test_prune_of_a_store_that_is_not_there_makes_none(program: Program) -> None:
+    assert program("prune", "--json").json["freed_bytes"] == 0
+    assert not program.directory.exists()
+
+
+@pytest.mark.parametrize("command", ["prune", "generate", "save", "load"])
+def test_what_is_no_size_is_wrong_usage(program: Program, command: str) -> None:
+    names = ["mine"] if command in {"save", "load"} else []
+    ended = program(command, *names, "--max-size", "lots")
+    assert ended.code == 2
+    assert "'lots' is not a size such as 20GB" in ended.err
+
+
+def test_generate_keeps_the_budget_and_its_answer(program: Program) -> None:
+    program.generate("-p", PROMPT)
+    limit = 2 * on_disk(program.directory)
+    for word in MORE:
+        answer = program.generate("-p", f"{word} {PROMPT}", "--max-size", str(limit))
+        assert answer["saved"] is not None
+        assert on_disk(program.directory) <= limit
+    assert len(entries(program)) < 1 + len(MORE)
+    ended = program("generate", *GREEDY, "-p", "so small " + PROMPT, "--max-size", "1kB")
+    assert (ended.code, ended.out != "") == (0, True)
+    assert "the prompt was not kept: it may take" in ended.err
+
+
+def test_a_save_that_does_not_fit_says_what_to_do(program: Program) -> None:
+    ended = program("save", "mine", "-p", PROMPT, "--max-size", "1kB")
+    assert "delete states that are not needed (`clear`), or choose a larger --max-size" in one_line(
+        ended
+    )
+    assert entries(program) == []
+
+
+def test_writing_can_be_switched_off(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    program.generate("-p", PROMPT)
+    before = {path: path.stat().st_mtime_ns for path in files(program.directory)}
+    monkeypatch.setenv("MLX_PROMPTCACHE_READ_ONLY", "1")
+    assert program.generate("-p", PROMPT)["hit"] == "exact"
+    assert program.generate("-p", "other " + PROMPT)["saved"] is None
+    assert "read-only" in one_line(program("save", "mine", "-p", PROMPT))
+    assert {path: path.stat().st_mtime_ns for path in files(program.directory)} == before
+
+
+def test_list_tells_what_was_written_by_day(program: Program) -> None:
+    saved = program.generate("-p", PROMPT)["saved"]
+    days = program("list", "--json").json["written_bytes"]
+    assert list(days) == [time.strftime("%Y-%m-%d", time.gmtime())]
+    assert days.popitem()[1] >= saved["bytes_written"]
+    assert "written: " in program("list").out
+
+
+def test_clear_unnamed_takes_rows_that_no_state_has(program: Program) -> None:
+    fill(program)
+    for stem in program.store.stems(SNAPSHOTS):
+        if stem != program.store.read_name("mine"):
+            program.store.remove(SNAPSHOTS, stem)
+    told = program("clear", "--unnamed", "--dry-run", "--json").json
+    done = program("clear", "--unnamed", "--yes", "--json").json
+    assert done["freed_bytes"] == told["freed_bytes"] > 0
+    needed = {
+        ref[0]
+        for ref in program.store.header(SNAPSHOTS, program.store.stems(SNAPSHOTS)[0]).content[
+            "refs"
+        ]
+    }
+    assert set(program.store.stems(BLOCKS)) == needed
+    assert program("load", "mine", "-n", "2").code == 0
+
+
+def test_clear_damaged_takes_damaged_blocks_and_what_was_moved_aside(program: Program) -> None:
+    fill(program)
+    blocks = program.store.stems(BLOCKS)
+    path = program.store.path(BLOCKS, blocks[0])
+    path.write_bytes(path.read_bytes()[:100])
+    program.store.quarantine(BLOCKS, blocks[1])
+    told = program("clear", "--damaged", "--dry-run", "--json").json
+    assert program("clear", "--damaged", "--yes", "--json").json["removed"] == told["removed"]
+    assert not path.exists()
+    assert files(program.directory / QUARANTINE) == set()
+    assert program("verify").code == 0
+
+
+def test_verify_shows_what_it_would_move_aside(program: Program) -> None:
+    fill(program)
+    path = program.store.path(BLOCKS, program.store.stems(BLOCKS)[0])
+    path.write_bytes(path.read_bytes()[:-1])
+    before = files(program.directory)
+    ended = program("verify", "--quarantine", "--dry-run")
+    assert (ended.code, "1 would be moved aside" in ended.out) == (3, True)
+    assert files(program.directory) == before
+    told = json.loads(program("verify", "--quarantine", "--dry-run", "--json").out)
+    assert json.loads(program("verify", "--quarantine", "--json").out)["quarantined"] == 1
+    assert (told["quarantined"], told["dry_run"]) == (1, True)
+
+
+def test_leftovers_of_crashes_are_counted_and_pruned(program: Program) -> None:
+    fill(program)
+    left = program.directory / BLOCKS / "3f" / ".tmp-1-abc"
+    left.parent.mkdir(exist_ok=True)
+    left.write_bytes(b"x" * 9000)
+    os.utime(left, (1, 1))
+    assert program("prune", "--json").json["leftovers"] == 1
+    assert not left.exists()

@@ -1,0 +1,285 @@
+"""Room for what is to be added: the budget holds, and nothing that matters makes way."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from test_eviction import files_of, held, runner, size, state_of, store_of, two_after_one_prefix
+
+from mlx_promptcache import PromptCache, budget, room
+from mlx_promptcache.budget import MAX_SIZE, MIN_FREE, Drive
+from mlx_promptcache.errors import CacheLocked, StoreError
+from mlx_promptcache.saver import most_bytes
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, USES, Store
+from tiny import digest, random_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+KB = 1000
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> PromptCache:
+    return PromptCache(tmp_path / "store", "tiny")
+
+
+def bounded(cache: PromptCache, max_bytes: int) -> PromptCache:
+    return PromptCache(cache.directory, "tiny", max_bytes=max_bytes)
+
+
+def test_what_a_state_may_take_is_never_less_than_it_takes(cache: PromptCache) -> None:
+    cache.directory.mkdir()
+    store_of(cache).create()
+    for length in (1, 255, 256, 257, 1000):
+        before = size(cache)
+        state = runner().prefill(random_tokens(length, seed=length, vocab=16), boundaries=(100,))
+        cache.save(f"state {length}", state)
+        assert size(cache) - before <= most_bytes(state)
+
+
+def test_a_budget_holds_over_many_states_and_new_ones_are_kept(cache: PromptCache) -> None:
+    most = 3 * most_bytes(state_of(0))
+    small = bounded(cache, most)
+    for seed in range(8):
+        small.keep(state_of(seed))
+        assert size(cache) <= most
+        assert held(cache, state_of(seed)) == 300
+    assert held(cache, state_of(0)) == 0
+    assert held(cache, state_of(6)) == 300
+
+
+def test_a_budget_is_kept_by_a_process_that_knows_nothing_of_those_before(
+    cache: PromptCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(10):
+        cache.keep(state_of(seed))
+    most = 3 * most_bytes(state_of(0))
+    assert size(cache) > most
+    monkeypatch.setenv(MAX_SIZE, str(most))
+    PromptCache(cache.directory, "tiny").keep(state_of(17))
+    assert size(cache) <= most
+    assert held(cache, state_of(17)) == 300
+
+
+def test_the_prefix_of_what_is_being_stored_is_not_evicted_for_it(cache: PromptCache) -> None:
+    prefix, other = state_of(1, 512), state_of(2, 512)
+    cache.keep(prefix)
+    for kind, stem in files_of(cache, prefix):
+        os.utime(store_of(cache).path(kind, stem), ns=(1, 1))
+    cache.keep(other)
+    runner().cache = PromptCache(cache.directory, "tiny")
+    longer = runner().prefill([*prefix.tokens, *random_tokens(100, seed=3, vocab=16)])
+    runner().cache = None
+    for kind, stem in files_of(cache, prefix):  # used, but long ago
+        os.utime(store_of(cache).path(kind, stem), ns=(1, 1))
+    bounded(cache, size(cache) + most_bytes(longer) - 1).keep(longer)
+    assert held(cache, longer) == 612
+    assert held(cache, other) < 512
+
+
+def test_what_does_not_fit_is_refused_in_words_and_nothing_is_deleted(cache: PromptCache) -> None:
+    cache.save("mine", state_of(1))
+    cache.keep(state_of(2))
+    before = size(cache)
+    small = bounded(cache, before - 1)
+    asks: list[Callable[[], object]] = [
+        lambda: small.save("other", state_of(3, 1000)),
+        lambda: small.keep(state_of(4)),
+    ]
+    for ask in asks:
+        with pytest.raises(StoreError, match=r"could be evicted: delete states .* --max-size"):
+            ask()
+    assert size(cache) == before
+    assert held(cache, state_of(2)) == 300
+
+
+def test_a_generation_that_cannot_be_kept_says_what_it_would_have_said(
+    cache: PromptCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = [step.token for step in runner().generate(state_of(1), 5)]
+    with pytest.raises(StoreError, match="could be evicted"):
+        bounded(cache, 10 * KB).keep(state_of(1))
+    assert [step.token for step in runner().generate(state_of(1), 5)] == expected
+
+
+def test_a_state_with_a_name_is_not_refused_by_a_default(
+    cache: PromptCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(MAX_SIZE)
+    monkeypatch.setattr(budget, "MOST_BYTES", 10 * KB)
+    default = PromptCache(cache.directory, "tiny")
+    with pytest.raises(StoreError, match="could be evicted"):
+        default.keep(state_of(1))
+    default.save("mine", state_of(1))
+    default.save("yours", state_of(2))
+    assert digest(default.load("mine")) == digest(state_of(1))
+
+
+def test_automatic_states_leave_something_free_and_named_ones_take_what_there_is(
+    cache: PromptCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MIN_FREE, "1GB")
+    monkeypatch.setattr(Drive, "of", lambda directory: Drive(10**12, 10**9))
+    nearly_full = PromptCache(cache.directory, "tiny")
+    with pytest.raises(StoreError, match="only 1,000,000,000 bytes free"):
+        nearly_full.keep(state_of(1))
+    nearly_full.save("mine", state_of(1))
+    assert held(cache, state_of(1)) == 300
+
+
+def test_a_state_that_is_stored_already_is_kept_without_a_turn(
+    cache: PromptCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = cache.keep(state_of(1))
+    runner().cache = PromptCache(cache.directory, "tiny")
+    warm = runner().prefill(list(state_of(1).tokens))
+    again = runner().cache
+    runner().cache = None
+    monkeypatch.setattr(room, "make", lambda *_, **__: pytest.fail("it made room"))
+    assert again is not None
+    kept = again.keep(warm)
+    assert (kept.snapshot, kept.bytes_written) == (saved.snapshot, 0)
+    with pytest.raises(pytest.fail.Exception):
+        again.keep(state_of(2))
+
+
+def test_writers_take_turns(cache: PromptCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_promptcache.locks.LOCK_SECONDS", 0.05)
+    cache.keep(state_of(1))
+    with store_of(cache).adding():
+        with pytest.raises(CacheLocked):
+            in_thread(lambda: cache.keep(state_of(2)))
+        assert held(cache, state_of(1)) == 300
+        in_thread(lambda: cache.prune(0))  # who deletes needs no turn
+    cache.keep(state_of(2))
+
+
+def test_a_generation_that_waits_for_readers_gives_up_and_keeps_nothing(
+    cache: PromptCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "LOCK_SECONDS", 0.05)
+    cache.keep(state_of(1))
+    small = bounded(cache, size(cache) + 1)
+    with store_of(cache).shared(), pytest.raises(CacheLocked):
+        in_thread(lambda: small.keep(state_of(2)))
+    assert held(cache, state_of(1)) == 300
+
+
+def in_thread(task: Callable[[], object]) -> None:
+    """Run a task in a thread of its own, which holds none of our locks; raise what it raises."""
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            task()
+        except Exception as exc:  # noqa: BLE001 - it is raised again
+            raised.append(exc)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+
+
+# Leftovers
+
+
+def leave(store: Store, age_seconds: float, kind: str = BLOCKS) -> Path:
+    """What a crash leaves behind."""
+    path = store.directory / kind / "3f" / f".tmp-1-{os.urandom(4).hex()}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x" * 5000)
+    when = time.time() - age_seconds
+    os.utime(path, (when, when))
+    return path
+
+
+def test_leftovers_of_crashes_go_by_age_and_nothing_else_does(cache: PromptCache) -> None:
+    cache.keep(state_of(1))
+    store = store_of(cache)
+    young, old = leave(store, 60), leave(store, 7200)
+    ahead = leave(store, -7200, SNAPSHOTS)  # the clock was set back since
+    others = store.directory / ".tmp-of-somebody"
+    others.write_bytes(b"mine")
+    told = cache.prune(dry_run=True)
+    assert old.exists()
+    assert cache.prune() == told
+    assert [path.exists() for path in (young, old, ahead, others)] == [True, False, False, True]
+    assert sorted(told.leftovers) == sorted(
+        path.relative_to(store.directory).as_posix() for path in (old, ahead)
+    )
+    assert told.freed_bytes == 10_000
+    assert held(cache, state_of(1)) == 300
+
+
+def test_what_was_moved_aside_goes_before_any_state(cache: PromptCache) -> None:
+    cache.keep(state_of(1))
+    cache.keep(state_of(2))
+    store = store_of(cache)
+    (_, snapshot), *_ = files_of(cache, state_of(2))
+    store.quarantine(SNAPSHOTS, snapshot)
+    assert cache.prune().leftovers == ()
+    (aside,) = cache.prune(size(cache) - 1).leftovers
+    assert aside.startswith("quarantine/snapshots/")
+    assert held(cache, state_of(1)) == 300
+
+
+def test_statistics_that_grew_long_lose_their_older_half(
+    cache: PromptCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_promptcache.store.MOST_STATISTICS_BYTES", 100)
+    store = store_of(cache)
+    store.create()
+    for number in range(20):
+        store.record_use({"what": str(number)})
+    with store.exclusive():
+        store.shorten_uses()
+    assert [use["what"] for use in store.uses()] == [str(n) for n in range(10, 20)]
+    with store.exclusive():
+        store.shorten_uses()
+        store.shorten_uses()
+    assert (store.directory / USES).stat().st_size <= 100
+
+
+def test_what_is_written_is_counted_by_day(cache: PromptCache) -> None:
+    saved = cache.keep(state_of(1))
+    cache.keep(state_of(1))
+    today = time.strftime("%Y-%m-%d", time.gmtime())
+    assert store_of(cache).written_by_day() == {today: saved.bytes_written}
+    store_of(cache).record_use({"when": 1e300, "wrote": 3})
+    store_of(cache).record_use({"when": "never", "wrote": 3})
+    assert store_of(cache).written_by_day() == {today: saved.bytes_written}
+
+
+def test_writing_can_be_switched_off_altogether(
+    cache: PromptCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.save("mine", state_of(1))
+    before = {path: path.stat() for path in cache.directory.rglob("*")}
+    monkeypatch.setenv("MLX_PROMPTCACHE_READ_ONLY", "1")
+    off = PromptCache(cache.directory, "tiny")
+    assert digest(off.load("mine")) == digest(state_of(1))
+    for ask in (
+        lambda: off.save("other", state_of(2)),
+        lambda: off.keep(state_of(2)),
+        lambda: off.prune(0),
+        lambda: off.clear(["mine"]),
+    ):
+        with pytest.raises(StoreError, match="read-only"):
+            ask()
+    assert {path: path.stat() for path in cache.directory.rglob("*")} == before
+
+
+def test_two_after_one_prefix_are_counted_once(cache: PromptCache) -> None:
+    first, second = two_after_one_prefix()
+    cache.keep(first)
+    one = size(cache)
+    cache.keep(second)
+    assert size(cache) < one + most_bytes(first) // 2
