@@ -254,10 +254,25 @@ class Saver:
         name = str(
             SnapshotName(keys[cell_start(n)], n - cell_start(n), keys[n], packed.digest[:ID_DIGITS])
         )
-        if self._store.write(SNAPSHOTS, name, packed, sync=self._sync):
-            self._bytes += packed.size
+        self._write_snapshot(name, packed)
         self._bad.trust(name)
         return name
+
+    def _write_snapshot(self, stem: str, packed: container.Packed) -> None:
+        """Write a snapshot, or find it written: read to its end, for a save is what heals it."""
+        for _ in range(2):  # once more, where a damaged file had the name
+            if self._store.write(SNAPSHOTS, stem, packed, sync=self._sync):
+                self._bytes += packed.size
+                return
+            try:
+                with self._store.reader(SNAPSHOTS, stem) as reader:
+                    header = headers.checked_snapshot(reader.header(), stem)
+                    container.check(reader.read, header.entries.values())
+            except PromptCacheError as exc:
+                self._bad.set_aside(SNAPSHOTS, stem, exc)
+            else:
+                return
+        raise StoreError("a snapshot can neither be written nor read")
 
     def _windows_in_blocks(self, state: State, refs: Sequence[Ref]) -> bool:
         """Whether these blocks have all the rows that the windows of a state hold."""
