@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import os
@@ -34,7 +35,8 @@ from mlx_promptcache.errors import (
 )
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings
 from mlx_promptcache.layers import make_layers
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
+from mlx_promptcache.store import BLOCKS, NAMES, SNAPSHOTS, Store
+from shim import Fault, Shim
 from tiny import bits, digest, random_tokens
 
 if TYPE_CHECKING:
@@ -384,6 +386,49 @@ def test_a_longer_prompt_stores_only_its_own_rows(tmp_path: Path) -> None:
         keep("plain", tmp_path, whole[:stop])
         assert before.items() <= written_once(tmp_path).items()
         assert stored_rows(tmp_path) == stop
+
+
+@pytest.mark.parametrize("kind", ["plain", "hybrid"])
+def test_a_save_that_is_asked_for_mends_what_a_power_cut_left(kind: str, tmp_path: Path) -> None:
+    prompt = random_tokens(300, seed=30)
+    state = keep(kind, tmp_path, prompt, "prefix")
+    runner = with_store(kind, tmp_path)
+    read = runner.prefill(prompt)  # it knows the blocks that it came from
+    for path in stored_files(tmp_path):
+        path.write_bytes(path.read_bytes()[:-20] + bytes(20))  # rows that did not reach the drive
+    assert runner.cache is not None
+    runner.cache.save("prefix", read)
+    runner.cache.save("prefix", state)
+    again = with_store(kind, tmp_path).cache
+    assert again is not None
+    assert again.verify().damaged == ()
+    assert digest(again.load("prefix")) == digest(state)
+
+
+@pytest.mark.parametrize(("function", "directory"), [("open", SNAPSHOTS), ("open", NAMES)])
+def test_nothing_is_deleted_while_what_stays_cannot_be_read(
+    function: str, directory: str, tmp_path: Path
+) -> None:
+    prompt = random_tokens(300, seed=31)
+    states = {name: keep("plain", tmp_path, prompt[:n], name) for name, n in (("a", 290), ("b", 9))}
+    cache = with_store("plain", tmp_path).cache
+    assert cache is not None
+    with Shim(tmp_path) as shim:
+        cache.clear([])
+    calls = [c for c in shim.calls if c.function == function and c.path.startswith(directory)]
+    assert len(calls) == 2
+    before = written_once(tmp_path)
+    for call in calls:
+        with (
+            Shim(tmp_path, Fault(call, errno.EIO, stays=True)) as shim,
+            pytest.raises(StoreError, match="cannot be read"),
+        ):
+            cache.clear(["b"])
+        assert shim.met
+        assert written_once(tmp_path) == before
+    assert digest(cache.load("a")) == digest(states["a"])
+    assert digest(cache.load("b")) == digest(states["b"])
+    cache.clear(["b"])
 
 
 def test_saving_a_state_again_writes_nothing(tmp_path: Path) -> None:
