@@ -26,7 +26,7 @@ from mlx_promptcache import (
     Sampling,
     StoreError,
     container,
-    places,
+    facts,
     privacy,
     tree,
 )
@@ -95,7 +95,7 @@ def test_a_store_of_another_user_is_a_miss_with_a_notice_and_nothing_is_written(
 
 REFUSED = [
     ("list",), ("verify",), ("show", "few"), ("load", "few"), ("clear", "few", "--yes"),
-    ("clear", "--all", "--yes"), ("save", "more", "-p", "x"),
+    ("clear", "--all", "--yes"), ("save", "further", "-p", "x"),
     ("generate", "-p", "x", "--prompt-cache", "few"), ("generate", "-p", "x", "--save-as", "y"),
 ]  # fmt: skip
 
@@ -140,7 +140,7 @@ def test_in_python_a_store_of_another_user_is_a_miss_or_an_error(
     assert Runner(model, None, cache).start(tokens).cached_tokens == 0
     assert cache.fetch(model, tokens)[1] == tokens
     for ask in (
-        lambda: cache.load("few"), lambda: cache.save("more", state), lambda: cache.keep(state),
+        lambda: cache.load("few"), lambda: cache.save("further", state), lambda: cache.keep(state),
         lambda: cache.clear(["few"]), cache.list, cache.verify,
     ):  # fmt: skip
         with pytest.raises(ForeignStore):
@@ -180,7 +180,7 @@ def test_a_list_of_all_stores_passes_over_those_of_other_users(
 ) -> None:
     program("save", "few", "-p", PROMPT)
     program.directory = tmp_path / "second"
-    program("save", "more", "-p", PROMPT)
+    program("save", "further", "-p", PROMPT)
     users = privacy.users
 
     def some(directory: Any, *, allow_foreign: bool) -> frozenset[int]:
@@ -193,7 +193,9 @@ def test_a_list_of_all_stores_passes_over_those_of_other_users(
     here = {e["name"] for e in ended.json["entries"] if str(tmp_path) in e["store"]}
     assert here == {"few"}
     assert "belongs to another user" in ended.err
-    assert "more" in {e["name"] for e in program("list", "--all", "--json", ASKED).json["entries"]}
+    assert "further" in {
+        e["name"] for e in program("list", "--all", "--json", ASKED).json["entries"]
+    }
 
 
 @ROOT_ONLY
@@ -371,7 +373,7 @@ def test_no_link_in_a_store_is_followed(place: str, program: Program) -> None:
     before = everything(away)
     for command in (
         ("generate", *GREEDY, "--json", "-p", PROMPT), ("generate", *GREEDY, "-p", "Another"),
-        ("list",), ("show", "few"), ("verify", "--quarantine"), ("save", "more", "-p", "More"),
+        ("list",), ("show", "few"), ("verify", "--quarantine"), ("save", "further", "-p", "More"),
         ("clear", "few", "--yes"), ("clear", "--all", "--yes"),
     ):  # fmt: skip
         ended = program(*command)
@@ -516,10 +518,13 @@ def on_disk(directory: Path) -> int:
     return sum(p.lstat().st_blocks * 512 for p in directory.rglob("*") if p.is_file())
 
 
-def test_what_is_cleared_is_free(program: Program) -> None:
+def test_what_is_cleared_is_free(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "WORTH_KEEPING", 1)
     program("save", "few", "-p", PROMPT)
-    program("save", "more", "-p", "Nothing like it. " * 20)
+    program("save", "further", "-p", "Nothing like it. " * 20)
     program.generate("-p", PROMPT + "and so on")
+    program("list")
+    assert facts.memo_of(program.store).is_file()
     for rest in (("few",), ("--all",)):
         before = on_disk(program.directory)
         freed = program("clear", *rest, "--yes", "--json").json["freed_bytes"]
@@ -528,8 +533,7 @@ def test_what_is_cleared_is_free(program: Program) -> None:
     left = {path.name for path in program.directory.rglob("*") if not path.is_dir()}
     assert left == set(LOCK_FILES)  # somebody may wait for one: they are empty
     assert on_disk(program.directory) == 0
-    memos = places.list_memos()
-    assert not memos.is_dir() or list(memos.iterdir()) == []
+    assert not facts.memo_of(program.store).exists()
 
 
 # What files say
