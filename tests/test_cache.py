@@ -598,6 +598,28 @@ def test_one_flipped_byte_in_a_name_makes_it_a_miss(tmp_path: Path) -> None:
         assert not cache.verify().damaged
 
 
+@pytest.mark.parametrize("kept", [0, 40, -1])
+def test_a_state_whose_snapshot_is_damaged_is_whole_again_when_it_is_saved_again(
+    kept: int, tmp_path: Path
+) -> None:
+    """Whoever loads it is told to save it again: that must help."""
+    saved = keep("plain", tmp_path, random_tokens(50, 1), "x")
+    (snapshot,) = files(tmp_path / SNAPSHOTS)
+    snapshot.write_bytes(snapshot.read_bytes()[:kept])
+    cache = PromptCache(tmp_path, "plain")
+    cache.save("x", saved, sync=False)
+    assert digest(cache.load("x")) == digest(saved)
+
+
+def test_a_state_whose_snapshot_cannot_be_read_is_not_told_to_be_saved(tmp_path: Path) -> None:
+    saved = keep("plain", tmp_path, random_tokens(50, 1), "x")
+    (snapshot,) = files(tmp_path / SNAPSHOTS)
+    snapshot.unlink()
+    snapshot.mkdir()
+    with pytest.raises(StoreError, match="neither be written nor read"):
+        PromptCache(tmp_path, "plain").save("x", saved, sync=False)
+
+
 def test_a_flipped_byte_in_a_named_state_makes_it_a_miss(tmp_path: Path) -> None:
     pristine, damaged = tmp_path / "pristine", tmp_path / "damaged"
     keep("smallest", pristine, [1, 2, 3], "mine")

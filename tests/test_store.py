@@ -246,7 +246,7 @@ def test_a_power_cut_may_leave_any_part_of_a_new_store(kept: str, store: Store) 
 
 @pytest.mark.parametrize(
     ("function", "path"),
-    [("listdir", "blocks"), ("listdir", "blocks/3f"), ("listdir", "names"), ("scandir", "blocks"),
+    [("listdir", "blocks"), ("listdir", "blocks/3f"), ("listdir", "names"),
      ("scandir", "blocks/3f"), ("stat", f"blocks/{STEM}.safetensors")],
 )  # fmt: skip
 def test_what_cannot_be_looked_at_is_not_taken_for_empty(

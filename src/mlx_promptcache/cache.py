@@ -90,7 +90,9 @@ class PromptCache:
     `fingerprint` may be any string, for a model made in memory. A `read_only` cache writes nothing
     at all: no states, no statistics, and damaged files stay where they are; so is every cache where
     the environment has `MLX_PROMPTCACHE_READ_ONLY`. `max_bytes` is what the store may take on disk
-    when this cache adds to it (see `Budget`, also for the default).
+    when this cache adds to it (see `Budget`, also for the default). A store that belongs to another
+    user is a miss on the way of a generation and an error (ForeignStore) elsewhere, unless
+    `allow_foreign` is set.
 
     Raises:
         StoreError: the environment's `MLX_PROMPTCACHE_MAX_SIZE` is no size.
@@ -104,6 +106,7 @@ class PromptCache:
         kv: KVSettings | None = None,
         read_only: bool = False,
         max_bytes: int | None = None,
+        allow_foreign: bool = False,
     ) -> None:
         if isinstance(fingerprint, str):
             fingerprint = Fingerprint.of_text(fingerprint)
@@ -112,7 +115,7 @@ class PromptCache:
         self.read_only = read_only or places.writing_is_off()
         self.budget = Budget.chosen(max_bytes)
         self._blueprint: Blueprint | None = None
-        self._store = Store(directory)
+        self._store = Store(directory, allow_foreign=allow_foreign, read_only=self.read_only)
         self._bad = Quarantine(self._store, read_only=self.read_only)
         self._finder = Finder(self._store, self.fingerprint, self.kv, self._bad)
         self._fetched: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
@@ -145,7 +148,7 @@ class PromptCache:
             return self
         return PromptCache(
             self.directory, self.fingerprint, kv=kv, read_only=self.read_only,
-            max_bytes=self.budget.max_bytes,
+            max_bytes=self.budget.max_bytes, allow_foreign=self._store.allow_foreign,
         )  # fmt: skip
 
     @property
@@ -362,6 +365,7 @@ class PromptCache:
 
     @contextlib.contextmanager
     def _writing(self, state: State, *, asked_for: bool = False) -> Iterator[None]:
+        self._store.allow()
         if self.read_only:
             raise StoreError("this prompt cache is read-only")
         if not state.contents:

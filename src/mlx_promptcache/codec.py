@@ -90,7 +90,7 @@ def decode_plane(plane: Plane, size: int) -> bytes | memoryview:
     elif plane.codec == ZSTD:
         data = _decompress(plane.data, size)
     else:
-        raise DamagedFile(f"unknown codec {plane.codec!r}")
+        raise DamagedFile(f"unknown codec {plane.codec[:20]!r}")
     if len(data) != size:
         raise DamagedFile(f"a byte plane holds {len(data)} bytes instead of {size}")
     return data

@@ -45,6 +45,10 @@ LARGEST_GAIN = 1 << 15  # times that an array may be larger in memory than in th
 ALWAYS_BYTES = 1 << 26  # ... unless it is smaller than this
 FIRST_READ_BYTES = 1 << 14  # most headers come whole with the first read
 
+UNREADABLE = (  # what reading a header of somebody else's may raise
+    ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, MemoryError,
+)  # fmt: skip
+
 ITEMSIZE = {
     "bool": 1, "uint8": 1, "int8": 1,
     "uint16": 2, "int16": 2, "float16": 2, "bfloat16": 2,
@@ -182,7 +186,7 @@ def read_header(read: Read, size: int) -> Header:
         raise DamagedFile("its header does not agree with its checksum")
     try:
         return _parse(head, size)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as exc:
+    except UNREADABLE as exc:
         raise DamagedFile("its header is not one of ours") from exc
 
 
@@ -208,7 +212,7 @@ def _parse(head: bytes, size: int) -> Header:
         raise DamagedFile("it has no version")
     if metadata["version"] != VERSION:
         raise ForeignFile(
-            f"it has format version {metadata['version']!r}, and this program reads {VERSION}"
+            f"it has format version {metadata['version'][:20]!r}, and this program reads {VERSION}"
         )
     header = json.loads(metadata["header"])
     kind, table = header["kind"], header["arrays"]
@@ -245,7 +249,7 @@ def _entry(row: Json, offset: int) -> Entry:
     sizes = [size for _, size in planes]
     for n in (*shape, *sizes):
         if type(n) is not int or n < 0:
-            raise DamagedFile(f"{n!r} is not a size")
+            raise DamagedFile("the size of an array is none")
     stored_bytes = sum(sizes)
     possible = max(ALWAYS_BYTES, LARGEST_GAIN * stored_bytes)
     if len(planes) != ITEMSIZE[dtype] or raw_bytes(dtype, shape) > possible:

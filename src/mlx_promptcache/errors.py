@@ -6,6 +6,7 @@ PromptCacheError
 │   └── ForeignFile      a sound file of another version of the format
 ├── CacheLocked          another process holds the store's lock
 ├── StoreError           the file system said no: disk full, no permission
+│   └── ForeignStore     a store that belongs to another user
 ├── UnsupportedLayer     a layer that cannot be captured, or filled from this file
 │   └── NotQuantisable   a layer that mlx-lm cannot quantise as it was asked to
 ├── ModelError           no such model, or not one that mlx-lm can load
@@ -45,6 +46,10 @@ class CacheLocked(PromptCacheError):
 
 class StoreError(PromptCacheError):
     """The file system refused: disk full, no permission, not a directory."""
+
+
+class ForeignStore(StoreError):
+    """The store belongs to another user, and it was not said that it may be used."""
 
 
 class UnsupportedLayer(PromptCacheError):

@@ -17,6 +17,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from mlx_promptcache import headers, memo, places
+from mlx_promptcache.container import UNREADABLE
 from mlx_promptcache.errors import CacheMiss, PromptCacheError
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, TOKENIZERS, Store
 from mlx_promptcache.version import __version__
@@ -202,7 +203,7 @@ class _Known:
             checksum, _, text = path.read_text("ascii").partition("\n")
             if checksum == _checksum(text):
                 known._take(json.loads(text))
-        except (OSError, ValueError):
+        except (OSError, LookupError, *UNREADABLE):
             return cls()
         return known
 

@@ -11,11 +11,11 @@ import stat
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from mlx_promptcache import container
+from mlx_promptcache import container, privacy
 from mlx_promptcache.errors import CacheMiss, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from pathlib import Path
 
 TEMPORARY = ".tmp-"
@@ -64,9 +64,12 @@ def on_disk(status: os.stat_result) -> int:
 
 
 class Reader:
-    """A file of the store, open for reading. It stays whole while it is open, deleted or not."""
+    """A file of the store, open for reading. It stays whole while it is open, deleted or not.
 
-    def __init__(self, path: str | Path) -> None:
+    What belongs to none of the `users` is not read.
+    """
+
+    def __init__(self, path: str | Path, users: Collection[int]) -> None:
         try:
             self._fd = _open_unnoticed(path)
         except FileNotFoundError:
@@ -81,9 +84,14 @@ class Reader:
         self.file = File.of(self._status)
         """The file as it was opened; when it is closed, as it is left."""
         self.size = self.file.size
+        wrong = None
         if not stat.S_ISREG(self._status.st_mode):  # a pipe would be waited for without end
+            wrong = "a file of the store is something else than a file"
+        elif self._status.st_uid not in users:
+            wrong = "a file of the store belongs to another user"
+        if wrong is not None:
             os.close(self._fd)
-            raise StoreError("a file of the store is something else than a file")
+            raise StoreError(wrong)
 
     def close(self) -> None:
         """Close the file."""
@@ -163,9 +171,10 @@ def write_once(
     if not replace and path.exists():
         return False
     temporary = path.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(6)}"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, privacy.FILE)
     try:
         try:
+            os.fchmod(fd, privacy.FILE)  # whatever the umask took
             for chunk in chunks:
                 _write_all(fd, chunk)
             if sync:

@@ -336,6 +336,8 @@ class _Walk:
             through and self.keys[position + rows] != content["end_key"]
         ):
             raise DamagedFile("it is not at the position where its name was found")
+        if content["fingerprint"] != self.finder.fingerprint.digest:
+            raise DamagedFile("it is a block of another model")
         return rows
 
 

@@ -199,6 +199,8 @@ class Loader:
         return self._checked(ref, headers.block_header(self._store, ref.stem))
 
     def _checked(self, ref: Ref, header: Header) -> Header:
+        if header.content["fingerprint"] != self._finder.fingerprint.digest:
+            raise DamagedFile("it is a block of another model")
         if header.content["start"] != ref.start or len(header.content["tokens"]) < ref.rows:
             raise _Replaced("a block that is needed is not at its position")
         if ref.digest and header.digest != ref.digest:

@@ -19,6 +19,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from mlx_promptcache import privacy
 from mlx_promptcache.errors import CacheLocked, StoreError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Locks:
     def create(self) -> None:
         """Make the files, if they are not there. Raises OSError."""
         for name in LOCK_FILES:
-            os.close(os.open(self.directory / name, os.O_RDWR | os.O_CREAT, 0o600))
+            os.close(privacy.open_file(self.directory / name, os.O_RDONLY | os.O_CREAT))
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
@@ -107,9 +108,9 @@ class Locks:
     def _open(self, name: str, *, make: bool) -> int | None:
         """Open a lock; None where there is nothing to lock, or nobody can delete anything."""
         make = make and os.path.isdir(self.directory)  # noqa: PTH112 - a Path's may raise
-        flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_CREAT if make else 0)
+        flags = os.O_RDONLY | (os.O_CREAT if make else 0)
         try:
-            return os.open(self.directory / name, flags, 0o600)
+            return privacy.open_file(self.directory / name, flags)
         except OSError as exc:
             if make:
                 raise StoreError(f"{self.directory} cannot be locked: {exc.strerror}") from exc

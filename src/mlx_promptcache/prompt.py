@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Beginnings that merge in different ways with what stands before them.
 CONTINUATIONS = ("a", " a", "\n", "\n\na", " ", "1", ".", "-", "é")
 TAIL = 2048  # characters before a seam that may decide where it is
+LEAST_TEXT = 4  # letters of a message that are told apart from the words of an error
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,10 @@ class Prompter:
                     "the last answer cannot be gone on with, because the chat template renders it "
                     "in another way: let a user message follow it"
                 ) from exc
-            raise PromptError(f"the chat template refuses these messages: {exc}") from exc
+            said = str(exc)
+            if any(text in said for text in _texts(messages)):  # errors end up in logs
+                raise PromptError("the chat template refuses these messages") from None
+            raise PromptError(f"the chat template refuses these messages: {said}") from exc
 
     def _allows(self, messages: Sequence[Mapping[str, Any]]) -> bool:
         try:
@@ -167,6 +171,12 @@ class Prompter:
                 continue_final_message=goes_on,
             )
         )
+
+
+def _texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What messages say, but for a few letters: these stand in any sentence."""
+    contents = (message.get("content") for message in messages)
+    return [text for text in contents if isinstance(text, str) and len(text) >= LEAST_TEXT]
 
 
 def _is_chat(origin: Origin) -> bool:

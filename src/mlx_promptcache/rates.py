@@ -7,6 +7,7 @@ measured is kept in the user's cache directory; losing it costs one slow read.
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING
 
 from mlx_promptcache import memo, places
@@ -69,7 +70,7 @@ def _load() -> dict[str, float]:
         return {}
     if not isinstance(known, dict):
         return {}
-    return {k: float(v) for k, v in known.items() if isinstance(v, (int, float)) and v > 0}
+    return {k: v for k, v in known.items() if isinstance(v, float) and 0 < v < math.inf}
 
 
 def _save(known: dict[str, float]) -> None:

@@ -16,7 +16,13 @@ import mlx.core as mx
 from mlx_promptcache import arithmetic, checkpoint, models, places
 from mlx_promptcache.blueprint import PROBE_TOKENS, Blueprint
 from mlx_promptcache.cache import Match, PromptCache, Resumed
-from mlx_promptcache.errors import ModelError, NotQuantisable, PromptError, UnsupportedLayer
+from mlx_promptcache.errors import (
+    ForeignStore,
+    ModelError,
+    NotQuantisable,
+    PromptError,
+    UnsupportedLayer,
+)
 from mlx_promptcache.fingerprint import KVSettings, remembered
 from mlx_promptcache.headers import MOST_DRAFT_TOKENS
 from mlx_promptcache.layers import make_layers
@@ -121,11 +127,13 @@ class Runner:
         read_only: bool = False,
         use_cache: bool = True,
         max_bytes: int | None = None,
+        allow_foreign: bool = False,
         loaded: Loaded | None = None,
     ) -> Runner:
         """Load a model through mlx-lm and open its store, which may take `max_bytes` on disk (see
-        `PromptCache`). `loaded` is this very model, if
-        `checkpoint.load` has begun to load it.
+        `PromptCache`). `loaded` is this very model, if `checkpoint.load` has begun to load it. A
+        store of another user is a miss for every prompt, and nothing is written there, unless
+        `allow_foreign` is set.
 
         Raises:
             ModelError: there is no such model or adapter, or mlx-lm cannot load it.
@@ -139,11 +147,16 @@ class Runner:
         cache = None
         if use_cache:
             directory = places.store_directory(path, cache_dir)
-            Store(directory).check()
+            read_only = read_only or places.writing_is_off()
+            try:
+                Store(directory, allow_foreign=allow_foreign, read_only=read_only).check()
+            except ForeignStore:  # who asks it for something is told
+                read_only = True
             fingerprint = remembered(path, adapter=adapter, kv=kv, salt=salt, draft=draft_path)
             cache = PromptCache(
-                directory, fingerprint, kv=kv, read_only=read_only, max_bytes=max_bytes
-            )
+                directory, fingerprint, kv=kv, read_only=read_only, max_bytes=max_bytes,
+                allow_foreign=allow_foreign,
+            )  # fmt: skip
         model, told, weights = loaded or checkpoint.load(path, adapter)
         tokenizer = _tokenizer(path, told, cache)
         draft, others = None, None

@@ -1,6 +1,6 @@
 """A directory of write-once containers: atomic, locked, private.
 
-    <directory>/               0700, every file 0600
+    <directory>/               0700, every file 0600, no links: see `privacy.py`
       blocks/<stem>.safetensors       the stem says the directory, too: 3f/...
       snapshots/<stem>.safetensors
       names/<name>             one line: the stem of a snapshot
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import re
@@ -30,7 +31,8 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_promptcache.errors import CacheMiss, DamagedFile, StoreError
+from mlx_promptcache import privacy
+from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError, StoreError
 from mlx_promptcache.files import (
     TEMPORARY,
     File,
@@ -47,16 +49,21 @@ if TYPE_CHECKING:
 
     from mlx_promptcache import container
 
+log = logging.getLogger("mlx_promptcache")
+
 BLOCKS = "blocks"
 SNAPSHOTS = "snapshots"
 NAMES = "names"
 TOKENIZERS = "tokenizers"
 KINDS = (BLOCKS, SNAPSHOTS, TOKENIZERS)
 QUARANTINE = "quarantine"
+DIRECTORIES = (*KINDS, NAMES, QUARANTINE)
 USES = "uses.jsonl"
 OURS = {*KINDS, NAMES, QUARANTINE, USES, *LOCK_FILES}  # after a power cut any of them may be left
 
 SUFFIX = ".safetensors"
+APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+LARGEST_USES_BYTES = 1 << 26  # of the statistics, the last ones: more are not read
 SHARD = re.compile(r"[0-9a-f]{2}")
 STEM = re.compile(r"[0-9a-f]{2}/[0-9a-f-]{1,200}")
 LONGEST_NAME_BYTES = 200
@@ -65,13 +72,24 @@ MOST_STATISTICS_BYTES = 4 << 20
 
 
 class Store:
-    """One store. Making the object touches nothing; `create` makes the directory."""
+    """One store. Making the object touches nothing; `create` makes the directory.
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    A store of another user is not used unless `allow_foreign` is set: then everything that reads,
+    writes or locks raises ForeignStore, and what only asks finds nothing. What others could look
+    into is closed to them when the store is first used, but for one that is `read_only`.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        allow_foreign: bool = False,
+        read_only: bool = False,
+    ) -> None:
         self.directory = Path(directory)
+        self.allow_foreign, self.read_only = allow_foreign, read_only
         self.locks = Locks(self.directory)
-        self.shared, self.exclusive = self.locks.shared, self.locks.exclusive
-        self.adding = self.locks.adding
+        self._closed = read_only
 
     def __repr__(self) -> str:
         return f"Store({str(self.directory)!r})"
@@ -84,19 +102,19 @@ class Store:
         """
         self.check()
         with _told(f"the store {self.directory} cannot be made"):
-            self.directory.mkdir(0o700, parents=True, exist_ok=True)
-            with contextlib.suppress(OSError):  # of another owner: not ours to change
-                self.directory.chmod(0o700)
-            for kind in (BLOCKS, SNAPSHOTS, NAMES, TOKENIZERS):
-                (self.directory / kind).mkdir(0o700, exist_ok=True)
+            self.directory.parent.mkdir(parents=True, exist_ok=True)
+            privacy.make_directory(self.directory)
+            for name in (*KINDS, NAMES):
+                privacy.make_directory(self._inside(name))
             self.locks.create()
 
     def check(self) -> bool:
         """Whether there is a store here.
 
         Raises:
-            StoreError: there is something here, but it is no store.
+            StoreError: there is something here, but it is no store, or another user's.
         """
+        self.allow()
         try:
             names = os.listdir(self.directory)  # noqa: PTH208 - only the names are wanted
         except FileNotFoundError:
@@ -111,7 +129,85 @@ class Store:
                 f"{self.directory} is not a store of prompt caches: choose another --cache-dir, "
                 "or an empty or new directory"
             )
+        self._close()
         return bool(names)
+
+    # Privacy
+
+    def allow(self) -> frozenset[int]:
+        """The users whose files count here.
+
+        Raises:
+            ForeignStore: the store belongs to another user, and that is not allowed.
+        """
+        return privacy.users(self.directory, allow_foreign=self.allow_foreign)
+
+    def _inside(self, *parts: str) -> str:
+        """The path of a directory of the store, which may not be there.
+
+        Raises:
+            ForeignStore: the store belongs to another user, and that is not allowed.
+            StoreError: the directory, or one above it, is a link or belongs to a third user.
+        """
+        trusted, path = self.allow(), str(self.directory)
+        for part in parts:
+            path = f"{path}/{part}"
+            privacy.check_directory(path, trusted)
+        return path
+
+    def _close(self) -> None:
+        """Close to others what they could look into, once; what is deeper is then closed, too."""
+        if self._closed:
+            return
+        self._closed = True
+        opened = privacy.close(self.directory, follow=True)
+        if sum(privacy.close(self.directory / name) for name in DIRECTORIES) or opened:
+            log.warning("others could look into the store %s: that is over now", self.directory)
+
+    def close_files(self) -> int:
+        """Close each file that is open to others, and return how many those were."""
+        kept = [self._file(kind, stem) for kind in KINDS for stem in self.stems(kind)]
+        kept += [f"{self.directory}/{NAMES}/{name}" for name in self.names()]
+        kept += [f"{self.directory}/{name}" for name in (USES, *LOCK_FILES)]
+        return 0 if self.read_only else sum(map(privacy.close, kept))
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """Hold the lock that readers and writers share: nothing is deleted meanwhile.
+
+        Raises:
+            CacheLocked: somebody deletes, and does not come to an end.
+            ForeignStore: the store belongs to another user, and that is not allowed.
+        """
+        self.allow()
+        self._close()
+        with self.locks.shared():
+            yield
+
+    @contextlib.contextmanager
+    def exclusive(self, seconds: float | None = None) -> Iterator[None]:
+        """Hold the lock alone, to delete; wait at most so many seconds for it (30).
+
+        Raises:
+            CacheLocked: others read or write, and do not come to an end.
+            ForeignStore: the store belongs to another user, and that is not allowed.
+        """
+        self.allow()
+        self._close()
+        with self.locks.exclusive(seconds):
+            yield
+
+    @contextlib.contextmanager
+    def adding(self) -> Iterator[None]:
+        """Hold the turn to add to the store: nobody else adds meanwhile.
+
+        Raises:
+            CacheLocked: somebody else adds, and does not come to an end.
+            ForeignStore: the store belongs to another user, and that is not allowed.
+        """
+        self.allow()
+        with self.locks.adding():
+            yield
 
     # Containers
 
@@ -128,9 +224,15 @@ class Store:
             raise DamagedFile("it names a file that no store has")
         return f"{self.directory}/{kind}/{stem}{SUFFIX}"
 
+    def _own(self, kind: str, stem: str) -> str:
+        """The path of the file of this stem, in a directory that counts. Raises as `_inside`."""
+        path = self._file(kind, stem)
+        self._inside(kind, stem[: stem.index("/")])
+        return path
+
     def exists(self, kind: str, stem: str) -> bool:
         """Whether the file is there; says nothing of its content."""
-        return os.path.exists(self._file(kind, stem))  # noqa: PTH110
+        return self.file(kind, stem) is not None
 
     def beginning(self, kind: str, start: str) -> list[str]:
         """The stems that begin with `start`, in order; it begins with a directory: `3f/ab`."""
@@ -140,17 +242,19 @@ class Store:
 
     def listing(self, kind: str, directory: str) -> list[str]:
         """The names of all files in one directory of a kind, whatever they are; see `stems_of`."""
+        return self._names_in(kind, directory)
+
+    def _names_in(self, *parts: str) -> list[str]:
         try:
-            return os.listdir(f"{self.directory}/{kind}/{directory}")  # noqa: PTH208
-        except OSError:
+            return os.listdir(self._inside(*parts))  # noqa: PTH208
+        except (OSError, StoreError):
             return []
 
     def stems(self, kind: str) -> list[str]:
         """All stems of a kind, in order. Raises as `files` does."""
-        directory = f"{self.directory}/{kind}"
         with _told(f"the store {self.directory} cannot be read"):
-            shards = sorted(filter(SHARD.fullmatch, _names(directory)))
-            return [s for d in shards for s in sorted(stems_of(d, _names(f"{directory}/{d}")))]
+            shards = sorted(filter(SHARD.fullmatch, self._all_names_in(kind)))
+            return [s for d in shards for s in sorted(stems_of(d, self._all_names_in(kind, d)))]
 
     def files(self, kind: str) -> dict[str, File]:
         """All stems of a kind, in no order, and what the file system says of their files.
@@ -160,9 +264,9 @@ class Store:
         """
         found: dict[str, File] = {}
         with _told(f"the store {self.directory} cannot be read"):
-            for shard in _entries(f"{self.directory}/{kind}"):
-                for entry in _entries(shard.path) if SHARD.fullmatch(shard.name) else ():
-                    stem = f"{shard.name}/{entry.name.removesuffix(SUFFIX)}"
+            for shard in filter(SHARD.fullmatch, self._all_names_in(kind)):
+                for entry in self._all_entries_in(kind, shard):
+                    stem = f"{shard}/{entry.name.removesuffix(SUFFIX)}"
                     if entry.name.endswith(SUFFIX) and STEM.fullmatch(stem):
                         with contextlib.suppress(FileNotFoundError):  # deleted since
                             found[stem] = File.of(entry.stat(follow_symlinks=False))
@@ -171,8 +275,29 @@ class Store:
     def file(self, kind: str, stem: str) -> File | None:
         """What the file system says of a file; None if it is not there."""
         try:
-            return File.of(os.lstat(self._file(kind, stem)))
+            return File.of(os.lstat(self._own(kind, stem)))
+        except (OSError, StoreError):
+            return None
+
+    def _entries_in(self, *parts: str) -> list[os.DirEntry[str]]:
+        try:
+            return self._all_entries_in(*parts)
         except OSError:
+            return []
+
+    def _all_entries_in(self, *parts: str) -> list[os.DirEntry[str]]:
+        directory = self._seen(*parts)
+        return [] if directory is None else _entries(directory)
+
+    def _all_names_in(self, *parts: str) -> list[str]:
+        directory = self._seen(*parts)
+        return [] if directory is None else _names(directory)
+
+    def _seen(self, *parts: str) -> str | None:
+        """The path of a directory of the store; None if it does not count, as a link."""
+        try:
+            return self._inside(*parts)
+        except StoreError:
             return None
 
     def write(self, kind: str, stem: str, packed: container.Packed, *, sync: bool = False) -> bool:
@@ -183,9 +308,10 @@ class Store:
         Raises:
             StoreError: the file system refuses; nothing is left behind.
         """
-        path = self.path(kind, stem)
+        path = Path(self._own(kind, stem))
         with _told(f"cannot write to the store {self.directory}"):
-            path.parent.mkdir(0o700, parents=True, exist_ok=True)
+            for directory in (path.parent.parent, path.parent):
+                privacy.make_directory(directory)
             return write_once(path, packed.chunks, sync=sync)
 
     def sync(self, files: Iterable[tuple[str, str]]) -> None:
@@ -198,7 +324,7 @@ class Store:
         directories: dict[Path, None] = {}
         with _told(f"cannot write to the store {self.directory}"):
             for kind, stem in files:
-                path = self.path(kind, stem)
+                path = Path(self._own(kind, stem))
                 _sync_path(path)
                 directories.update(dict.fromkeys((path.parent, path.parent.parent)))
             # Whoever made the store, and directories above it, may not have synced them.
@@ -215,7 +341,7 @@ class Store:
             CacheMiss: it is not there.
             StoreError: it cannot be read.
         """
-        return contextlib.closing(Reader(self._file(kind, stem)))
+        return contextlib.closing(Reader(self._own(kind, stem), self.allow()))
 
     def header(self, kind: str, stem: str) -> container.Header:
         """Read the header of a file.
@@ -229,10 +355,8 @@ class Store:
 
     def size(self, kind: str, stem: str) -> int:
         """Bytes of a file, 0 if it is not there."""
-        try:
-            return self.path(kind, stem).stat().st_size
-        except OSError:
-            return 0
+        file = self.file(kind, stem)
+        return 0 if file is None else file.size
 
     def last_use(self, kind: str, stem: str) -> float:
         """Seconds since the epoch when the file was last used; 0 if it is not there."""
@@ -241,9 +365,10 @@ class Store:
 
     def touch(self, kind: str, stem: str) -> None:
         """Note that the file was used now. Its mtime stays. Failing is no matter."""
-        path = self.path(kind, stem)
-        with contextlib.suppress(OSError):
-            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+        with contextlib.suppress(OSError, StoreError):
+            path = self._own(kind, stem)
+            times = (time.time_ns(), os.lstat(path).st_mtime_ns)
+            os.utime(path, ns=times, follow_symlinks=False)
 
     def remove(self, kind: str, stem: str) -> int:
         """Delete a file and return how many bytes it had. The caller holds `exclusive()`.
@@ -251,7 +376,7 @@ class Store:
         Raises:
             StoreError: the file system refuses.
         """
-        path, size = self.path(kind, stem), self.size(kind, stem)
+        path, size = Path(self._own(kind, stem)), self.size(kind, stem)
         with _told(f"cannot delete from the store {self.directory}"):
             path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # other files are in it
@@ -260,13 +385,13 @@ class Store:
 
     def quarantine(self, kind: str, stem: str) -> bool:
         """Move a damaged file aside, so that a sound one can be written in its place."""
-        target = self.directory / QUARANTINE / kind
         try:
-            for directory in (target.parent, target):
-                directory.mkdir(0o700, exist_ok=True)
-            path = self.path(kind, stem)
+            path = Path(self._own(kind, stem))
+            for parts in ((QUARANTINE,), (QUARANTINE, kind)):
+                privacy.make_directory(self._inside(*parts))
+            target = Path(self._inside(QUARANTINE, kind))
             path.rename(target / f"{path.stem}.{secrets.token_hex(4)}{SUFFIX}")
-        except (OSError, DamagedFile):
+        except (OSError, DamagedFile, StoreError):
             return False
         return True
 
@@ -282,7 +407,7 @@ class Store:
         while waiting:
             try:
                 entries = _entries(waiting.pop())
-            except OSError:  # not ours to look into
+            except OSError:  # what cannot be looked into cannot be counted
                 continue
             for entry in entries:
                 try:  # tens of thousands of times before a save: no `File`, no `suppress`
@@ -295,35 +420,27 @@ class Store:
         return total
 
     def leftovers(self, now: float) -> dict[str, File]:
-        """What crashes left behind an hour ago or longer, by their paths in the store.
-
-        Raises:
-            StoreError: a directory cannot be read.
-        """
+        """What crashes left behind an hour ago or longer, by their paths in the store."""
         found: dict[str, File] = {}
-        places = (*(f"{kind}/*/" for kind in KINDS), f"{NAMES}/")  # elsewhere it is not ours
-        with _told(f"the store {self.directory} cannot be read"):
-            paths = [p for place in places for p in self.directory.glob(f"{place}{TEMPORARY}*")]
-        for path in paths:
-            with contextlib.suppress(OSError):
-                file = File.of(path.lstat())
-                if abs(now - file.mtime_ns / 1e9) > LEFTOVER_SECONDS:  # the clock may be set
-                    found[path.relative_to(self.directory).as_posix()] = file
+        shards = [(kind, shard) for kind in KINDS for shard in self._names_in(kind)]
+        for parts in (*shards, (NAMES,)):  # elsewhere it is not ours
+            for entry in self._entries_in(*parts):
+                if not entry.name.startswith(TEMPORARY):
+                    continue
+                with contextlib.suppress(OSError):
+                    file = File.of(entry.stat(follow_symlinks=False))
+                    if abs(now - file.mtime_ns / 1e9) > LEFTOVER_SECONDS:  # the clock may be set
+                        found["/".join((*parts, entry.name))] = file
         return found
 
     def set_aside(self) -> dict[str, File]:
-        """The files in quarantine, by their paths in the store.
-
-        Raises:
-            StoreError: a directory cannot be read.
-        """
+        """The files in quarantine, by their paths in the store."""
         found: dict[str, File] = {}
-        with _told(f"the store {self.directory} cannot be read"):
-            for kind in _entries(f"{self.directory}/{QUARANTINE}"):
-                for entry in _entries(kind.path):
-                    with contextlib.suppress(FileNotFoundError):
-                        path = f"{QUARANTINE}/{kind.name}/{entry.name}"
-                        found[path] = File.of(entry.stat(follow_symlinks=False))
+        for kind in self._names_in(QUARANTINE):
+            for entry in self._entries_in(QUARANTINE, kind):
+                with contextlib.suppress(OSError):
+                    path = f"{QUARANTINE}/{kind}/{entry.name}"
+                    found[path] = File.of(entry.stat(follow_symlinks=False))
         return found
 
     def remove_leftover(self, path: str) -> int:
@@ -333,7 +450,8 @@ class Store:
         Raises:
             StoreError: the file system refuses.
         """
-        there = self.directory / path
+        *parts, name = path.split("/")
+        there = Path(self._inside(*parts), name)
         told = _told(f"cannot delete from the store {self.directory}")
         with told, contextlib.suppress(FileNotFoundError):
             size = there.lstat().st_size
@@ -346,11 +464,8 @@ class Store:
 
         The caller holds `exclusive()`. Failing is no matter.
         """
-        shutil.rmtree(self.directory / QUARANTINE, ignore_errors=True)
-        leftovers: dict[str, File] = {}
-        with contextlib.suppress(StoreError):
-            leftovers = self.leftovers(math.inf)
-        for path in (*leftovers, USES):
+        shutil.rmtree(self.directory / QUARANTINE, ignore_errors=True)  # not what a link leads to
+        for path in (*self.leftovers(math.inf), USES):
             with contextlib.suppress(OSError):
                 (self.directory / path).unlink(missing_ok=True)
 
@@ -364,7 +479,7 @@ class Store:
                 cannot. Whoever deletes what has no name is to be certain.
         """
         with _told(f"the store {self.directory} cannot be read"):
-            names = sorted(_names(f"{self.directory}/{NAMES}"))
+            names = sorted(self._all_names_in(NAMES))
         found: dict[str, str] = {}
         for name in names:
             try:
@@ -387,9 +502,9 @@ class Store:
         Raises:
             CacheMiss: there is no such name.
         """
-        path = self.directory / NAMES / check_name(name)
+        path = self._name(name)
         try:
-            with contextlib.closing(Reader(path)) as reader:
+            with contextlib.closing(Reader(path, self.allow())) as reader:
                 stem = reader.read(0, LONGEST_NAME_BYTES * 2).decode("ascii").rstrip("\n")
         except CacheMiss:
             raise CacheMiss(
@@ -407,22 +522,26 @@ class Store:
         Raises:
             StoreError: the name cannot be one, or the file system refuses.
         """
-        path = self.directory / NAMES / check_name(name)
+        path = self._name(name)
         with _told(f"cannot write to the store {self.directory}"):
             write_once(path, [stem.encode() + b"\n"], sync=sync, replace=True)
 
     def remove_name(self, name: str) -> None:
         """Delete a name; what it stands for stays. The caller holds `exclusive()`."""
         with _told(f"cannot delete from the store {self.directory}"):
-            (self.directory / NAMES / check_name(name)).unlink(missing_ok=True)
+            self._name(name).unlink(missing_ok=True)
+
+    def _name(self, name: str) -> Path:
+        checked = check_name(name)
+        return Path(self._inside(NAMES), checked)
 
     # Statistics
 
     def record_use(self, use: dict[str, Any]) -> None:
         """Append a line to the statistics. Failing is no matter."""
         line = json.dumps(use, separators=(",", ":")) + "\n"
-        with contextlib.suppress(OSError):
-            fd = os.open(self.directory / USES, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with contextlib.suppress(OSError, StoreError):
+            fd = privacy.open_file(f"{self._inside()}/{USES}", APPENDING)
             try:
                 os.write(fd, line.encode())
             finally:
@@ -438,10 +557,16 @@ class Store:
         matter.
         """
         path = self.directory / USES
-        with contextlib.suppress(OSError):
-            if path.stat().st_size > MOST_STATISTICS_BYTES:
-                lines = path.read_bytes().splitlines(keepends=True)
+        with contextlib.suppress(OSError, PromptCacheError):
+            if path.lstat().st_size > MOST_STATISTICS_BYTES:
+                lines = self._statistics().splitlines(keepends=True)
                 write_once(path, lines[len(lines) // 2 :], sync=False, replace=True)
+
+    def _statistics(self) -> bytes:
+        """The statistics as they stand; of very long ones the end. Raises as `reader` does."""
+        with contextlib.closing(Reader(self.directory / USES, self.allow())) as reader:
+            begin = max(0, reader.size - LARGEST_USES_BYTES)
+            return reader.read(begin, LARGEST_USES_BYTES)
 
     def written_by_day(self) -> dict[str, int]:
         """How many bytes were written on each day (UTC) that the statistics know of."""
@@ -457,8 +582,8 @@ class Store:
     def uses(self) -> Iterator[dict[str, Any]]:
         """The statistics, oldest first; lines that cannot be read are passed over."""
         try:
-            lines = (self.directory / USES).read_bytes().splitlines()
-        except OSError:
+            lines = self._statistics().splitlines()
+        except PromptCacheError:
             return
         for line in lines:
             try:
@@ -485,8 +610,8 @@ def check_name(name: str) -> str:
     bad = not name or name[0] in ".-" or not name.isprintable() or set(name) & set('/\\:*?"<>|')
     if bad or len(os.fsencode(name)) > LONGEST_NAME_BYTES:
         raise StoreError(
-            f"{name!r} cannot be a name: use letters, digits, spaces, '.', '_' and '-', "
-            "and begin with a letter or a digit"
+            f"{name[:LONGEST_NAME_BYTES]!r} cannot be a name: use letters, digits, spaces, '.', "
+            "'_' and '-', and begin with a letter or a digit"
         )
     return name
 

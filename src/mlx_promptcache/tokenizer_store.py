@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache import arithmetic, container, room
 from mlx_promptcache.container import Array
-from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError
+from mlx_promptcache.errors import CacheMiss, DamagedFile, ForeignStore, PromptCacheError
 from mlx_promptcache.headers import TOKENIZER
 from mlx_promptcache.store import TOKENIZERS
-from mlx_promptcache.tokenizer import Facts, Tokenizer, agrees, facts_of, wrapped
+from mlx_promptcache.tokenizer import Facts, Tokenizer, wrapped
+from mlx_promptcache.tokenizer_trial import agrees, facts_of
 from mlx_promptcache.tree import KEY_BYTES
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class TokenizerStore:
                 facts, entry = _checked(header)
                 text = bytes(container.read_array(reader.read, entry).data)
             tokenizer = _made(text, facts, whole)
+        except ForeignStore:  # every prompt is told so
+            return None
         except PromptCacheError as exc:
             if isinstance(exc, DamagedFile) or not isinstance(exc, CacheMiss):
                 self._bad.set_aside(TOKENIZERS, stem, exc)

@@ -36,10 +36,13 @@ class Report:
     bytes: int
     damaged: tuple[Damage, ...]
     seconds: float
+    closed: int = 0
+    """How many files were open to other users, and are closed to them now."""
 
 
 def verify(store: Store, names: Sequence[str] = ()) -> Report:
-    """Read every byte of the files of these names (of all files, if none is given), and check it.
+    """Read every byte of the files of these names (of all files, if none is given), and check it;
+    of all files, too, take from other users what these may do with them.
 
     The caller holds a lock of the store.
 
@@ -62,7 +65,8 @@ def verify(store: Store, names: Sequence[str] = ()) -> Report:
     files += [(TOKENIZERS, stem) for stem in (() if names else store.stems(TOKENIZERS))]
     damaged += [found for kind, stem in files if (found := look(store, kind, stem)) is not None]
     total = sum(store.size(kind, stem) for kind, stem in files)
-    return Report(len(files), total, tuple(damaged), time.monotonic() - began)
+    closed = 0 if names else store.close_files()
+    return Report(len(files), total, tuple(damaged), time.monotonic() - began, closed)
 
 
 def _files_of(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,8 +13,14 @@ from mlx_promptcache import places
 from mlx_promptcache.catalog import Catalog, Entry
 from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import ModelChoice, model_options, output_options, take
+from mlx_promptcache.errors import ForeignStore
 from mlx_promptcache.facts import memo_of
 from mlx_promptcache.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+log = logging.getLogger("mlx_promptcache")
 
 
 @click.command(help=__doc__)
@@ -24,7 +31,7 @@ def command(**options: Any) -> int:
     """Parse, look, print."""
     choice = take(ModelChoice, options)
     if options["everywhere"]:
-        found = [(store, None) for store in map(Store, places.known_stores())]
+        found = [(store, None) for store in _known(choice)]
     else:
         store = choice.store()
         found = [(store, choice.fingerprint())]  # type: ignore[list-item]
@@ -41,14 +48,24 @@ def command(**options: Any) -> int:
             written.update(store.written_by_day())
             catalog.facts.keep()
     if options["as_json"]:
-        days = {day: written[day] for day in sorted(written)}
-        answer = {"entries": entries, "total_bytes": total, "blocks": blocks}
-        output.print_json(answer | {"written_bytes": days})
+        output.print_json({"entries": entries, "total_bytes": total, "blocks": blocks})
     else:
         _print(entries, total, blocks)
         if written:
             click.echo(_wear(written))
     return 0
+
+
+def _known(choice: ModelChoice) -> Iterator[Store]:
+    """The stores that this user has written to, without those that are another user's by now."""
+    for directory in places.known_stores():
+        store = Store(directory, allow_foreign=choice.allow_foreign_store)
+        try:
+            store.allow()
+        except ForeignStore as exc:
+            log.warning("%s", exc)
+        else:
+            yield store
 
 
 def entry_json(entry: Entry) -> dict[str, Any]:
@@ -100,4 +117,4 @@ def _print(entries: list[dict[str, Any]], total: int, blocks: int) -> None:
     output.table(heads, rows)
     click.echo(f"{len(entries)} states, {blocks} blocks, {output.size(total)} in all")
     for reason in dict.fromkeys(f"{e['status']}: {e['reason']}" for e in entries if e["reason"]):
-        click.echo(reason)
+        click.echo(output.printable(reason))

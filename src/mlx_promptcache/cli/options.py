@@ -13,7 +13,7 @@ import click
 from mlx_promptcache import models, places
 from mlx_promptcache.budget import MAX_SIZE, parse_size
 from mlx_promptcache.cli import output
-from mlx_promptcache.errors import ModelError, PromptError
+from mlx_promptcache.errors import ForeignStore, ModelError, PromptError
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings, remembered
 from mlx_promptcache.headers import MOST_DRAFT_TOKENS
 from mlx_promptcache.store import Store
@@ -63,6 +63,10 @@ model_options = _options(
         "--cache-dir", envvar="MLX_PROMPTCACHE_DIR", metavar="DIR",
         help="The store; prompt_cache in the model's directory by default.",
     ),
+    click.option(
+        "--allow-foreign-store", is_flag=True, envvar="MLX_PROMPTCACHE_ALLOW_FOREIGN_STORE",
+        help="Use a store that belongs to another user, whom you trust.",
+    ),
     click.option("--kv-bits", type=int, help="Quantise the KV cache to so many bits."),
     click.option("--kv-group-size", type=int, default=64, show_default=True),
     click.option("--quantized-kv-start", type=int, default=5000, show_default=True),
@@ -74,6 +78,12 @@ model_options = _options(
     ),
     click.option("--salt", default="", help="A private namespace inside the store."),
 )  # fmt: skip
+
+
+def _no_more(ctx: click.Context, param: click.Parameter, words: tuple[str, ...]) -> None:  # noqa: ARG001
+    """Click would repeat the words, which are a prompt without quotes, and end up in logs."""
+    if words:
+        raise click.UsageError("give the prompt with -p, in quotes, or with --prompt-file")
 
 
 def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -89,6 +99,7 @@ max_size_option = click.option(
 )  # fmt: skip
 
 prompt_options = _options(
+    click.argument("words", nargs=-1, metavar="", expose_value=False, callback=_no_more),
     click.option("-p", "--prompt", help="The prompt; - reads standard input."),
     click.option("--prompt-file", metavar="FILE", help="The prompt, from a file."),
     click.option("--system-prompt", help="The system message of a chat."),
@@ -172,6 +183,7 @@ class ModelChoice:
     draft_model: str | None
     num_draft_tokens: int
     salt: str
+    allow_foreign_store: bool
 
     def __post_init__(self) -> None:
         try:
@@ -194,10 +206,14 @@ class ModelChoice:
         """
         return model_path(self.model, download=download)
 
-    def store(self, *, download: bool = False) -> Store:
+    def store(self, *, download: bool = False, read_only: bool = False) -> Store:
         """The store, checked to be one. Needs no model if `--cache-dir` is given."""
         directory = Path(self.cache_dir).expanduser() if self.cache_dir else None
-        store = Store(directory or places.store_directory(self.path(download=download)))
+        store = Store(
+            directory or places.store_directory(self.path(download=download)),
+            allow_foreign=self.allow_foreign_store,
+            read_only=read_only or places.writing_is_off(),
+        )
         store.check()
         return store
 
@@ -215,12 +231,22 @@ class ModelChoice:
                 raise
             return None
 
-    def begin(self, *, use_cache: bool = True) -> Loaded:
-        """Begin to load the model: while its weights are read other things can be imported."""
+    def begin(
+        self, *, use_cache: bool = True, read_only: bool = False, needs_store: bool = True
+    ) -> Loaded:
+        """Begin to load the model: while its weights are read other things can be imported.
+
+        Raises:
+            ForeignStore: the store is another user's, and there must be one: it `needs_store`.
+        """
         path, adapter = self.path(), Path(self.adapter_path) if self.adapter_path else None
         models.config(path)  # whether there is a model at all
         if use_cache:
-            self.store(download=True)  # before the model, which takes long
+            try:
+                self.store(download=True, read_only=read_only)  # before the model, which takes long
+            except ForeignStore:
+                if needs_store:
+                    raise
             draft = models.find(self.draft_model) if self.draft_model else None
             remembered(path, adapter=adapter, kv=self.kv, salt=self.salt, draft=draft)
         from mlx_promptcache import checkpoint
@@ -253,6 +279,7 @@ class ModelChoice:
             read_only=read_only,
             use_cache=use_cache,
             max_bytes=max_bytes,
+            allow_foreign=self.allow_foreign_store,
             loaded=loaded,
         )
 

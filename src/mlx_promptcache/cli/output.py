@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from mlx_promptcache.deletion import Deletion
 
+CONTROLS = re.compile("[\x7f-\x9f\u2028\u2029]")  # some terminals obey those, too
 STARTED = time.time()  # a fallback: the process is a few hundredths of a second older
 
 
@@ -26,14 +28,28 @@ def debug() -> bool:
 
 def error(sentence: str) -> None:
     """Say what is wrong, in one line."""
-    click.echo(f"mlx-promptcache: {' '.join(sentence.split())}", err=True)
+    click.echo(f"mlx-promptcache: {printable(' '.join(sentence.split()))}", err=True)
+
+
+def printable(text: str) -> str:
+    """A text that may come from a file, with whatever could command a terminal escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+class _Notice(logging.Formatter):
+    """A notice as one line that commands no terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(f"mlx-promptcache: {' '.join(record.getMessage().split())}")
 
 
 def set_up_notices(*, quiet: bool) -> None:
     """Show the package's notices on standard error, unless they are not wanted."""
     log = logging.getLogger("mlx_promptcache")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("mlx-promptcache: %(message)s"))
+    handler.setFormatter(_Notice())
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.CRITICAL if quiet else logging.WARNING)
@@ -41,11 +57,13 @@ def set_up_notices(*, quiet: bool) -> None:
 
 def print_json(value: dict[str, Any]) -> None:
     """Print one JSON object."""
-    click.echo(json.dumps(value, ensure_ascii=False))
+    text = json.dumps(value, ensure_ascii=False)  # that escapes what is below a space, and no more
+    click.echo(CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print columns, the first to the left and the others to the right."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
     lines = []
     for row in (heads, *rows):

@@ -15,6 +15,8 @@ from mlx_promptcache.errors import PromptCacheError
 from mlx_promptcache.facts import memo_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mlx_promptcache.container import Header
     from mlx_promptcache.store import Store
 
@@ -38,8 +40,8 @@ def command(**options: Any) -> int:
     origin = header.content["origin"]
     answer = entry_json(entry) | {
         "fingerprint": dict(headers.fingerprint_parts(header)),
-        "versions": header.notes.get("versions"),
-        "boundaries": header.notes.get("boundaries"),
+        "versions": _noted(header, "versions", dict),
+        "boundaries": _noted(header, "boundaries", list),
         "sampling": header.content["sampling"],
         "text": origin.get("text"),
         "messages": origin.get("messages"),
@@ -57,6 +59,12 @@ def command(**options: Any) -> int:
     else:
         _print(answer)
     return 0
+
+
+def _noted(header: Header, name: str, kind: type[Any]) -> Any:
+    """What the notes say, which nothing depends on: nothing where it makes no sense."""
+    value = header.notes.get(name)
+    return value if isinstance(value, kind) else None
 
 
 def _arrays(store: Store, snapshot: Header) -> list[dict[str, Any]]:
@@ -87,24 +95,28 @@ def _text(origin: dict[str, Any]) -> str:
 
 
 def _print(answer: dict[str, Any]) -> None:
-    click.echo(f"{answer['name'] or '-'}  {answer['snapshot']}  {answer['status']}")
+    click.echo("\n".join(map(output.printable, _lines(answer))))
+
+
+def _lines(answer: dict[str, Any]) -> Iterator[str]:
+    yield f"{answer['name'] or '-'}  {answer['snapshot']}  {answer['status']}"
     if answer["reason"]:
-        click.echo(f"  reason      {answer['reason']}")
-    click.echo(f"  tokens      {answer['tokens']} in {answer['blocks']} blocks")
-    click.echo(
+        yield f"  reason      {answer['reason']}"
+    yield f"  tokens      {answer['tokens']} in {answer['blocks']} blocks"
+    yield (
         f"  on disk     {output.size(answer['bytes'])} own, {output.size(answer['shared_bytes'])} "
         f"shared; {output.size(answer['raw_bytes'])} in memory"
     )
     used = f"last used {output.age(answer['last_used'])} ago, {answer['hits']} hits"
-    click.echo(f"  made        {output.age(answer['created'])} ago, {used}")
-    click.echo(f"  boundaries  {', '.join(map(str, answer['boundaries'] or [])) or '-'}")
+    yield f"  made        {output.age(answer['created'])} ago, {used}"
+    yield f"  boundaries  {', '.join(map(str, answer['boundaries'] or [])) or '-'}"
     for title in ("fingerprint", "versions", "sampling"):
-        click.echo(f"  {title}")
+        yield f"  {title}"
         for name, value in (answer[title] or {}).items():
-            click.echo(f"    {name}: {value}")
-    click.echo("  arrays")
+            yield f"    {name}: {value}"
+    yield "  arrays"
     for row in answer["arrays"]:
-        click.echo(f"    {row['layers']:4d} x {row['name']}: {row['dtype']} {row['shape']}")
+        yield f"    {row['layers']:4d} x {row['name']}: {row['dtype']} {row['shape']}"
     text = _text(answer)
     shown = text if len(text) <= 200 else f"{text[:100]} ... {text[-100:]}"
-    click.echo(f"  text        {shown!r}")
+    yield f"  text        {shown!r}"

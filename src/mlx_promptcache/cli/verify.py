@@ -41,6 +41,7 @@ def command(**options: Any) -> int:
                 ],
                 "quarantined": moved,
                 "dry_run": options["dry_run"],
+                "closed": report.closed,
             }
         )
     else:
@@ -49,5 +50,6 @@ def command(**options: Any) -> int:
         found = f"{len(report.damaged)} damaged" if report.damaged else "all sound"
         done = "would be moved" if options["dry_run"] else "moved"
         aside = f", {moved} {done} aside" if moved else ""
-        click.echo(f"{report.files} files, {output.size(report.bytes)}: {found}{aside}")
+        closed = f", {report.closed} closed to other users" if report.closed else ""
+        click.echo(f"{report.files} files, {output.size(report.bytes)}: {found}{aside}{closed}")
     return DAMAGE_FOUND if report.damaged else 0
