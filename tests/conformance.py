@@ -21,7 +21,7 @@ import architectures
 import plain
 import tiny
 from architectures import VOCAB, runnable
-from mlx_promptcache import PromptCache, Runner, Sampling
+from mlx_promptcache import PromptCache, Runner, Sampling, files
 from mlx_promptcache.blueprint import Blueprint
 from mlx_promptcache.errors import PromptCacheError, UnsupportedLayer
 from mlx_promptcache.fingerprint import KVSettings
@@ -478,21 +478,24 @@ QUESTIONS = {question.__name__: question for question in ALL}
 
 
 class Book:
-    """The answers of one session: nothing is asked twice."""
+    """The answers of one session: nothing is asked twice, by whichever process."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._answers: dict[tuple[str, str], str] = {}
 
     def answer(self, name: str, question: str) -> str:
         """One answer; `no`, and a sentence, where something is that must not be."""
-        if (name, question) not in self._answers:
-            with tempfile.TemporaryDirectory(dir=self._directory) as directory:
-                try:
-                    self._answers[name, question] = QUESTIONS[question](name, Path(directory))
-                except (Wrong, PromptCacheError) as exc:
-                    self._answers[name, question] = f"{NO}: {exc}"
-        return self._answers[name, question]
+        page = self._directory / f"{name}.{question}"
+        if not page.is_file():
+            files.write_once(page, [self._ask(name, question).encode()], sync=False)
+        return page.read_text("utf-8")
+
+    def _ask(self, name: str, question: str) -> str:
+        with tempfile.TemporaryDirectory(dir=self._directory) as directory:
+            try:
+                return QUESTIONS[question](name, Path(directory))
+            except (Wrong, PromptCacheError) as exc:
+                return f"{NO}: {exc}"
 
     def answers(self, name: str) -> Answers:
         """All answers of one architecture."""

@@ -7,11 +7,12 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from mlx_promptcache import places
+from workers import Scheduling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,19 +22,39 @@ CACHE = pytest.StashKey[str]()
 FIGURES = pytest.StashKey[list[str]]()
 """Lines that the end of a session shows: what was measured on the way."""
 REAL_MODEL = places.demo_model()
-# Tests of many models, then those that start processes, then those that run the real model.
+# Tests that start processes, then those that run the real model. The last are in so many parts that
+# workers end at about the same time.
 LAST = (
-    "test_conformance", "test_adapters", "test_kv_settings", "test_engine", "test_benchmark",
-    "test_cli",
-    "test_scripts", "test_real",
+    "test_adapters", "test_kv_settings", "test_engine", "test_benchmark", "test_cli", "test_kill",
+    "test_many", "test_scripts", "test_real", "test_conformance",
 )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give the session, and all processes that it starts, a user's cache directory of its own."""
+    """Give the session, and all processes that it starts, a user's cache directory of its own.
+
+    With workers each has its own, and this process none: they look for the real model in the
+    user's. What they measure is sent here when they end.
+    """
+    config.stash[FIGURES] = []
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["figures"] = config.stash[FIGURES]
+    elif config.getoption("tx", None):
+        return
     config.stash[CACHE] = tempfile.mkdtemp(prefix="mlx-promptcache-tests-")
     os.environ["XDG_CACHE_HOME"] = config.stash[CACHE]
-    config.stash[FIGURES] = []
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    """Let workers share the tests in units."""
+    return Scheduling(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object | None) -> None:
+    """Take what a worker measured; one that was killed sends nothing."""
+    node.config.stash[FIGURES] += getattr(node, "workeroutput", {}).get("figures", [])
 
 
 def pytest_terminal_summary(
@@ -48,7 +69,8 @@ def pytest_terminal_summary(
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Leave nothing behind."""
-    shutil.rmtree(config.stash[CACHE], ignore_errors=True)
+    if CACHE in config.stash:
+        shutil.rmtree(config.stash[CACHE], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

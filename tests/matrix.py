@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import architectures
-from conformance import Answers, Book, quantised_by_mlx_lm
+from conformance import NO, Answers, Book, quantised_by_mlx_lm
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -112,7 +112,7 @@ def unwritten() -> list[tuple[str, str]]:
 
 
 def unquantised(answers: Iterable[Answers]) -> list[tuple[str, str]]:
-    said = ((a.name, quantised_by_mlx_lm(a.name)) for a in answers)
+    said = ((a.name, quantised_by_mlx_lm(a.name)) for a in answers if a.quantised == NO)
     return sorted((name, sentence) for name, sentence in said if isinstance(sentence, str))
 
 

@@ -1,6 +1,7 @@
 """Adapters that mlx-lm trained: what one computed is its own, whatever lies where it lay.
 
-Every command runs in a process of its own, as users run them.
+What goes on does so in a process of its own, as users run it. What must not be used is asked for in
+this one, which has more to confuse: what it remembers of files, and all that it loaded before.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mlx_lm.utils import save_config
 
 import processes
 import tiny
-from mlx_promptcache import Runner, Sampling
+from mlx_promptcache import Runner, Sampling, cli
 from mlx_promptcache.fingerprint import remembered
 
 PROMPT = "The cat sat on the mat, and the dog sat on the cat. " * 4
@@ -75,6 +76,16 @@ def adapter(adapters: tuple[Path, Path], tmp_path: Path) -> Path:
 
 def run(model: Path, store: Path, *arguments: str | Path) -> processes.Ended:
     return processes.run(*arguments, "-m", model, "--cache-dir", store, "--json")
+
+
+@pytest.fixture
+def run_here(capsys: pytest.CaptureFixture[str]) -> Callable[..., processes.Ended]:
+    def it(model: Path, store: Path, *arguments: str | Path) -> processes.Ended:
+        chosen = ("-m", model, "--cache-dir", store, "--json")
+        code = cli.run([*map(str, (*arguments, *chosen))])
+        return processes.Ended(code, *capsys.readouterr())
+
+    return it
 
 
 def greedy(model: Path, adapter: str | None) -> list[int]:
@@ -141,40 +152,44 @@ def test_an_adapter_that_was_replaced_in_its_place_does_not_use_what_the_first_c
     adapters: tuple[Path, Path],
     adapter: Path,
     tmp_path: Path,
+    run_here: Callable[..., processes.Ended],
 ) -> None:
     store, chosen = tmp_path / "store", ("--adapter-path", adapter)
     options = ("generate", "-p", PROMPT, "-n", "6", "--temp", "0", *chosen)
-    first = run(model, store, *options, "--save-as", "mine").json
+    first = run_here(model, store, *options, "--save-as", "mine").json
     replace(adapter, adapters[1])
     cold = greedy(model, str(adapter))
-    second = run(model, store, *options).json
+    second = run_here(model, store, *options).json
     assert (second["hit"], second["cached_tokens"]) == ("none", 0)
     assert "another adapter" in second["miss_reason"]
     assert second["tokens"] == cold != first["tokens"]
-    refused = run(model, store, "load", "mine", *chosen)
+    refused = run_here(model, store, "load", "mine", *chosen)
     assert (refused.code, refused.out, len(refused.err.splitlines())) == (1, "", 1)
     assert "made with another adapter" in refused.err
     shutil.copytree(adapters[0], adapter, dirs_exist_ok=True)
-    again = run(model, store, *options).json
+    again = run_here(model, store, *options).json
     assert (again["hit"], again["tokens"]) == ("exact", first["tokens"])
 
 
 def test_the_model_alone_and_with_an_adapter_use_nothing_of_each_other(
-    model: Path, adapters: tuple[Path, Path], tmp_path: Path
+    model: Path,
+    adapters: tuple[Path, Path],
+    tmp_path: Path,
+    run_here: Callable[..., processes.Ended],
 ) -> None:
     store = tmp_path / "store"
     options = ("generate", "-p", PROMPT, "-n", "6", "--temp", "0")
     ways = [("--adapter-path", adapters[0]), (), ("--adapter-path", adapters[1])]
     for name, way in zip("abc", ways, strict=True):
-        answer = run(model, store, *options, *way, "--save-as", name).json
+        answer = run_here(model, store, *options, *way, "--save-as", name).json
         assert answer["hit"] == "none"
         assert name == "a" or "another adapter" in answer["miss_reason"]
-    assert "made with another adapter" in run(model, store, "load", "a").err
-    assert "made with another adapter" in run(model, store, "load", "b", *ways[0]).err
+    assert "made with another adapter" in run_here(model, store, "load", "a").err
+    assert "made with another adapter" in run_here(model, store, "load", "b", *ways[0]).err
     for name, way in zip("abc", ways, strict=True):
-        answer = run(model, store, *options, *way).json
+        answer = run_here(model, store, *options, *way).json
         assert (answer["hit"], answer["prefilled_tokens"]) == ("exact", 0), name
-    listed = run(model, store, "list").json["entries"]
+    listed = run_here(model, store, "list").json["entries"]
     assert {e["status"] for e in listed} == {"ok"}
 
 

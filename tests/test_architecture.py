@@ -57,6 +57,7 @@ FLOORS = [
     "rows",
     "arithmetic",
     "tokenizer",
+    "tokenizer_trial",
     "tokenizer_store",
     "sampling",
     "state",

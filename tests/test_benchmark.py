@@ -17,6 +17,8 @@ from mlx_promptcache import benchmark, cli
 from mlx_promptcache.errors import MeasuringError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mlx_promptcache.timing import Command
 
 
@@ -192,6 +194,43 @@ def test_the_command_prints_the_table_and_draws_it(
     assert ended.err.count("round") == 2
     assert sorted(p.name for p in directory.iterdir()) == ["out.json", "out.png", "out.svg"]
     assert not (model / "prompt_cache").exists()  # the user's own store is left alone
+
+
+REPORT: dict[str, Any] = {
+    "machine": {"processor": "a processor", "cores": 2, "system": "a system"},
+    "versions": {"mlx": "1"},
+    "model": {"name": "tiny"},
+    "lengths": [{"tokens": 24, "seconds": {"ours": {"cold": [2.0], "warm": [0.5]}}}],
+}
+
+
+@pytest.fixture
+def bench(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """Runs the command without measuring; returns what it prints."""
+    monkeypatch.setattr(benchmark, "report", lambda *_: REPORT)
+
+    def run(*arguments: str) -> str:
+        assert cli.run(["bench", *arguments, "-m", str(model)]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("arguments", [("--json",), ("--json", "-"), ("--json", "--quiet")])
+def test_json_without_a_file_is_one_object_instead_of_the_table(
+    arguments: tuple[str, ...], bench: Callable[..., str]
+) -> None:
+    assert json.loads(bench(*arguments)) == REPORT
+
+
+def test_json_with_a_file_is_the_same_object_beside_the_table(
+    bench: Callable[..., str], tmp_path: Path
+) -> None:
+    assert bench("--json", str(tmp_path / "out.json")) == bench()
+    assert json.loads((tmp_path / "out.json").read_text("utf-8")) == REPORT
+    assert "4.0 x" in bench()
 
 
 def test_what_cannot_be_written_is_said_before_anything_is_measured(

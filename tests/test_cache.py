@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import os
@@ -34,7 +35,8 @@ from mlx_promptcache.errors import (
 )
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings
 from mlx_promptcache.layers import make_layers
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
+from mlx_promptcache.store import BLOCKS, NAMES, SNAPSHOTS, Store
+from shim import Fault, Shim
 from tiny import bits, digest, random_tokens
 
 if TYPE_CHECKING:
@@ -386,6 +388,49 @@ def test_a_longer_prompt_stores_only_its_own_rows(tmp_path: Path) -> None:
         assert stored_rows(tmp_path) == stop
 
 
+@pytest.mark.parametrize("kind", ["plain", "hybrid"])
+def test_a_save_that_is_asked_for_mends_what_a_power_cut_left(kind: str, tmp_path: Path) -> None:
+    prompt = random_tokens(300, seed=30)
+    state = keep(kind, tmp_path, prompt, "prefix")
+    runner = with_store(kind, tmp_path)
+    read = runner.prefill(prompt)  # it knows the blocks that it came from
+    for path in stored_files(tmp_path):
+        path.write_bytes(path.read_bytes()[:-20] + bytes(20))  # rows that did not reach the drive
+    assert runner.cache is not None
+    runner.cache.save("prefix", read)
+    runner.cache.save("prefix", state)
+    again = with_store(kind, tmp_path).cache
+    assert again is not None
+    assert again.verify().damaged == ()
+    assert digest(again.load("prefix")) == digest(state)
+
+
+@pytest.mark.parametrize(("function", "directory"), [("open", SNAPSHOTS), ("open", NAMES)])
+def test_nothing_is_deleted_while_what_stays_cannot_be_read(
+    function: str, directory: str, tmp_path: Path
+) -> None:
+    prompt = random_tokens(300, seed=31)
+    states = {name: keep("plain", tmp_path, prompt[:n], name) for name, n in (("a", 290), ("b", 9))}
+    cache = with_store("plain", tmp_path).cache
+    assert cache is not None
+    with Shim(tmp_path) as shim:
+        cache.clear([])
+    calls = [c for c in shim.calls if c.function == function and c.path.startswith(directory)]
+    assert len(calls) == 2
+    before = written_once(tmp_path)
+    for call in calls:
+        with (
+            Shim(tmp_path, Fault(call, errno.EIO, stays=True)) as shim,
+            pytest.raises(StoreError, match="cannot be read"),
+        ):
+            cache.clear(["b"])
+        assert shim.met
+        assert written_once(tmp_path) == before
+    assert digest(cache.load("a")) == digest(states["a"])
+    assert digest(cache.load("b")) == digest(states["b"])
+    cache.clear(["b"])
+
+
 def test_saving_a_state_again_writes_nothing(tmp_path: Path) -> None:
     for kind in tiny.KINDS:
         state = keep(kind, tmp_path / kind, random_tokens(60, seed=8), boundaries=(20,))
@@ -551,6 +596,28 @@ def test_one_flipped_byte_in_a_name_makes_it_a_miss(tmp_path: Path) -> None:
         cache.save("mine", state)
         assert digest(cache.load("mine")) == digest(state)
         assert not cache.verify().damaged
+
+
+@pytest.mark.parametrize("kept", [0, 40, -1])
+def test_a_state_whose_snapshot_is_damaged_is_whole_again_when_it_is_saved_again(
+    kept: int, tmp_path: Path
+) -> None:
+    """Whoever loads it is told to save it again: that must help."""
+    saved = keep("plain", tmp_path, random_tokens(50, 1), "x")
+    (snapshot,) = files(tmp_path / SNAPSHOTS)
+    snapshot.write_bytes(snapshot.read_bytes()[:kept])
+    cache = PromptCache(tmp_path, "plain")
+    cache.save("x", saved, sync=False)
+    assert digest(cache.load("x")) == digest(saved)
+
+
+def test_a_state_whose_snapshot_cannot_be_read_is_not_told_to_be_saved(tmp_path: Path) -> None:
+    saved = keep("plain", tmp_path, random_tokens(50, 1), "x")
+    (snapshot,) = files(tmp_path / SNAPSHOTS)
+    snapshot.unlink()
+    snapshot.mkdir()
+    with pytest.raises(StoreError, match="neither be written nor read"):
+        PromptCache(tmp_path, "plain").save("x", saved, sync=False)
 
 
 def test_a_flipped_byte_in_a_named_state_makes_it_a_miss(tmp_path: Path) -> None:

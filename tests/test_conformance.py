@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from conformance import (
     EARLY,
     NO,
     NOTHING_TO_DO,
+    QUESTIONS,
     ROUNDING,
     SHARED,
     SHORT,
@@ -45,8 +47,11 @@ each = pytest.mark.parametrize("name", architectures.runnable())
 
 @pytest.fixture(scope="session")
 def book(tmp_path_factory: pytest.TempPathFactory) -> Book:
-    """What was answered in this session."""
-    return Book(tmp_path_factory.mktemp("conformance"))
+    """What was answered in this session, whichever worker asked."""
+    base = tmp_path_factory.getbasetemp()  # of a worker: in that of all
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "conformance"
+    directory.mkdir(exist_ok=True)
+    return Book(directory)
 
 
 # The architectures
@@ -148,6 +153,21 @@ def test_tokens_after_a_stop_are_those_of_one_run_with_a_largest_size(
 ) -> None:
     heeds = not hasattr(model_of(name), "make_cache")
     assert book.answer(name, "rotating") == (YES if heeds else NOTHING_TO_DO)
+
+
+def test_what_one_worker_asked_no_other_asks_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def question(name: str, _: Path) -> str:
+        asked.append(name)
+        return "oui, déjà"
+
+    monkeypatch.setitem(QUESTIONS, "layers", question)
+    books = [Book(tmp_path), Book(tmp_path)]
+    assert [book.answer("Qwen 3", "layers") for book in books] == ["oui, déjà"] * 2
+    assert asked == ["Qwen 3"]
 
 
 # The document

@@ -32,12 +32,14 @@ from mlx_promptcache.store import (
     BLOCKS,
     LONGEST_NAME_BYTES,
     NAMES,
+    OURS,
     QUARANTINE,
     SNAPSHOTS,
     USES,
     Store,
     check_name,
 )
+from shim import Call, Fault, Shim
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -214,17 +216,69 @@ def test_what_was_written_before_can_be_brought_to_the_drive(
     monkeypatch.setattr(store_module, "sync_directory", lambda path: synced.append(path.stat()))
     store.write(BLOCKS, STEM, packed())
     assert synced == []
-    store.sync(BLOCKS, STEM)
+    store.sync([(BLOCKS, STEM)])
     path = store.path(BLOCKS, STEM)
-    wanted = (path, path.parent, path.parent.parent, store.directory)
-    assert [status.st_ino for status in synced] == [path.stat().st_ino for path in wanted]
+    wanted = {path, *path.parents}  # whoever made the store may have made some of these
+    assert synced[0].st_ino == path.stat().st_ino
+    assert {(s.st_dev, s.st_ino) for s in synced} == {
+        (p.stat().st_dev, p.stat().st_ino) for p in wanted
+    }
     path.rename(tmp_path / "elsewhere")
     with pytest.raises(StoreError) as caught:
-        store.sync(BLOCKS, STEM)
+        store.sync([(BLOCKS, STEM)])
     assert one_sentence(caught.value)
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StoreError):
-        store.sync(BLOCKS, STEM)
+        store.sync([(BLOCKS, STEM)])
+
+
+# What cannot be looked at
+
+
+@pytest.mark.parametrize("kept", sorted(OURS))
+def test_a_power_cut_may_leave_any_part_of_a_new_store(kept: str, store: Store) -> None:
+    for path in store.directory.iterdir():
+        if path.name != kept:
+            path.rmdir() if path.is_dir() else path.unlink()
+    (store.directory / kept).touch()
+    assert store.check()
+
+
+@pytest.mark.parametrize(
+    ("function", "path"),
+    [("listdir", "blocks"), ("listdir", "blocks/3f"), ("listdir", "names"),
+     ("scandir", "blocks/3f"), ("stat", f"blocks/{STEM}.safetensors")],
+)  # fmt: skip
+def test_what_cannot_be_looked_at_is_not_taken_for_empty(
+    function: str, path: str, store: Store
+) -> None:
+    store.write(BLOCKS, STEM, packed())
+    with Shim(store.directory, Fault(Call(function, path, 1), errno.EIO)) as shim:
+        with pytest.raises(StoreError, match="cannot be read: Input/output error") as caught:
+            (store.files(BLOCKS), store.stems(BLOCKS), store.names())
+        assert one_sentence(caught.value)
+        assert (list(store.files(BLOCKS)), store.stems(BLOCKS)) == ([STEM], [STEM])
+    assert shim.met
+
+
+def test_what_is_no_directory_of_ours_is_not_looked_into(store: Store) -> None:
+    store.write(BLOCKS, STEM, packed())
+    (store.directory / BLOCKS / "lost+found").mkdir()
+    with Shim(store.directory) as shim:
+        assert store.stems(BLOCKS) == list(store.files(BLOCKS)) == [STEM]
+    assert {call.path for call in shim.calls if call.function in {"listdir", "scandir"}} == {
+        "blocks", "blocks/3f",
+    }  # fmt: skip
+
+
+def test_a_file_that_cannot_be_asked_for_its_size_is_closed_again(store: Store) -> None:
+    store.write(BLOCKS, STEM, packed())
+    call = Call("fstat", f"blocks/{STEM}.safetensors", 1)
+    with Shim(store.directory, Fault(call, errno.EIO)) as shim:
+        with pytest.raises(StoreError, match="cannot be read") as caught:
+            store.header(BLOCKS, STEM)
+        assert one_sentence(caught.value)
+    assert shim.open == {}
 
 
 # A write that fails leaves nothing

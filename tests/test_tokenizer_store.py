@@ -458,37 +458,6 @@ def test_what_does_something_of_its_own_is_loaded_every_time(
     assert store_of(model).stems(TOKENIZERS) == before
 
 
-OVERRIDDEN = ["encode", "decode", "_encode_plus", "convert_tokens_to_ids", "get_chat_template"]
-
-
-@pytest.mark.parametrize("name", OVERRIDDEN)
-def test_a_class_with_a_method_of_its_own_is_not_kept(name: str, model: Path) -> None:
-    from mlx_promptcache.tokenizer import facts_of
-
-    wrapper = whole_of(model)
-    whole = wrapper._tokenizer
-    assert facts_of(wrapper) is not None
-    own = type("Own", (type(whole),), {name: lambda self, *a, **o: None})
-    whole.__class__ = own
-    assert facts_of(wrapper) is None
-
-
-def test_cleaning_that_cannot_be_seen_is_not_kept(model: Path) -> None:
-    from mlx_promptcache.tokenizer import facts_of
-
-    wrapper = whole_of(model)
-    wrapper._tokenizer.clean_up_tokenization_spaces = True
-    assert facts_of(wrapper) is not None  # the spaces are there: it is seen that they stay
-    wrapper._tokenizer.backend_tokenizer.normalizer = letters_only()
-    assert facts_of(wrapper) is None
-
-
-def letters_only() -> Any:
-    from tokenizers import Regex, normalizers
-
-    return normalizers.Replace(Regex(r"[^a-z]"), "a")
-
-
 def test_what_differs_in_any_text_is_not_kept(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(model / "prompt_cache")
     shortened = tokenizer_store._shortened

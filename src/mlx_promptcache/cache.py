@@ -192,7 +192,9 @@ class PromptCache:
         return Match(found.position, found.exact, source and self._label(source), refused, stored)
 
     def _label(self, stem: str) -> str:
-        names = [name for name, named in self._store.names().items() if named == stem]
+        names: builtins.list[str] = []
+        with contextlib.suppress(StoreError):
+            names = [name for name, named in self._store.names().items() if named == stem]
         return names[0] if names else stem.rpartition("-")[2]
 
     def resume(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache import headers
 from mlx_promptcache.deletion import Deletion
-from mlx_promptcache.errors import CacheMiss, DamagedFile, ForeignFile, PromptCacheError
+from mlx_promptcache.errors import CacheMiss, DamagedFile, ForeignFile, PromptCacheError, StoreError
 from mlx_promptcache.facts import Facts, Snapshot
 from mlx_promptcache.store import SNAPSHOTS, Store
 from mlx_promptcache.tree import SnapshotName
@@ -97,6 +97,7 @@ class Catalog:
             CacheMiss: there is no such name.
         """
         chosen = []
+        self._read_names_again()
         for name in (unicodedata.normalize("NFC", name) for name in names):
             stem = self.names.get(name)
             if stem is None:
@@ -181,8 +182,14 @@ class Catalog:
         With `unused` also the blocks that no state uses, with `damaged` also damaged blocks and
         what was moved aside. A snapshot that another name stands for stays, and so does every block
         that another state uses.
+
+        Raises:
+            StoreError: what stays cannot be read, so that what it uses is not known.
         """
         doomed, facts = list(doomed), self.facts
+        if not everything:
+            self._read_names_again()
+            self._check_readable({e.stem for e in doomed})
         names = sorted(self.names if everything else {e.name for e in doomed if e.name is not None})
         kept_names = {stem for name, stem in self.names.items() if name not in names}
         snapshots = {e.stem for e in doomed if e.stem and e.stem not in kept_names}
@@ -210,6 +217,24 @@ class Catalog:
             freed_bytes=sum(file.size for file in files),
             freed_on_disk=sum(file.on_disk for file in files),
         )
+
+    def _read_names_again(self) -> None:
+        """Read the names whose files could not be read. Raises StoreError if they still cannot."""
+        for name in [name for name, stem in self.names.items() if not stem]:
+            try:
+                self.names[name] = stem = self.store.read_name(name)
+            except CacheMiss:
+                continue
+            except StoreError as exc:
+                raise StoreError(
+                    f"nothing is deleted, since the name {name!r} cannot be read: {exc}"
+                ) from exc
+            self._names_of.setdefault(stem, []).append(name)
+
+    def _check_readable(self, doomed: set[str]) -> None:
+        for stem, told in self._snapshots.items():
+            if isinstance(told, StoreError) and stem not in doomed:
+                raise StoreError(f"nothing is deleted, since another state may be in use: {told}")
 
     def _orphans(self, doomed: set[str]) -> dict[str, int]:
         """The blocks that only these snapshots use, and where they begin."""

@@ -76,7 +76,11 @@ class Reader:
             raise CacheMiss("a file that is needed is not there") from None
         except OSError as exc:
             raise StoreError(f"a file of the store cannot be read: {exc.strerror}") from exc
-        self._status = os.fstat(self._fd)
+        try:
+            self._status = os.fstat(self._fd)
+        except OSError as exc:
+            os.close(self._fd)
+            raise StoreError(f"a file of the store cannot be read: {exc.strerror}") from exc
         self.file = File.of(self._status)
         """The file as it was opened; when it is closed, as it is left."""
         self.size = self.file.size

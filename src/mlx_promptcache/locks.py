@@ -107,7 +107,7 @@ class Locks:
 
     def _open(self, name: str, *, make: bool) -> int | None:
         """Open a lock; None where there is nothing to lock, or nobody can delete anything."""
-        make = make and self.directory.is_dir()  # it was copied without its locks
+        make = make and os.path.isdir(self.directory)  # noqa: PTH112 - a Path's may raise
         flags = os.O_RDONLY | (os.O_CREAT if make else 0)
         try:
             return privacy.open_file(self.directory / name, flags)

@@ -74,7 +74,7 @@ def known_stores() -> list[Path]:
         lines = _stores_file().read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return []
-    return [path for path in map(Path, dict.fromkeys(lines)) if path.is_dir()]
+    return [Path(line) for line in dict.fromkeys(lines) if os.path.isdir(line)]  # noqa: PTH112
 
 
 def remember_store(directory: Path) -> None:

@@ -97,9 +97,7 @@ class Saver:
         if stem is None:
             stem = self._snapshot(state, refs)
         if self._sync:
-            for ref in refs:
-                self._store.sync(BLOCKS, ref.stem)
-            self._store.sync(SNAPSHOTS, stem)
+            self._store.sync([(BLOCKS, ref.stem) for ref in refs] + [(SNAPSHOTS, stem)])
         if name is not None:
             self._store.write_name(name, stem, sync=self._sync)
         self._store.record_write(self._bytes)
@@ -151,9 +149,8 @@ class Saver:
         state = self._state
         refs: list[Ref] = []
         for ref in state.trail.refs:
-            if not self._finder.is_there(
-                ref.stem, ref.digest
-            ):  # deleted or replaced since: write these rows again
+            # Deleted, replaced or damaged since: write these rows again.
+            if not self._finder.is_there(ref.stem, ref.digest) or not self._whole(BLOCKS, ref.stem):
                 break
             refs.append(ref)
         self._shared += len(refs)
@@ -221,12 +218,12 @@ class Saver:
                 except PromptCacheError as exc:
                     self._bad.set_aside(BLOCKS, stem, exc)
                     continue
-                if there.digest == packed.digest and (
-                    not self._exact or record_of(there) == record
-                ):
+                same_passes = not self._exact or record_of(there) == record
+                if there.digest != packed.digest or not same_passes:
+                    break
+                if self._whole(BLOCKS, stem):
                     self._shared += 1
                     return stem
-                break
         raise StoreError("a block can neither be written nor read")
 
     def _snapshot(self, state: State, refs: list[Ref]) -> str:
@@ -254,10 +251,31 @@ class Saver:
         name = str(
             SnapshotName(keys[cell_start(n)], n - cell_start(n), keys[n], packed.digest[:ID_DIGITS])
         )
-        if self._store.write(SNAPSHOTS, name, packed, sync=self._sync):
-            self._bytes += packed.size
-        self._bad.trust(name)
-        return name
+        for _ in range(2):  # once more, where a damaged file had the name
+            if self._store.write(SNAPSHOTS, name, packed, sync=self._sync):
+                self._bytes += packed.size
+            elif not self._whole(SNAPSHOTS, name):
+                continue
+            self._bad.trust(name)
+            return name
+        raise StoreError("a snapshot can neither be written nor read")
+
+    def _whole(self, kind: str, stem: str) -> bool:
+        """Whether a file that was there before can be relied on. A power cut may have left its
+        header and not its rows: what is to be on the drive is read to the last byte. One that is
+        damaged is moved aside.
+        """
+        if not self._sync:
+            return True
+        check = headers.checked_block if kind == BLOCKS else headers.checked_snapshot
+        try:
+            with self._store.reader(kind, stem) as reader:
+                header = check(reader.header(), stem)
+                container.check(reader.read, header.entries.values())
+        except PromptCacheError as exc:
+            self._bad.set_aside(kind, stem, exc)
+            return False
+        return True
 
     def _windows_in_blocks(self, state: State, refs: Sequence[Ref]) -> bool:
         """Whether these blocks have all the rows that the windows of a state hold."""

@@ -59,10 +59,12 @@ KINDS = (BLOCKS, SNAPSHOTS, TOKENIZERS)
 QUARANTINE = "quarantine"
 DIRECTORIES = (*KINDS, NAMES, QUARANTINE)
 USES = "uses.jsonl"
+OURS = {*KINDS, NAMES, QUARANTINE, USES, *LOCK_FILES}  # after a power cut any of them may be left
 
 SUFFIX = ".safetensors"
 APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 LARGEST_USES_BYTES = 1 << 26  # of the statistics, the last ones: more are not read
+SHARD = re.compile(r"[0-9a-f]{2}")
 STEM = re.compile(r"[0-9a-f]{2}/[0-9a-f-]{1,200}")
 LONGEST_NAME_BYTES = 200
 LEFTOVER_SECONDS = 3600.0  # a write that is on its way is younger
@@ -121,9 +123,7 @@ class Store:
             raise StoreError(f"{self.directory} is a file, not a store of prompt caches") from None
         except OSError as exc:
             raise StoreError(f"the store {self.directory} cannot be read: {exc.strerror}") from exc
-        foreign = [
-            name for name in names if not name.startswith(".") and name not in {*LOCK_FILES, USES}
-        ]
+        foreign = [name for name in names if not name.startswith(".") and name not in OURS]
         if foreign and BLOCKS not in names and SNAPSHOTS not in names:
             raise StoreError(
                 f"{self.directory} is not a store of prompt caches: choose another --cache-dir, "
@@ -251,19 +251,25 @@ class Store:
             return []
 
     def stems(self, kind: str) -> list[str]:
-        """All stems of a kind, in order."""
-        shards = sorted(self._names_in(kind))
-        return [stem for shard in shards for stem in self.beginning(kind, f"{shard}/")]
+        """All stems of a kind, in order. Raises as `files` does."""
+        with _told(f"the store {self.directory} cannot be read"):
+            shards = sorted(filter(SHARD.fullmatch, self._all_names_in(kind)))
+            return [s for d in shards for s in sorted(stems_of(d, self._all_names_in(kind, d)))]
 
     def files(self, kind: str) -> dict[str, File]:
-        """All stems of a kind, in no order, and what the file system says of their files."""
+        """All stems of a kind, in no order, and what the file system says of their files.
+
+        Raises:
+            StoreError: a directory cannot be read. What is not told of would be taken for deleted.
+        """
         found: dict[str, File] = {}
-        for shard in self._names_in(kind):
-            for entry in self._entries_in(kind, shard):
-                stem = f"{shard}/{entry.name.removesuffix(SUFFIX)}"
-                if entry.name.endswith(SUFFIX) and STEM.fullmatch(stem):
-                    with contextlib.suppress(OSError):
-                        found[stem] = File.of(entry.stat(follow_symlinks=False))
+        with _told(f"the store {self.directory} cannot be read"):
+            for shard in filter(SHARD.fullmatch, self._all_names_in(kind)):
+                for entry in self._all_entries_in(kind, shard):
+                    stem = f"{shard}/{entry.name.removesuffix(SUFFIX)}"
+                    if entry.name.endswith(SUFFIX) and STEM.fullmatch(stem):
+                        with contextlib.suppress(FileNotFoundError):  # deleted since
+                            found[stem] = File.of(entry.stat(follow_symlinks=False))
         return found
 
     def file(self, kind: str, stem: str) -> File | None:
@@ -275,9 +281,24 @@ class Store:
 
     def _entries_in(self, *parts: str) -> list[os.DirEntry[str]]:
         try:
-            return _entries(self._inside(*parts))
-        except StoreError:
+            return self._all_entries_in(*parts)
+        except OSError:
             return []
+
+    def _all_entries_in(self, *parts: str) -> list[os.DirEntry[str]]:
+        directory = self._seen(*parts)
+        return [] if directory is None else _entries(directory)
+
+    def _all_names_in(self, *parts: str) -> list[str]:
+        directory = self._seen(*parts)
+        return [] if directory is None else _names(directory)
+
+    def _seen(self, *parts: str) -> str | None:
+        """The path of a directory of the store; None if it does not count, as a link."""
+        try:
+            return self._inside(*parts)
+        except StoreError:
+            return None
 
     def write(self, kind: str, stem: str, packed: container.Packed, *, sync: bool = False) -> bool:
         """Write a file under a name that is not taken; return whether it was not taken.
@@ -293,20 +314,24 @@ class Store:
                 privacy.make_directory(directory)
             return write_once(path, packed.chunks, sync=sync)
 
-    def sync(self, kind: str, stem: str) -> None:
-        """Return when a file that was written before, and its name, are on the drive.
+    def sync(self, files: Iterable[tuple[str, str]]) -> None:
+        """Return when these files that were written before, each a kind and a stem, are on the
+        drive, with their names and the names of all directories on the way to them.
 
         Raises:
-            StoreError: the file system refuses, or the file is not there any more.
+            StoreError: the file system refuses, or a file is not there any more.
         """
-        path = Path(self._own(kind, stem))
+        directories: dict[Path, None] = {}
         with _told(f"cannot write to the store {self.directory}"):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                sync_file(fd)
-            finally:
-                os.close(fd)
-            for directory in (path.parent, path.parent.parent, self.directory):
+            for kind, stem in files:
+                path = Path(self._own(kind, stem))
+                _sync_path(path)
+                directories.update(dict.fromkeys((path.parent, path.parent.parent)))
+            # Whoever made the store, and directories above it, may not have synced them.
+            for above in self.directory.absolute().parents:
+                with contextlib.suppress(OSError):  # of another owner, who made it
+                    sync_directory(above)
+            for directory in (*directories, self.directory):
                 sync_directory(directory)
 
     def reader(self, kind: str, stem: str) -> contextlib.closing[Reader]:
@@ -380,7 +405,11 @@ class Store:
             return 0
         waiting = [str(self.directory)]
         while waiting:
-            for entry in _entries(waiting.pop()):
+            try:
+                entries = _entries(waiting.pop())
+            except OSError:  # what cannot be looked into cannot be counted
+                continue
+            for entry in entries:
                 try:  # tens of thousands of times before a save: no `File`, no `suppress`
                     status = entry.stat(follow_symlinks=False)
                 except OSError:  # it is gone
@@ -443,9 +472,15 @@ class Store:
     # Names
 
     def names(self) -> dict[str, str]:
-        """Every name and the stem that it stands for (empty if its file cannot be read)."""
+        """Every name and the stem that it stands for (empty if its file cannot be read).
+
+        Raises:
+            StoreError: the directory cannot be read.
+        """
+        with _told(f"the store {self.directory} cannot be read"):
+            names = sorted(self._all_names_in(NAMES))
         found: dict[str, str] = {}
-        for name in sorted(self._names_in(NAMES)):
+        for name in names:
             try:
                 check_name(name)
             except StoreError:  # a leftover of a crash, or something that a file manager put there
@@ -576,12 +611,29 @@ def check_name(name: str) -> str:
     return name
 
 
+def _names(directory: str) -> list[str]:
+    """The names in a directory, none if there is no such directory. Raises OSError."""
+    try:
+        return os.listdir(directory)  # noqa: PTH208 - only the names are wanted
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def _entries(directory: str) -> list[os.DirEntry[str]]:
+    """What is in a directory, nothing if there is no such directory. Raises OSError."""
     try:
         with os.scandir(directory) as entries:
             return list(entries)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def _sync_path(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        sync_file(fd)
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

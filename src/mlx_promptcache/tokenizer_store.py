@@ -24,7 +24,8 @@ from mlx_promptcache.container import Array
 from mlx_promptcache.errors import CacheMiss, DamagedFile, ForeignStore, PromptCacheError
 from mlx_promptcache.headers import TOKENIZER
 from mlx_promptcache.store import TOKENIZERS
-from mlx_promptcache.tokenizer import Facts, Tokenizer, agrees, facts_of, wrapped
+from mlx_promptcache.tokenizer import Facts, Tokenizer, wrapped
+from mlx_promptcache.tokenizer_trial import agrees, facts_of
 from mlx_promptcache.tree import KEY_BYTES
 
 if TYPE_CHECKING:

@@ -17,6 +17,8 @@ from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import model_path, only_model_option
 from mlx_promptcache.errors import StoreError
 
+STANDARD_OUTPUT = "-"
+
 
 def _lengths(
     ctx: click.Context, param: click.Parameter, value: str | None
@@ -41,7 +43,10 @@ def _lengths(
 @click.option("--cold-runs", type=click.IntRange(1), help="Cold runs, which take long; 3.")
 @click.option("--short", is_flag=True, help="A quick look: two lengths, three runs, one cold.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the words.")
-@click.option("--json", "json_file", metavar="FILE", help="Write all samples to this file.")
+@click.option(
+    "--json", "json_file", metavar="[FILE]", is_flag=False, flag_value=STANDARD_OUTPUT,
+    help="Print one JSON object with all samples instead, or write it to this file.",
+)  # fmt: skip
 @click.option("--plot", metavar="PREFIX", help="Draw them: PREFIX.svg and PREFIX.png.")
 @click.option("--quiet", is_flag=True, help="Do not tell how far it is.")
 def command(**options: Any) -> int:
@@ -56,10 +61,11 @@ def command(**options: Any) -> int:
     programs, told = benchmark.programs_of(model), _teller(quiet=options["quiet"])
     report = benchmark.report(model, _settings(options), programs, told)
     if options["json_file"]:
-        Path(options["json_file"]).write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        _write(report, options["json_file"])
     if options["plot"]:
         plots.save(plots.of_lengths(report), options["plot"])
-    _print(report)
+    if options["json_file"] != STANDARD_OUTPUT:
+        _print(report)
     return 0
 
 
@@ -82,6 +88,13 @@ def _settings(options: dict[str, Any]) -> Any:
 
 def _teller(*, quiet: bool) -> Any:
     return lambda line: None if quiet else click.echo(line, err=True)
+
+
+def _write(report: dict[str, Any], name: str) -> None:
+    if name == STANDARD_OUTPUT:
+        output.print_json(report)
+    else:
+        Path(name).write_text(json.dumps(report, indent=1) + "\n", "utf-8")
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -48,9 +48,7 @@ def command(**options: Any) -> int:
             written.update(store.written_by_day())
             catalog.facts.keep()
     if options["as_json"]:
-        days = {day: written[day] for day in sorted(written)}
-        answer = {"entries": entries, "total_bytes": total, "blocks": blocks}
-        output.print_json(answer | {"written_bytes": days})
+        output.print_json({"entries": entries, "total_bytes": total, "blocks": blocks})
     else:
         _print(entries, total, blocks)
         if written:

@@ -40,7 +40,8 @@ def command(**options: Any) -> int:
     limit, left = room.limit(store, budget, taken), taken - plan.freed_on_disk
     if options["as_json"]:
         answer = {"freed_bytes": freed, "taken_bytes": left, "max_bytes": limit}
-        output.print_json(plan_json(plan) | answer | {"dry_run": dry_run})
+        rest = {"written_bytes": store.written_by_day(), "dry_run": dry_run}
+        output.print_json(plan_json(plan) | answer | rest)
         return 0
     click.echo(output.plan(plan, dry_run=dry_run))
     what = "would take" if dry_run else "takes"

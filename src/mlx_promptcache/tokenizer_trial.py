@@ -1,0 +1,141 @@
+"""What may be kept of a tokenizer, and the trial that it stands before it is kept.
+
+A tokenizer may be kept if its encoding, decoding and rendering are those of transformers' own
+classes, and if what is kept gives the same for a number of texts, all special tokens and several
+chats as the one that it was made from.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mlx_promptcache.tokenizer import BPE, NAIVE, SPM, SPM_NO_SPACE, Facts, cleaned
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+def facts_of(wrapper: Any) -> Facts | None:
+    """What a tokenizer that mlx-lm loaded comes to; None if it does something of its own.
+
+    Imports transformers, which whoever has such a tokenizer has done already.
+    """
+    from transformers import PreTrainedTokenizerFast
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+    whole = wrapper._tokenizer
+    kind = type(whole)
+    usual = isinstance(whole, PreTrainedTokenizerFast) and all(
+        getattr(kind, name, None) is getattr(base, name)
+        for base, names in ((PreTrainedTokenizerBase, SHARED), (PreTrainedTokenizerFast, FAST))
+        for name in names
+    )
+    detokenizer = _detokenizer_of(wrapper)
+    template = whole.chat_template
+    own = getattr(wrapper, "_chat_template", None)
+    cleans_up = _cleans_up(whole)
+    if not usual or detokenizer is None or own is not None or cleans_up is None:
+        return None
+    if not (template is None or isinstance(template, str)):
+        return None
+    return Facts(
+        special_tokens={k: v for k, v in whole.special_tokens_map.items() if isinstance(v, str)},
+        eos_token_id=whole.eos_token_id,
+        eos_token_ids=sorted(wrapper.eos_token_ids),
+        chat_template=template,
+        detokenizer=detokenizer,
+        splits_special_tokens=bool(getattr(whole, "split_special_tokens", False)),
+        cleans_up=cleans_up,
+    )
+
+
+SHARED = (
+    "encode", "decode", "apply_chat_template", "get_chat_template", "special_tokens_map",
+    "clean_up_tokenization", "convert_tokens_to_ids", "__call__", "__getattr__",
+)  # fmt: skip
+FAST = (
+    "_encode_plus", "_decode", "convert_ids_to_tokens", "get_vocab", "set_truncation_and_padding",
+    "backend_tokenizer", "__len__",
+)  # fmt: skip
+
+
+def _detokenizer_of(wrapper: Any) -> str | None:
+    detokenizer = wrapper.detokenizer
+    name = type(detokenizer).__name__
+    if name == "SPMStreamingDetokenizer":
+        return SPM if detokenizer.trim_space else SPM_NO_SPACE
+    return {"BPEStreamingDetokenizer": BPE, "NaiveStreamingDetokenizer": NAIVE}.get(name)
+
+
+def _cleans_up(whole: Any) -> bool | None:
+    """Whether decoding closes the spaces before punctuation: found out by trying. None if there are
+    none to try it with.
+    """
+    rust = whole.backend_tokenizer
+    ids = rust.encode("a . b , c ! d n't", add_special_tokens=False).ids
+    text = rust.decode(ids, skip_special_tokens=False)
+    if getattr(whole, "clean_up_tokenization_spaces", False) and cleaned(text) == text:
+        return None
+    return bool(whole.decode(ids) != text)
+
+
+TEXTS = (
+    "The quick brown fox, 12345 times.  Twice!\n\n\tIndented: yes; 'quoted' isn't \"it\"?",
+    "naïve café Ünïcödé 日本語の文 русский עברית हिन्दी 👩‍👩‍👧‍👦🇺🇳 \u200b\u00a0\ufeff",
+    "def f(x):\n    return {'a': [x ** 2 for _ in range(10)]}  # \\n\r\n",
+    " leading and trailing ", "", "\n", " ", "<s></s><|im_start|>user\n[INST]</think>",
+)  # fmt: skip
+"""What a kept tokenizer must do as the whole one does, before it is trusted with anything else."""
+USER = {"role": "user", "content": " What is 1 + 1?\n"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+ANSWER = {"role": "assistant", "content": "It is 2. "}
+CHATS = ((USER,), (SYSTEM, USER), (USER, ANSWER), (SYSTEM, USER, ANSWER, USER))
+
+
+def agrees(kept: Any, whole: Any) -> bool:
+    """Whether a kept tokenizer does what the whole one does, as far as trying shows."""
+    specials = sorted(set(whole.all_special_tokens))
+    texts = [*TEXTS, *specials, f"a{'b'.join(specials)}c"]
+    same = kept.eos_token_ids == whole.eos_token_ids and len(kept) == len(whole)
+    same = same and kept.has_chat_template == whole.has_chat_template
+    same = same and all(_same_text(kept, whole, text) for text in texts)
+    if same and whole.has_chat_template:
+        same = all(
+            _rendered(kept, chat, answer=answer) == _rendered(whole, chat, answer=answer)
+            for chat in CHATS
+            for answer in (True, False)
+        )
+    return same
+
+
+def _same_text(kept: Any, whole: Any, text: str) -> bool:
+    for special in (True, False):
+        ids = whole.encode(text, add_special_tokens=special)
+        if kept.encode(text, add_special_tokens=special) != ids:
+            return False
+        if kept.decode(ids) != whole.decode(ids) or _streamed(kept, ids) != _streamed(whole, ids):
+            return False
+    return True
+
+
+def _streamed(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    detokenizer = tokenizer.detokenizer
+    detokenizer.reset()
+    segments = []
+    for token in ids:
+        detokenizer.add_token(token)
+        segments.append(detokenizer.last_segment)
+    detokenizer.finalize()
+    return [*segments, detokenizer.last_segment]
+
+
+def _rendered(tokenizer: Any, chat: Sequence[Mapping[str, Any]], *, answer: bool) -> str | None:
+    """What the template makes of a chat: with `answer`, or going on with its last message."""
+    try:
+        text: str = tokenizer.apply_chat_template(
+            [dict(message) for message in chat], tokenize=False, add_generation_prompt=answer,
+            continue_final_message=not answer and chat[-1] is ANSWER,
+        )  # fmt: skip
+    except Exception:  # noqa: BLE001 - templates raise what they like
+        return None
+    return text
