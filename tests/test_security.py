@@ -18,6 +18,7 @@ import pytest
 
 import processes
 import tiny
+from conftest import ROOT
 from mlx_promptcache import (
     ForeignStore,
     PromptCache,
@@ -735,3 +736,25 @@ def test_a_file_system_without_modes_is_no_error_and_no_notice(
         monkeypatch.setattr(os, "fchmod", fchmod)
         assert Store(tmp_path / "store").check()
     assert caplog.text == ""
+
+
+def test_a_name_that_is_pointed_back_stands_for_what_it_stood_for(tmp_path: Path) -> None:
+    """What is not protected against, either: what was sound once is sound."""
+    tokens = random_tokens(9, seed=1, vocab=16)
+    first = kept(tmp_path, "mine", tokens, "few")
+    older = (tmp_path / NAMES / "few").read_bytes()
+    cache = PromptCache(tmp_path, "mine")
+    second = Runner(tiny.smallest(), None, cache).prefill([*tokens, 1])
+    cache.save("few", second, replace=True)
+    assert digest(cache.load("few").tokens) == digest(second.tokens)
+    (tmp_path / NAMES / "few").write_bytes(older)
+    assert digest(cache.load("few")) == digest(first)
+    assert cache.match([*tokens, 1]).exact
+
+
+def test_every_test_that_the_page_names_is_there() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "security.md").read_text("utf-8")))
+    sources = [path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py")]
+    there = set(re.findall(r"^def (test_\w+)\(", "\n".join(sources), re.MULTILINE))
+    assert len(named) > 40
+    assert named - there == set()
