@@ -56,8 +56,8 @@ class Catalog:
         self, store: Store, fingerprint: Fingerprint | None = None, memo: Path | None = None
     ) -> None:
         self.store, self.fingerprint = store, fingerprint
+        self.names = store.names()  # first: others may add, and a name is what comes last
         self.facts = Facts(store, memo)
-        self.names = store.names()
         self._names_of: dict[str, list[str | None]] = {}
         for name, stem in self.names.items():
             self._names_of.setdefault(stem, []).append(name)
