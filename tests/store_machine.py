@@ -141,12 +141,13 @@ class StoreMachine(RuleBasedStateMachine):
         self._step()
         before, state = self.names.get(name), state_of(tokens, variant)
         taken = before is not None and before.tokens != tokens and not replace
+        frail = self._is_frail(name)
         try:
             saved = self.looks[look].save(name, state, replace=replace, sync=False, exact=exact)
         except StoreError:
             assert taken
             return
-        assert not taken or self._is_frail(name)
+        assert not taken or frail
         self._stored(saved, tokens)
         files = self._files_of(name)
         assert not self._is_bad(files[0])  # the snapshot: a save heals it

@@ -1063,6 +1063,25 @@ def test_a_state_with_two_names_is_cleared_with_the_last_of_them(tmp_path: Path)
     assert written_once(tmp_path) == {}
 
 
+def test_a_state_that_is_saved_while_one_looks_is_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who looks shares the lock with who saves: a name may come after the snapshots were listed."""
+    state = keep("plain", tmp_path, random_tokens(40, 1), "x")
+    cache = PromptCache(tmp_path, "plain")
+    fresh = iter("abcd")
+    names = Store.names
+
+    def saved_meanwhile(self: Store) -> dict[str, str]:
+        other = replace(state, rng=mx.random.key(ord(name := next(fresh))))
+        PromptCache(tmp_path, "plain").save(name, other, sync=False)
+        return names(self)
+
+    monkeypatch.setattr(Store, "names", saved_meanwhile)
+    assert cache.verify().damaged == ()
+    assert {entry.status for entry in cache.list()} == {"ok"}
+
+
 def test_verify_reads_every_byte_and_names_what_is_wrong(tmp_path: Path) -> None:
     keep("plain", tmp_path, random_tokens(300, seed=26), "mine")
     keep("plain", tmp_path, random_tokens(40, seed=27), "yours")

@@ -101,6 +101,17 @@ def test_a_state_that_was_being_cleared_may_be_gone_or_not(patient: Patient) -> 
     assert found_wrong(patient) == []
 
 
+def test_a_save_for_which_there_was_no_room_changes_no_promise(patient: Patient) -> None:
+    deed = {"what": "save", "prompt": 1, "name": "prompt 1", "said": 0, "exact": False}
+    patient.hear({"begin": "save", "deed": deed})
+    patient.hear({"end": "save", "answer": "no room"})
+    assert found_wrong(patient) == []
+    patient.inspector.cache().clear(["prompt 1"])
+    patient.hear({"begin": "save", "deed": deed})
+    patient.hear({"end": "save", "answer": "no room"})
+    assert found_wrong(patient) == ["'prompt 1' was saved, and is gone"]
+
+
 def test_a_promised_name_that_stands_for_another_state_is_wrong(patient: Patient) -> None:
     state = patient.inspector.runner.prefill(patient.inspector.known[2].prompt)
     patient.inspector.cache().save("prompt 1", state, replace=True, sync=False)

@@ -46,6 +46,7 @@ class Patient:
         self.harmed = False
         self._touched: set[str] = set()  # names, since it was looked at last
         self._latest: dict[str, Any] = {}
+        self._old: set[Promise] = set()  # what its name stood for
 
     def hear(self, note: Note) -> None:
         """Take down what a deed that began may change, and what one that ended has changed."""
@@ -58,6 +59,7 @@ class Patient:
     def _begun(self, deed: dict[str, Any]) -> None:
         what, name = deed["what"], deed["name"]
         self._touched.add(name)
+        self._old = set(self.names.get(name, {None}))
         if what in {"save", "talk"}:
             self.names.setdefault(name, {None}).add(_promise(deed))
         elif what == "clear":
@@ -73,7 +75,7 @@ class Patient:
         if answer == "saved":
             self.names[name] = {_promise(deed)}
         elif answer in {"taken", "no room"}:
-            self.names.get(name, set()).discard(_promise(deed))
+            self.names[name] = self._old
         elif what == "clear":
             self.names[name] = {None}
         elif what == "clear_all":

@@ -56,8 +56,8 @@ class Catalog:
         self, store: Store, fingerprint: Fingerprint | None = None, memo: Path | None = None
     ) -> None:
         self.store, self.fingerprint = store, fingerprint
+        self._take_names(store.names())  # first: others may add, and a name is what comes last
         self.facts = Facts(store, memo)
-        self._take_names(store.names())
         self._snapshots = {stem: self._look(stem) for stem in self.facts.snapshots}
         self._users = Counter(
             use.stem

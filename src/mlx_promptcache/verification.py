@@ -54,11 +54,12 @@ def verify(store: Store, names: Sequence[str] = ()) -> Report:
     if names:
         snapshots, blocks = _files_of(store, names, damaged)
     else:
+        named = store.names()  # first: others may add, and a name is what comes last
         snapshots, blocks = store.stems(SNAPSHOTS), store.stems(BLOCKS)
         there = set(snapshots)
         damaged += [
             Damage(NAMES, name, "the snapshot that it names is not there", certain=False)
-            for name, stem in store.names().items()
+            for name, stem in named.items()
             if stem not in there
         ]
     files = [*((SNAPSHOTS, stem) for stem in snapshots), *((BLOCKS, stem) for stem in blocks)]
