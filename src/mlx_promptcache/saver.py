@@ -150,7 +150,9 @@ class Saver:
         refs: list[Ref] = []
         for ref in state.trail.refs:
             # Deleted, replaced or damaged since: write these rows again.
-            if not self._finder.is_there(ref.stem, ref.digest) or not self._whole(BLOCKS, ref.stem):
+            if not self._finder.is_there(ref.stem, ref.digest):
+                break
+            if self._sync and not self._whole(BLOCKS, ref.stem):
                 break
             refs.append(ref)
         self._shared += len(refs)
@@ -221,7 +223,7 @@ class Saver:
                 same_passes = not self._exact or record_of(there) == record
                 if there.digest != packed.digest or not same_passes:
                     break
-                if self._whole(BLOCKS, stem):
+                if not self._sync or self._whole(BLOCKS, stem):
                     self._shared += 1
                     return stem
         raise StoreError("a block can neither be written nor read")
@@ -261,17 +263,16 @@ class Saver:
         raise StoreError("a snapshot can neither be written nor read")
 
     def _whole(self, kind: str, stem: str) -> bool:
-        """Whether a file that was there before can be relied on. A power cut may have left its
-        header and not its rows: what is to be on the drive is read to the last byte. One that is
-        damaged is moved aside.
+        """Whether a file that was there before can be relied on, by its header. A power cut may
+        have left that and not the rows: what is to be on the drive is read to the last byte. One
+        that is damaged is moved aside.
         """
-        if not self._sync:
-            return True
         check = headers.checked_block if kind == BLOCKS else headers.checked_snapshot
         try:
             with self._store.reader(kind, stem) as reader:
                 header = check(reader.header(), stem)
-                container.check(reader.read, header.entries.values())
+                if self._sync:
+                    container.check(reader.read, header.entries.values())
         except PromptCacheError as exc:
             self._bad.set_aside(kind, stem, exc)
             return False
