@@ -4,6 +4,8 @@ and what is said by a model is compared with what is known.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import random
 import time
@@ -159,8 +161,10 @@ class Worker:
         return self._command("verify")
 
     def _command(self, *arguments: str) -> str:
-        code = cli.run([*arguments, "--cache-dir", str(self.directory)])
-        self._expect(code == 0, f"{' '.join(arguments)} ended with {code}")
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            code = cli.run([*arguments, "--cache-dir", str(self.directory)])
+        self._expect(code == 0, f"{' '.join(arguments)} ended with {code}: {said.getvalue()}")
         return "done"
 
     def _harm(self, deed: Deed) -> str:
