@@ -124,6 +124,39 @@ def test_writing_can_be_switched_off(program: Program, monkeypatch: pytest.Monke
     assert {path: path.stat().st_mtime_ns for path in files(program.directory)} == before
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("prune", "--max-size", "0"), ("clear", "mine", "--yes"), ("clear", "--all", "--yes"),
+        ("verify", "--quarantine"), ("save", "other", "-p", PROMPT),
+        ("generate", *GREEDY, "-p", PROMPT, "--save-as", "other"),
+        ("load", "mine", "-n", "2", "--save-as", "other"),
+    ],
+)  # fmt: skip
+def test_where_writing_is_off_whatever_would_delete_or_name_is_refused_at_once(
+    command: tuple[str, ...], program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(program)
+    block = program.store.path(BLOCKS, program.store.stems(BLOCKS)[-1])
+    block.write_bytes(block.read_bytes()[:-1])  # something for `verify`, and for nobody else
+    before = {path: path.read_bytes() for path in files(program.directory)}
+    monkeypatch.setenv("MLX_PROMPTCACHE_READ_ONLY", "1")
+    assert "read-only: unset MLX_PROMPTCACHE_READ_ONLY" in one_line(program(*command))
+    assert {path: path.read_bytes() for path in files(program.directory)} == before
+
+
+def test_where_writing_is_off_plans_and_reports_are_still_shown(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(program)
+    before = files(program.directory)
+    monkeypatch.setenv("MLX_PROMPTCACHE_READ_ONLY", "1")
+    assert program("prune", "--max-size", "0", "--dry-run", "--json").json["freed_bytes"] > 0
+    assert program("clear", "mine", "--dry-run", "--json").json["freed_bytes"] > 0
+    assert program("verify", "--quarantine", "--dry-run").code == 0
+    assert files(program.directory) == before
+
+
 def test_what_was_written_is_told_by_day(program: Program) -> None:
     saved = program.generate("-p", PROMPT)["saved"]
     days = program("prune", "--dry-run", "--json").json["written_bytes"]

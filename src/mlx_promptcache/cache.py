@@ -366,8 +366,7 @@ class PromptCache:
     @contextlib.contextmanager
     def _writing(self, state: State, *, asked_for: bool = False) -> Iterator[None]:
         self._store.allow()
-        if self.read_only:
-            raise StoreError("this prompt cache is read-only")
+        self._store.check_writable()
         if not state.contents:
             raise StoreError("this state's rows are in layers: take the state from a run")
         if state.fingerprint not in {"", self.fingerprint.digest}:
@@ -471,8 +470,6 @@ class PromptCache:
             CacheLocked: others read or write, and do not come to an end.
             StoreError: the cache is read-only, or the file system refuses.
         """
-        if self.read_only:
-            raise StoreError("this prompt cache is read-only")
         with self._store.exclusive():
             known = catalog.Catalog(self._store)
             plan = known.plan_clear(known.named(names))
@@ -494,8 +491,6 @@ class PromptCache:
         if dry_run:
             with self._store.shared():
                 return room.plan_prune(self._store, budget)
-        if self.read_only:
-            raise StoreError("this prompt cache is read-only")
         with self._store.exclusive():
             plan = room.plan_prune(self._store, budget)
             execute(self._store, plan)

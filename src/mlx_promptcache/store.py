@@ -31,7 +31,7 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_promptcache import privacy
+from mlx_promptcache import places, privacy
 from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError, StoreError
 from mlx_promptcache.files import (
     TEMPORARY,
@@ -98,8 +98,9 @@ class Store:
         """Make the directory, private to its owner, if it is not there yet.
 
         Raises:
-            StoreError: it cannot be made, or is something else than a store.
+            StoreError: it cannot be made, is something else than a store, or is read-only.
         """
+        self.check_writable()
         self.check()
         with _told(f"the store {self.directory} cannot be made"):
             self.directory.parent.mkdir(parents=True, exist_ok=True)
@@ -131,6 +132,17 @@ class Store:
             )
         self._close()
         return bool(names)
+
+    def check_writable(self) -> None:
+        """Whether anything may be written here, or deleted.
+
+        Raises:
+            StoreError: writing is switched off.
+        """
+        if not self.read_only:
+            return
+        what = f"unset {places.READ_ONLY}" if places.writing_is_off() else "open it for writing"
+        raise StoreError(f"the store {self.directory} is read-only: {what} to change it")
 
     # Privacy
 
@@ -191,7 +203,9 @@ class Store:
         Raises:
             CacheLocked: others read or write, and do not come to an end.
             ForeignStore: the store belongs to another user, and that is not allowed.
+            StoreError: the store is read-only.
         """
+        self.check_writable()
         self.allow()
         self._close()
         with self.locks.exclusive(seconds):
@@ -204,7 +218,9 @@ class Store:
         Raises:
             CacheLocked: somebody else adds, and does not come to an end.
             ForeignStore: the store belongs to another user, and that is not allowed.
+            StoreError: the store is read-only.
         """
+        self.check_writable()
         self.allow()
         with self.locks.adding():
             yield

@@ -45,6 +45,8 @@ def command(**options: Any) -> int:
     store = choice.store()
     if not (options["names"] or options["everything"] or _filters(options)):
         raise click.UsageError("say what to delete: names, or --all, --stale, --damaged, ...")
+    if not options["dry_run"]:
+        store.check_writable()
     fingerprint = choice.fingerprint() if options["stale"] else None
     if options["stale"] and fingerprint is None:
         raise click.UsageError("--stale needs the model: give --model")

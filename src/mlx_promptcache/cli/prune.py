@@ -28,6 +28,8 @@ def command(**options: Any) -> int:
     """Parse, plan, delete."""
     store, budget = take(ModelChoice, options).store(), Budget.chosen(options["max_size"])
     dry_run = options["dry_run"]
+    if not dry_run:
+        store.check_writable()
     if dry_run or not store.check():
         with store.shared():
             taken, plan = store.taken(), room.plan_prune(store, budget)
