@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from test_eviction import files_of, held, runner, size, state_of, store_of, two_after_one_prefix
 
-from mlx_promptcache import PromptCache, budget, room
+from mlx_promptcache import PromptCache, Runner, Sampling, budget, room
 from mlx_promptcache.budget import MAX_SIZE, MIN_FREE, Drive
 from mlx_promptcache.errors import CacheLocked, StoreError
 from mlx_promptcache.saver import most_bytes
+from mlx_promptcache.state import Origin
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, USES, Store
 from tiny import digest, random_tokens
 
@@ -41,6 +43,57 @@ def test_what_a_state_may_take_is_never_less_than_it_takes(cache: PromptCache) -
         state = runner().prefill(random_tokens(length, seed=length, vocab=16), boundaries=(100,))
         cache.save(f"state {length}", state)
         assert size(cache) - before <= most_bytes(state)
+
+
+def test_what_is_told_of_a_state_counts_too(cache: PromptCache) -> None:
+    store_of(cache).create()
+    state = runner().prefill(random_tokens(200, seed=1, vocab=16), boundaries=(100, 150))
+    notes = ({"role": "user", "content": "x", "notes": "\u65e5\u672c\u8a9e" * 5000},)
+    biases = Sampling(logit_bias=dict.fromkeys(range(2000), 0.5))
+    for more in (
+        replace(state, origin=Origin(messages=notes)),
+        replace(state, origin=Origin(text='"\\' * 9000)),
+        replace(state, sampling=biases),
+    ):
+        before = size(cache)
+        cache.save("state", more, replace=True)
+        assert size(cache) - before <= most_bytes(more)
+
+
+def test_a_budget_holds_where_what_a_state_stands_on_was_evicted_since(cache: PromptCache) -> None:
+    prefix = state_of(1, 2000)
+    cache.keep(prefix)
+    warm = Runner(runner().model, None, PromptCache(cache.directory, "tiny"))
+    longer = warm.prefill([*prefix.tokens, *random_tokens(9, seed=3, vocab=16)])
+    cache.prune(0)
+    cache.save("mine", state_of(2, 1000))
+    most = size(cache) + most_bytes(longer)
+    with pytest.raises(StoreError, match="could be evicted"):
+        bounded(cache, most).keep(longer)
+    bounded(cache, most + most_bytes(prefix)).keep(longer)
+    assert most < size(cache) <= most + most_bytes(prefix)
+
+
+def test_a_budget_holds_where_that_is_evicted_while_room_is_made(
+    cache: PromptCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = state_of(1, 2000)
+    cache.keep(prefix)
+    warm = Runner(runner().model, None, PromptCache(cache.directory, "tiny"))
+    longer = warm.prefill([*prefix.tokens, *random_tokens(9, seed=3, vocab=16)])
+    most = size(cache) + most_bytes(longer)
+    make = room.make
+
+    def made_by_two(*args: Any, **kwargs: Any) -> None:
+        cache.prune(0)
+        make(*args, **kwargs)
+
+    monkeypatch.setattr(room, "make", made_by_two)
+    small = bounded(cache, most_bytes(longer) + 30 * KB)
+    with pytest.raises(StoreError, match="could be evicted"):
+        small.keep(longer)
+    bounded(cache, most + most_bytes(prefix)).keep(longer)
+    assert held(cache, longer) == longer.n_past
 
 
 def test_a_budget_holds_over_many_states_and_new_ones_are_kept(cache: PromptCache) -> None:

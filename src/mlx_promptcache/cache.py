@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import time
 import weakref
@@ -372,12 +373,22 @@ class PromptCache:
         if state.fingerprint not in {"", self.fingerprint.digest}:
             raise StoreError("this state was computed by another model, or with other settings")
         self._store.create()
-        with self._store.adding():
-            kept = {ref.stem for ref in state.trail.refs}
-            needed = most_bytes(state)
-            room.make(self._store, self.budget, needed, kept=kept, asked_for=asked_for)
-            with self._store.shared():
-                yield
+        kept, made_for = {ref.stem for ref in state.trail.refs}, 0
+        with self._store.adding(), contextlib.ExitStack() as stack:
+            # What it stands on may have been evicted since, also while room was made.
+            while (needed := most_bytes(state, self._stored(state))) > made_for:
+                stack.close()
+                room.make(self._store, self.budget, needed, kept=kept, asked_for=asked_for)
+                stack.enter_context(self._store.shared())
+                made_for = needed
+            yield
+
+    def _stored(self, state: State) -> int:
+        """How many of a state's first tokens stand in the blocks that it came from."""
+        there = itertools.takewhile(
+            lambda ref: self._finder.is_there(ref.stem, ref.digest), state.trail.refs
+        )
+        return max((ref.end for ref in there), default=0)
 
     # For programs that keep mlx-lm's own loop
 
