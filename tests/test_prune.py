@@ -217,3 +217,58 @@ def test_leftovers_of_crashes_are_counted_and_pruned(program: Program) -> None:
     os.utime(left, (1, 1))
     assert program("prune", "--json").json["leftovers"] == 1
     assert not left.exists()
+
+
+def test_clear_all_takes_what_crashes_left_just_now_and_says_so(program: Program) -> None:
+    fill(program)
+    assert program("clear", "--all", "--yes").code == 0
+    left = program.directory / SNAPSHOTS / "3f" / ".tmp-1-abc"
+    left.parent.mkdir(exist_ok=True)
+    left.write_bytes(b"tokens of a prompt")
+    told = program("clear", "--all", "--dry-run")
+    assert "would delete: 1 leftovers, 18 B" in told.out
+    assert left.exists()
+    assert program("clear", "--all", "--yes", "--json").json["freed_bytes"] == 18
+    assert not left.exists()
+
+
+class Terminal:
+    """Standard input where somebody sits."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("asked", "meanwhile"),
+    [
+        (("--all",), ("save", "new", "-p", "so new")),
+        (("--unnamed",), ("generate", *GREEDY, "-p", "so new")),
+        (("mine",), ("save", "mine", "-p", "so new", "--force")),
+    ],
+)
+def test_what_was_stored_while_somebody_was_asked_is_not_deleted(
+    asked: tuple[str, ...],
+    meanwhile: tuple[str, ...],
+    program: Program,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fill(program)
+    monkeypatch.setattr("sys.stdin", Terminal())
+    told: list[dict[str, Any]] = []
+
+    def confirm(*_: Any, **__: Any) -> bool:
+        assert program(*meanwhile).code == 0
+        told.extend(entries(program))
+        return True
+
+    monkeypatch.setattr("click.confirm", confirm)
+    ended = program("clear", *asked)
+    assert (ended.code, "changed since this plan was shown; look at it again" in ended.err) == (
+        1,
+        True,
+    )
+    assert [e["snapshot"] for e in entries(program)] == [e["snapshot"] for e in told]
+    monkeypatch.setattr("click.confirm", lambda *_, **__: True)
+    assert program("clear", *asked).code == 0
+    assert len(entries(program)) < len(told)

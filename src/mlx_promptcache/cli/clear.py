@@ -59,7 +59,12 @@ def command(**options: Any) -> int:
     if done:
         with store.exclusive():
             # Others may have written since, and what is deleted does not depend on a memo.
-            plan = _plan(Catalog(store, fingerprint), options)
+            shown, plan = plan, _plan(Catalog(store, fingerprint), options)
+            if not (options["yes"] or _is_within(plan, shown)):
+                raise PromptCacheError(
+                    "nothing was deleted: the store has changed since this plan was shown; "
+                    "look at it again"
+                )
             freed = execute(store, plan)
             if options["everything"]:
                 store.clear_traces()
@@ -104,6 +109,13 @@ def _is_meant(entry: Entry, options: dict[str, Any]) -> bool:
         or (options["unnamed"] and entry.name is None)
         or (options["older_than"] is not None and idle > options["older_than"])
     )
+
+
+def _is_within(plan: Deletion, shown: Deletion) -> bool:
+    """Whether a plan deletes no state that was not shown. Of a name that was given to another state
+    since, that state was not.
+    """
+    return set(plan.names) <= set(shown.names) and set(plan.snapshots) <= set(shown.snapshots)
 
 
 def _agreed(options: dict[str, Any]) -> bool:
