@@ -186,6 +186,33 @@ def test_automatic_states_leave_something_free_and_named_ones_take_what_there_is
     assert held(cache, state_of(1)) == 300
 
 
+def test_a_named_state_that_needs_no_room_waits_for_nobody(
+    cache: PromptCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "LOCK_SECONDS", 0.05)
+    monkeypatch.setenv(MIN_FREE, "1GB")
+    monkeypatch.setattr(Drive, "of", lambda directory: Drive(10**12, 10**9))
+    store_of(cache).create()
+    nearly_full = PromptCache(cache.directory, "tiny")
+    with store_of(cache).shared():
+        in_thread(lambda: nearly_full.save("mine", state_of(1)))
+    assert held(cache, state_of(1)) == 300
+
+
+def test_on_a_full_drive_states_without_a_name_make_way_for_one_with_a_name(
+    cache: PromptCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.keep(state_of(1))
+    cache.save("mine", state_of(2))
+    needed = most_bytes(state_of(3))
+    monkeypatch.setattr(Drive, "of", lambda directory: Drive(10**12, needed - 1))
+    PromptCache(cache.directory, "tiny").save("yours", state_of(3))
+    assert held(cache, state_of(1)) < 300
+    monkeypatch.setattr(Drive, "of", lambda directory: Drive(10**12, 0))
+    PromptCache(cache.directory, "tiny").save("theirs", state_of(4))  # it may need less than that
+    assert [held(cache, state_of(seed)) for seed in (2, 3, 4)] == [300] * 3
+
+
 def test_a_state_that_is_stored_already_is_kept_without_a_turn(
     cache: PromptCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:

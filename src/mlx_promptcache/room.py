@@ -48,14 +48,16 @@ def make(
     taken, drive = store.taken(), Drive.of(store.directory)
     most = budget.limit(drive, taken)
     over = taken + needed_bytes - most
-    short = needed_bytes + budget.floor(drive) - drive.free
+    # What was asked for may take the last byte of the drive, and may turn out to need less.
+    short = needed_bytes - drive.free + (0 if asked_for else budget.floor(drive))
     if max(over, short) <= 0:
         return
     optional = asked_for and budget.max_bytes is None
     with store.exclusive(LOCK_SECONDS):
-        lacking = max(over, 0 if asked_for else short)
+        lacking = max(over, short)
         plan = _plan(store, lacking, most // SPARE, kept)
-        if plan.freed_on_disk >= lacking or optional:
+        freed = plan.freed_on_disk
+        if freed >= lacking or optional or (asked_for and freed >= over):
             execute(store, plan)
             store.shorten_uses()
             return
