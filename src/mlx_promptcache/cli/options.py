@@ -208,7 +208,7 @@ class ModelChoice:
 
     def store(self, *, download: bool = False, read_only: bool = False) -> Store:
         """The store, checked to be one. Needs no model if `--cache-dir` is given."""
-        directory = Path(self.cache_dir).expanduser() if self.cache_dir else None
+        directory = places.expanded(self.cache_dir) if self.cache_dir else None
         store = Store(
             directory or places.store_directory(self.path(download=download)),
             allow_foreign=self.allow_foreign_store,
@@ -402,7 +402,7 @@ def _file(name: str | None) -> str:
     if name is None:
         return ""
     try:
-        return Path(name).expanduser().read_text("utf-8")
+        return places.expanded(name).read_text("utf-8")
     except OSError as exc:
         raise PromptError(f"{name} cannot be read: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
