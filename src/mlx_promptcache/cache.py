@@ -193,10 +193,10 @@ class PromptCache:
         return Match(found.position, found.exact, source and self._label(source), refused, stored)
 
     def _label(self, stem: str) -> str:
-        names: builtins.list[str] = []
+        name = None
         with contextlib.suppress(StoreError):
-            names = [name for name, named in self._store.names().items() if named == stem]
-        return names[0] if names else stem.rpartition("-")[2]
+            name = self._store.name_of(stem)
+        return name or stem.rpartition("-")[2]
 
     def resume(
         self,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from mlx_promptcache import headers, memo, places
 from mlx_promptcache.container import UNREADABLE
 from mlx_promptcache.errors import CacheMiss, PromptCacheError
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, TOKENIZERS, Store
+from mlx_promptcache.store import BLOCKS, SETTLED_NS, SNAPSHOTS, TOKENIZERS, Store
 from mlx_promptcache.version import __version__
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 FORMAT = 2  # of the memo
-SETTLED_NS = 2_000_000_000  # a file that was just written may change within one tick of its times
 WORTH_KEEPING = 100  # headers: to read fewer takes less time than to write the memo
 
 

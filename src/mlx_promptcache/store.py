@@ -45,7 +45,7 @@ from mlx_promptcache.files import (
 from mlx_promptcache.locks import LOCK_FILES, Locks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     from mlx_promptcache import container
 
@@ -69,6 +69,7 @@ STEM = re.compile(r"[0-9a-f]{2}/[0-9a-f-]{1,200}")
 LONGEST_NAME_BYTES = 200
 LEFTOVER_SECONDS = 3600.0  # a write that is on its way is younger
 MOST_STATISTICS_BYTES = 4 << 20
+SETTLED_NS = 2_000_000_000  # what was just written may change within one tick of its times
 
 
 class Store:
@@ -90,6 +91,7 @@ class Store:
         self.allow_foreign, self.read_only = allow_foreign, read_only
         self.locks = Locks(self.directory)
         self._closed = read_only
+        self._named: tuple[tuple[int, ...] | None, dict[str, str]] = (None, {})
 
     def __repr__(self) -> str:
         return f"Store({str(self.directory)!r})"
@@ -497,13 +499,14 @@ class Store:
         with _told(f"the store {self.directory} cannot be read"):
             names = sorted(self._all_names_in(NAMES))
         found: dict[str, str] = {}
+        users = self.allow()  # once: there may be thousands
         for name in names:
             try:
-                check_name(name)
+                path = f"{self.directory}/{NAMES}/{check_name(name)}"
             except StoreError:  # a leftover of a crash, or something that a file manager put there
                 continue
             try:
-                found[name] = self.read_name(name)
+                found[name] = _stem_in(name, path, users)
             except CacheMiss:
                 found[name] = ""
             except StoreError as exc:
@@ -512,25 +515,36 @@ class Store:
                 found[name] = ""
         return found
 
+    def name_of(self, stem: str) -> str | None:
+        """The first name that stands for this stem; None if there is none.
+
+        Every hit asks. So names are read again only if their directory has changed since, or was
+        changed so shortly before that its time would not tell.
+
+        Raises:
+            StoreError: the directory cannot be read.
+        """
+        now, stamp = time.time_ns(), self._stamp_of_names()
+        if stamp is None or stamp != self._named[0]:
+            named = {stem: name for name, stem in reversed(self.names().items())}
+            settled = stamp is not None and stamp[0] < now - SETTLED_NS
+            self._named = (stamp if settled else None, named)
+        return self._named[1].get(stem)
+
+    def _stamp_of_names(self) -> tuple[int, int, int] | None:
+        try:
+            status = os.lstat(self._inside(NAMES))
+        except (OSError, StoreError):
+            return None
+        return max(status.st_mtime_ns, status.st_ctime_ns), status.st_ctime_ns, status.st_ino
+
     def read_name(self, name: str) -> str:
         """Return the stem that a name stands for.
 
         Raises:
             CacheMiss: there is no such name.
         """
-        path = self._name(name)
-        try:
-            with contextlib.closing(Reader(path, self.allow())) as reader:
-                stem = reader.read(0, LONGEST_NAME_BYTES * 2).decode("ascii").rstrip("\n")
-        except CacheMiss:
-            raise CacheMiss(
-                f"there is no state named {name!r}; `list` shows those that are"
-            ) from None
-        except UnicodeDecodeError:
-            raise DamagedFile(f"the name {name!r} is damaged") from None
-        if not STEM.fullmatch(stem):
-            raise DamagedFile(f"the name {name!r} is damaged")
-        return stem
+        return _stem_in(name, self._name(name), self.allow())
 
     def write_name(self, name: str, stem: str, *, sync: bool = False) -> None:
         """Let a name stand for a stem, atomically; it may have stood for another before.
@@ -608,6 +622,20 @@ class Store:
                 continue
             if isinstance(use, dict):
                 yield use
+
+
+def _stem_in(name: str, path: str | Path, users: Collection[int]) -> str:
+    """The stem in the file of a name. Raises as `Store.read_name` does."""
+    try:
+        with contextlib.closing(Reader(path, users)) as reader:
+            stem = reader.read(0, LONGEST_NAME_BYTES * 2).decode("ascii").rstrip("\n")
+    except CacheMiss:
+        raise CacheMiss(f"there is no state named {name!r}; `list` shows those that are") from None
+    except UnicodeDecodeError:
+        raise DamagedFile(f"the name {name!r} is damaged") from None
+    if not STEM.fullmatch(stem):
+        raise DamagedFile(f"the name {name!r} is damaged")
+    return stem
 
 
 def stems_of(directory: str, names: Iterable[str]) -> list[str]:
