@@ -314,11 +314,11 @@ def test_what_was_moved_aside_goes_before_any_state(cache: PromptCache) -> None:
 def test_statistics_that_grew_long_lose_their_older_half(
     cache: PromptCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_promptcache.store.MOST_STATISTICS_BYTES", 100)
     store = store_of(cache)
     store.create()
     for number in range(20):
         store.record_use({"what": str(number)})
+    monkeypatch.setattr("mlx_promptcache.store.MOST_STATISTICS_BYTES", 100)
     with store.exclusive():
         store.shorten_uses()
     assert [use["what"] for use in store.uses()] == [str(n) for n in range(10, 20)]
@@ -326,6 +326,20 @@ def test_statistics_that_grew_long_lose_their_older_half(
         store.shorten_uses()
         store.shorten_uses()
     assert (store.directory / USES).stat().st_size <= 100
+
+
+def test_statistics_do_not_grow_without_end_where_nothing_is_added(
+    cache: PromptCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_promptcache.store.MOST_STATISTICS_BYTES", 1000)
+    store = store_of(cache)
+    store.create()
+    for number in range(200):
+        store.record_use({"what": str(number)})
+        assert (store.directory / USES).stat().st_size <= 1000
+    told = [use["what"] for use in store.uses()]
+    assert len(told) > 20
+    assert told == [str(number) for number in range(200 - len(told), 200)]
 
 
 def test_what_is_written_is_counted_by_day(cache: PromptCache) -> None:

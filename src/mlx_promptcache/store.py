@@ -568,14 +568,20 @@ class Store:
     # Statistics
 
     def record_use(self, use: dict[str, Any]) -> None:
-        """Append a line to the statistics. Failing is no matter."""
+        """Append a line to the statistics. Failing is no matter.
+
+        Where nothing is added nobody makes room: so they are kept short here, too.
+        """
         line = json.dumps(use, separators=(",", ":")) + "\n"
         with contextlib.suppress(OSError, StoreError):
             fd = privacy.open_file(f"{self._inside()}/{USES}", APPENDING)
             try:
                 os.write(fd, line.encode())
+                size = os.fstat(fd).st_size
             finally:
                 os.close(fd)
+            if size > MOST_STATISTICS_BYTES:
+                self.shorten_uses()
 
     def record_write(self, count: int) -> None:
         """Note that so many bytes were written now. Failing is no matter."""
@@ -583,8 +589,8 @@ class Store:
             self.record_use({"when": round(time.time(), 3), "wrote": count})
 
     def shorten_uses(self) -> None:
-        """Forget the older half of long statistics. The caller holds `exclusive()`. Failing is no
-        matter.
+        """Forget the older half of long statistics. Failing is no matter, nor is it if what others
+        append at this moment is forgotten, too.
         """
         path = self.directory / USES
         with contextlib.suppress(OSError, PromptCacheError):
