@@ -272,3 +272,27 @@ def test_what_was_stored_while_somebody_was_asked_is_not_deleted(
     monkeypatch.setattr("click.confirm", lambda *_, **__: True)
     assert program("clear", *asked).code == 0
     assert len(entries(program)) < len(told)
+
+
+def test_an_age_narrows_what_else_is_chosen_and_adds_nothing(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long_ago = time.time() - 7200
+    with monkeypatch.context() as then:
+        then.setattr("time.time", lambda: long_ago)
+        old = program.generate("-p", "so old " + PROMPT)["saved"]["snapshot"]
+        program("save", "ancient", "-p", "so ancient " + PROMPT)
+    for stem in program.store.stems(SNAPSHOTS):
+        os.utime(program.store.path(SNAPSHOTS, stem), (long_ago, long_ago))
+    fill(program)
+    plan = ("--dry-run", "--json", "--older-than", "1h")
+    assert program("clear", "--unnamed", *plan).json["removed"] == [old]
+    assert program("clear", "mine", *plan).json["removed"] == []
+    assert program("clear", "ancient", *plan).json["removed"][0] == "ancient"
+    assert len(program("clear", *plan).json["removed"]) == 3  # a name, and two snapshots
+
+
+def test_clear_all_goes_with_nothing_that_chooses(program: Program) -> None:
+    for chosen in (("--older-than", "30d"), ("--unnamed",), ("--stale",), ("mine",)):
+        ended = program("clear", "--all", *chosen, "--yes")
+        assert (ended.code, "leave out what chooses, or --all" in ended.err) == (2, True)
