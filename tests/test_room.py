@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -15,13 +16,14 @@ from test_eviction import files_of, held, runner, size, state_of, store_of, two_
 from mlx_promptcache import PromptCache, Runner, Sampling, budget, room
 from mlx_promptcache.budget import MAX_SIZE, MIN_FREE, Drive
 from mlx_promptcache.errors import CacheLocked, StoreError
+from mlx_promptcache.facts import Facts
 from mlx_promptcache.saver import most_bytes
 from mlx_promptcache.state import Origin
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, USES, Store
 from tiny import digest, random_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 KB = 1000
 
@@ -266,6 +268,35 @@ def in_thread(task: Callable[[], object]) -> None:
     thread.join()
     if raised:
         raise raised[0]
+
+
+def test_whoever_makes_room_reads_before_others_have_to_wait(
+    cache: PromptCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(4):
+        cache.keep(state_of(seed))
+    alone: list[bool] = []
+    read: list[bool] = []
+    exclusive, original = Store.exclusive, Facts._read
+
+    @contextlib.contextmanager
+    def noted(self: Store, *args: Any) -> Iterator[None]:
+        with exclusive(self, *args):
+            alone.append(True)
+            yield
+            alone.clear()
+
+    def watched(*args: Any) -> Any:
+        read.append(bool(alone))
+        return original(*args)
+
+    monkeypatch.setattr(Store, "exclusive", noted)
+    monkeypatch.setattr(Facts, "_read", watched)
+    bounded(cache, size(cache)).keep(state_of(7))
+    cache.prune(0)
+    assert read
+    assert not any(read)
+    assert held(cache, state_of(7)) == 0
 
 
 # Leftovers

@@ -502,8 +502,10 @@ class PromptCache:
         if dry_run:
             with self._store.shared():
                 return room.plan_prune(self._store, budget)
+        self._store.check_writable()
+        looked = room.look(self._store)
         with self._store.exclusive():
-            plan = room.plan_prune(self._store, budget)
+            plan = room.plan_prune(self._store, budget, looked)
             execute(self._store, plan)
             return plan
 

@@ -73,18 +73,23 @@ class Snapshot(NamedTuple):
 
 class Facts:
     """One look at a store: its directories are listed once, and each header is read at most once,
-    or not at all if `memo` knows it.
+    or not at all if `memo` or an `earlier` look knows it.
 
     The caller holds a lock of the store.
     """
 
-    def __init__(self, store: Store, memo: Path | None = None) -> None:
+    def __init__(
+        self, store: Store, memo: Path | None = None, earlier: Facts | None = None
+    ) -> None:
         self.store = store
         self.snapshots = store.files(SNAPSHOTS)
         self.blocks = store.files(BLOCKS)
         self.tokenizers = store.files(TOKENIZERS)
         self._memo = memo
-        self._known = _Known() if memo is None else _Known.load(memo)
+        if earlier is not None:
+            self._known = earlier._known
+        else:
+            self._known = _Known() if memo is None else _Known.load(memo)
         self._wrong: dict[str, PromptCacheError] = {}
         self._reads = 0
 
@@ -135,6 +140,15 @@ class Facts:
         with self.store.reader(kind, stem) as reader:
             fact = tell(reader.header(), stem)
         return fact, reader.file
+
+    def read(self) -> None:
+        """Read every header, for a later look to know it."""
+        for stem in self.snapshots:
+            with contextlib.suppress(PromptCacheError):
+                self.snapshot(stem)
+        for stem in self.blocks:
+            with contextlib.suppress(PromptCacheError):
+                self.block(stem)
 
     def keep(self) -> None:
         """Write the memo, if there is one and it is worth it. Failing is no matter."""

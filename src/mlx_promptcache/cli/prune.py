@@ -35,8 +35,9 @@ def command(**options: Any) -> int:
             taken, plan = store.taken(), room.plan_prune(store, budget)
             freed = plan.freed_bytes
     else:
+        looked = room.look(store)
         with store.exclusive():
-            taken, plan = store.taken(), room.plan_prune(store, budget)
+            taken, plan = store.taken(), room.plan_prune(store, budget, looked)
             freed = execute(store, plan)
             store.shorten_uses()
     limit, left = room.limit(store, budget, taken), taken - plan.freed_on_disk
