@@ -704,6 +704,39 @@ def test_list_all_knows_every_store_that_was_written_to(program: Program, tmp_pa
     assert "more" not in names
 
 
+def test_a_store_whose_path_is_no_text_is_saved_to_and_listed(
+    program: Program, tmp_path: Path
+) -> None:
+    program.directory = tmp_path / os.fsdecode(b"caf\xe9")
+    assert program("save", "few", "-p", PROMPT).code == 0
+    entries = program("list", "--all", "--json").json["entries"]
+    assert str(program.directory) in {entry["store"] for entry in entries}
+
+
+@pytest.mark.parametrize("option", ["--cache-dir", "-m"])
+def test_a_home_that_is_not_there_is_one_sentence(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["list", option, "~nobody-of-that-name/x"]) == 1
+    assert capsys.readouterr().err == (
+        "mlx-promptcache: there is no home directory for '~nobody-of-that-name/x': "
+        "give the path whole, or set HOME\n"
+    )
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_a_stream_that_is_closed_is_no_error(closed: int, program: Program) -> None:
+    program("save", "few", "-p", PROMPT)
+    chosen = f"-m {program.model} --cache-dir {program.directory}"
+    for command in ("generate -n 2 -p cat", "list", "clear few --yes"):
+        line = f"exec {sys.executable} -m mlx_promptcache {command} {chosen} {closed}>&-"
+        done = subprocess.run(
+            ["sh", "-c", line], capture_output=True, text=True, env=processes.environment(),
+            check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, ""), command
+
+
 def test_a_reader_that_goes_away_does_not_lose_what_was_computed(program: Program) -> None:
     chosen = ("-m", program.model, "--cache-dir", program.directory)
     process = processes.start("generate", *chosen, "-p", PROMPT, "-n", "-1", "--temp", "1")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +15,7 @@ import pytest
 
 from mlx_promptcache import locks
 from mlx_promptcache.errors import CacheLocked
-from mlx_promptcache.locks import LOCK_FILES, Locks
+from mlx_promptcache.locks import GATE, LOCK, LOCK_FILES, Locks
 
 READER = """
 import sys, time
@@ -31,6 +34,45 @@ from pathlib import Path
 from mlx_promptcache import locks
 locks.LOCK_SECONDS = 0.05
 getattr(locks.Locks(Path(sys.argv[1])), sys.argv[2])().__enter__()
+"""
+
+FORKER = """
+import os, sys, threading, time
+from pathlib import Path
+from mlx_promptcache.locks import Locks
+held, forked = threading.Event(), threading.Event()
+def hold():
+    with getattr(Locks(Path(sys.argv[1])), sys.argv[2])():
+        held.set()
+        forked.wait()
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+child = os.fork()
+if child == 0:
+    time.sleep(60)
+    os._exit(0)
+print(child, flush=True)
+forked.set()
+thread.join()
+"""
+UNWINDER = """
+import os, sys
+from pathlib import Path
+from mlx_promptcache import locks
+here = locks.Locks(Path(sys.argv[1]))
+with here.adding():
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        locks.LOCK_SECONDS = 0.05
+        try:
+            with here.adding():
+                print("free")
+        except locks.CacheLocked:
+            print("held")
+if not child:
+    os._exit(0)
 """
 
 
@@ -129,6 +171,42 @@ def test_files_of_locks_are_private_and_made_again_where_they_are_missing(here: 
     with here.adding(), here.exclusive():
         pass
     assert all((here.directory / name).exists() for name in LOCK_FILES)
+
+
+@pytest.mark.parametrize("how", ["shared", "exclusive", "adding"])
+def test_a_process_that_was_forked_while_a_thread_held_a_lock_does_not_keep_it(
+    how: str, here: Locks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "LOCK_SECONDS", 1.0)
+    arguments = [sys.executable, "-c", FORKER, str(here.directory), how]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as forker:
+        assert forker.stdout is not None
+        child = int(forker.stdout.readline())
+        try:
+            assert forker.wait() == 0
+            with here.exclusive(), here.adding():
+                os.kill(child, 0)  # it is alive
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_forked_process_does_not_let_go_of_a_lock_that_it_did_not_take(here: Locks) -> None:
+    arguments = [sys.executable, "-c", UNWINDER, str(here.directory)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert done.stdout == "held\n"
+
+
+def test_whoever_waits_for_two_locks_waits_no_longer_than_for_one(here: Locks) -> None:
+    with (here.directory / GATE).open() as gate, (here.directory / LOCK).open() as lock:
+        fcntl.flock(gate, fcntl.LOCK_SH)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        opened = threading.Timer(0.6, fcntl.flock, (gate, fcntl.LOCK_UN))
+        opened.start()
+        began = time.monotonic()
+        with pytest.raises(CacheLocked), here.exclusive(1.0):
+            pass
+        assert time.monotonic() - began < 1.5
+        opened.join()
 
 
 def test_who_waits_too_long_is_told(here: Locks) -> None:

@@ -124,6 +124,39 @@ def test_writing_can_be_switched_off(program: Program, monkeypatch: pytest.Monke
     assert {path: path.stat().st_mtime_ns for path in files(program.directory)} == before
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("prune", "--max-size", "0"), ("clear", "mine", "--yes"), ("clear", "--all", "--yes"),
+        ("verify", "--quarantine"), ("save", "other", "-p", PROMPT),
+        ("generate", *GREEDY, "-p", PROMPT, "--save-as", "other"),
+        ("load", "mine", "-n", "2", "--save-as", "other"),
+    ],
+)  # fmt: skip
+def test_where_writing_is_off_whatever_would_delete_or_name_is_refused_at_once(
+    command: tuple[str, ...], program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(program)
+    block = program.store.path(BLOCKS, program.store.stems(BLOCKS)[-1])
+    block.write_bytes(block.read_bytes()[:-1])  # something for `verify`, and for nobody else
+    before = {path: path.read_bytes() for path in files(program.directory)}
+    monkeypatch.setenv("MLX_PROMPTCACHE_READ_ONLY", "1")
+    assert "read-only: unset MLX_PROMPTCACHE_READ_ONLY" in one_line(program(*command))
+    assert {path: path.read_bytes() for path in files(program.directory)} == before
+
+
+def test_where_writing_is_off_plans_and_reports_are_still_shown(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(program)
+    before = files(program.directory)
+    monkeypatch.setenv("MLX_PROMPTCACHE_READ_ONLY", "1")
+    assert program("prune", "--max-size", "0", "--dry-run", "--json").json["freed_bytes"] > 0
+    assert program("clear", "mine", "--dry-run", "--json").json["freed_bytes"] > 0
+    assert program("verify", "--quarantine", "--dry-run").code == 0
+    assert files(program.directory) == before
+
+
 def test_what_was_written_is_told_by_day(program: Program) -> None:
     saved = program.generate("-p", PROMPT)["saved"]
     days = program("prune", "--dry-run", "--json").json["written_bytes"]
@@ -184,3 +217,82 @@ def test_leftovers_of_crashes_are_counted_and_pruned(program: Program) -> None:
     os.utime(left, (1, 1))
     assert program("prune", "--json").json["leftovers"] == 1
     assert not left.exists()
+
+
+def test_clear_all_takes_what_crashes_left_just_now_and_says_so(program: Program) -> None:
+    fill(program)
+    assert program("clear", "--all", "--yes").code == 0
+    left = program.directory / SNAPSHOTS / "3f" / ".tmp-1-abc"
+    left.parent.mkdir(exist_ok=True)
+    left.write_bytes(b"tokens of a prompt")
+    told = program("clear", "--all", "--dry-run")
+    assert "would delete: 1 leftovers, 18 B" in told.out
+    assert left.exists()
+    assert program("clear", "--all", "--yes", "--json").json["freed_bytes"] == 18
+    assert not left.exists()
+
+
+class Terminal:
+    """Standard input where somebody sits."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("asked", "meanwhile"),
+    [
+        (("--all",), ("save", "new", "-p", "so new")),
+        (("--unnamed",), ("generate", *GREEDY, "-p", "so new")),
+        (("mine",), ("save", "mine", "-p", "so new", "--force")),
+    ],
+)
+def test_what_was_stored_while_somebody_was_asked_is_not_deleted(
+    asked: tuple[str, ...],
+    meanwhile: tuple[str, ...],
+    program: Program,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fill(program)
+    monkeypatch.setattr("sys.stdin", Terminal())
+    told: list[dict[str, Any]] = []
+
+    def confirm(*_: Any, **__: Any) -> bool:
+        assert program(*meanwhile).code == 0
+        told.extend(entries(program))
+        return True
+
+    monkeypatch.setattr("click.confirm", confirm)
+    ended = program("clear", *asked)
+    assert (ended.code, "changed since this plan was shown; look at it again" in ended.err) == (
+        1,
+        True,
+    )
+    assert [e["snapshot"] for e in entries(program)] == [e["snapshot"] for e in told]
+    monkeypatch.setattr("click.confirm", lambda *_, **__: True)
+    assert program("clear", *asked).code == 0
+    assert len(entries(program)) < len(told)
+
+
+def test_an_age_narrows_what_else_is_chosen_and_adds_nothing(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long_ago = time.time() - 7200
+    with monkeypatch.context() as then:
+        then.setattr("time.time", lambda: long_ago)
+        old = program.generate("-p", "so old " + PROMPT)["saved"]["snapshot"]
+        program("save", "ancient", "-p", "so ancient " + PROMPT)
+    for stem in program.store.stems(SNAPSHOTS):
+        os.utime(program.store.path(SNAPSHOTS, stem), (long_ago, long_ago))
+    fill(program)
+    plan = ("--dry-run", "--json", "--older-than", "1h")
+    assert program("clear", "--unnamed", *plan).json["removed"] == [old]
+    assert program("clear", "mine", *plan).json["removed"] == []
+    assert program("clear", "ancient", *plan).json["removed"][0] == "ancient"
+    assert len(program("clear", *plan).json["removed"]) == 3  # a name, and two snapshots
+
+
+def test_clear_all_goes_with_nothing_that_chooses(program: Program) -> None:
+    for chosen in (("--older-than", "30d"), ("--unnamed",), ("--stale",), ("mine",)):
+        ended = program("clear", "--all", *chosen, "--yes")
+        assert (ended.code, "leave out what chooses, or --all" in ended.err) == (2, True)

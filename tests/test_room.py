@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from test_eviction import files_of, held, runner, size, state_of, store_of, two_after_one_prefix
 
-from mlx_promptcache import PromptCache, budget, room
+from mlx_promptcache import PromptCache, Runner, Sampling, budget, room
 from mlx_promptcache.budget import MAX_SIZE, MIN_FREE, Drive
 from mlx_promptcache.errors import CacheLocked, StoreError
+from mlx_promptcache.facts import Facts
 from mlx_promptcache.saver import most_bytes
+from mlx_promptcache.state import Origin
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, USES, Store
 from tiny import digest, random_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 KB = 1000
 
@@ -41,6 +45,57 @@ def test_what_a_state_may_take_is_never_less_than_it_takes(cache: PromptCache) -
         state = runner().prefill(random_tokens(length, seed=length, vocab=16), boundaries=(100,))
         cache.save(f"state {length}", state)
         assert size(cache) - before <= most_bytes(state)
+
+
+def test_what_is_told_of_a_state_counts_too(cache: PromptCache) -> None:
+    store_of(cache).create()
+    state = runner().prefill(random_tokens(200, seed=1, vocab=16), boundaries=(100, 150))
+    notes = ({"role": "user", "content": "x", "notes": "\u65e5\u672c\u8a9e" * 5000},)
+    biases = Sampling(logit_bias=dict.fromkeys(range(2000), 0.5))
+    for more in (
+        replace(state, origin=Origin(messages=notes)),
+        replace(state, origin=Origin(text='"\\' * 9000)),
+        replace(state, sampling=biases),
+    ):
+        before = size(cache)
+        cache.save("state", more, replace=True)
+        assert size(cache) - before <= most_bytes(more)
+
+
+def test_a_budget_holds_where_what_a_state_stands_on_was_evicted_since(cache: PromptCache) -> None:
+    prefix = state_of(1, 2000)
+    cache.keep(prefix)
+    warm = Runner(runner().model, None, PromptCache(cache.directory, "tiny"))
+    longer = warm.prefill([*prefix.tokens, *random_tokens(9, seed=3, vocab=16)])
+    cache.prune(0)
+    cache.save("mine", state_of(2, 1000))
+    most = size(cache) + most_bytes(longer)
+    with pytest.raises(StoreError, match="could be evicted"):
+        bounded(cache, most).keep(longer)
+    bounded(cache, most + most_bytes(prefix)).keep(longer)
+    assert most < size(cache) <= most + most_bytes(prefix)
+
+
+def test_a_budget_holds_where_that_is_evicted_while_room_is_made(
+    cache: PromptCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = state_of(1, 2000)
+    cache.keep(prefix)
+    warm = Runner(runner().model, None, PromptCache(cache.directory, "tiny"))
+    longer = warm.prefill([*prefix.tokens, *random_tokens(9, seed=3, vocab=16)])
+    most = size(cache) + most_bytes(longer)
+    make = room.make
+
+    def made_by_two(*args: Any, **kwargs: Any) -> None:
+        cache.prune(0)
+        make(*args, **kwargs)
+
+    monkeypatch.setattr(room, "make", made_by_two)
+    small = bounded(cache, most_bytes(longer) + 30 * KB)
+    with pytest.raises(StoreError, match="could be evicted"):
+        small.keep(longer)
+    bounded(cache, most + most_bytes(prefix)).keep(longer)
+    assert held(cache, longer) == longer.n_past
 
 
 def test_a_budget_holds_over_many_states_and_new_ones_are_kept(cache: PromptCache) -> None:
@@ -133,6 +188,33 @@ def test_automatic_states_leave_something_free_and_named_ones_take_what_there_is
     assert held(cache, state_of(1)) == 300
 
 
+def test_a_named_state_that_needs_no_room_waits_for_nobody(
+    cache: PromptCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "LOCK_SECONDS", 0.05)
+    monkeypatch.setenv(MIN_FREE, "1GB")
+    monkeypatch.setattr(Drive, "of", lambda directory: Drive(10**12, 10**9))
+    store_of(cache).create()
+    nearly_full = PromptCache(cache.directory, "tiny")
+    with store_of(cache).shared():
+        in_thread(lambda: nearly_full.save("mine", state_of(1)))
+    assert held(cache, state_of(1)) == 300
+
+
+def test_on_a_full_drive_states_without_a_name_make_way_for_one_with_a_name(
+    cache: PromptCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.keep(state_of(1))
+    cache.save("mine", state_of(2))
+    needed = most_bytes(state_of(3))
+    monkeypatch.setattr(Drive, "of", lambda directory: Drive(10**12, needed - 1))
+    PromptCache(cache.directory, "tiny").save("yours", state_of(3))
+    assert held(cache, state_of(1)) < 300
+    monkeypatch.setattr(Drive, "of", lambda directory: Drive(10**12, 0))
+    PromptCache(cache.directory, "tiny").save("theirs", state_of(4))  # it may need less than that
+    assert [held(cache, state_of(seed)) for seed in (2, 3, 4)] == [300] * 3
+
+
 def test_a_state_that_is_stored_already_is_kept_without_a_turn(
     cache: PromptCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +270,35 @@ def in_thread(task: Callable[[], object]) -> None:
         raise raised[0]
 
 
+def test_whoever_makes_room_reads_before_others_have_to_wait(
+    cache: PromptCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(4):
+        cache.keep(state_of(seed))
+    alone: list[bool] = []
+    read: list[bool] = []
+    exclusive, original = Store.exclusive, Facts._read
+
+    @contextlib.contextmanager
+    def noted(self: Store, *args: Any) -> Iterator[None]:
+        with exclusive(self, *args):
+            alone.append(True)
+            yield
+            alone.clear()
+
+    def watched(*args: Any) -> Any:
+        read.append(bool(alone))
+        return original(*args)
+
+    monkeypatch.setattr(Store, "exclusive", noted)
+    monkeypatch.setattr(Facts, "_read", watched)
+    bounded(cache, size(cache)).keep(state_of(7))
+    cache.prune(0)
+    assert read
+    assert not any(read)
+    assert held(cache, state_of(7)) == 0
+
+
 # Leftovers
 
 
@@ -234,11 +345,11 @@ def test_what_was_moved_aside_goes_before_any_state(cache: PromptCache) -> None:
 def test_statistics_that_grew_long_lose_their_older_half(
     cache: PromptCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_promptcache.store.MOST_STATISTICS_BYTES", 100)
     store = store_of(cache)
     store.create()
     for number in range(20):
         store.record_use({"what": str(number)})
+    monkeypatch.setattr("mlx_promptcache.store.MOST_STATISTICS_BYTES", 100)
     with store.exclusive():
         store.shorten_uses()
     assert [use["what"] for use in store.uses()] == [str(n) for n in range(10, 20)]
@@ -246,6 +357,20 @@ def test_statistics_that_grew_long_lose_their_older_half(
         store.shorten_uses()
         store.shorten_uses()
     assert (store.directory / USES).stat().st_size <= 100
+
+
+def test_statistics_do_not_grow_without_end_where_nothing_is_added(
+    cache: PromptCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_promptcache.store.MOST_STATISTICS_BYTES", 1000)
+    store = store_of(cache)
+    store.create()
+    for number in range(200):
+        store.record_use({"what": str(number)})
+        assert (store.directory / USES).stat().st_size <= 1000
+    told = [use["what"] for use in store.uses()]
+    assert len(told) > 20
+    assert told == [str(number) for number in range(200 - len(told), 200)]
 
 
 def test_what_is_written_is_counted_by_day(cache: PromptCache) -> None:
@@ -262,7 +387,7 @@ def test_writing_can_be_switched_off_altogether(
     cache: PromptCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache.save("mine", state_of(1))
-    before = {path: path.stat() for path in cache.directory.rglob("*")}
+    before = looked_at(cache.directory)
     monkeypatch.setenv("MLX_PROMPTCACHE_READ_ONLY", "1")
     off = PromptCache(cache.directory, "tiny")
     assert digest(off.load("mine")) == digest(state_of(1))
@@ -274,7 +399,12 @@ def test_writing_can_be_switched_off_altogether(
     ):
         with pytest.raises(StoreError, match="read-only"):
             ask()
-    assert {path: path.stat() for path in cache.directory.rglob("*")} == before
+    assert looked_at(cache.directory) == before
+
+
+def looked_at(directory: Path) -> dict[Path, os.stat_result | None]:
+    """All that is there. Looking into a directory may set its atime: of those only the names."""
+    return {path: path.stat() if path.is_file() else None for path in directory.rglob("*")}
 
 
 def test_two_after_one_prefix_are_counted_once(cache: PromptCache) -> None:

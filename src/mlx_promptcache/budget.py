@@ -86,7 +86,7 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: it is none.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    found = re.fullmatch(r"(\d{1,20}(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
     units = {**UNITS, **BINARY_UNITS}
     if found is None or found[2] not in units:
         raise ValueError(f"{text!r} is not a size such as 20GB, 500MB or 1GiB")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import time
 import weakref
@@ -192,10 +193,10 @@ class PromptCache:
         return Match(found.position, found.exact, source and self._label(source), refused, stored)
 
     def _label(self, stem: str) -> str:
-        names: builtins.list[str] = []
+        name = None
         with contextlib.suppress(StoreError):
-            names = [name for name, named in self._store.names().items() if named == stem]
-        return names[0] if names else stem.rpartition("-")[2]
+            name = self._store.name_of(stem)
+        return name or stem.rpartition("-")[2]
 
     def resume(
         self,
@@ -366,19 +367,28 @@ class PromptCache:
     @contextlib.contextmanager
     def _writing(self, state: State, *, asked_for: bool = False) -> Iterator[None]:
         self._store.allow()
-        if self.read_only:
-            raise StoreError("this prompt cache is read-only")
+        self._store.check_writable()
         if not state.contents:
             raise StoreError("this state's rows are in layers: take the state from a run")
         if state.fingerprint not in {"", self.fingerprint.digest}:
             raise StoreError("this state was computed by another model, or with other settings")
         self._store.create()
-        with self._store.adding():
-            kept = {ref.stem for ref in state.trail.refs}
-            needed = most_bytes(state)
-            room.make(self._store, self.budget, needed, kept=kept, asked_for=asked_for)
-            with self._store.shared():
-                yield
+        kept, made_for = {ref.stem for ref in state.trail.refs}, 0
+        with self._store.adding(), contextlib.ExitStack() as stack:
+            # What it stands on may have been evicted since, also while room was made.
+            while (needed := most_bytes(state, self._stored(state))) > made_for:
+                stack.close()
+                room.make(self._store, self.budget, needed, kept=kept, asked_for=asked_for)
+                stack.enter_context(self._store.shared())
+                made_for = needed
+            yield
+
+    def _stored(self, state: State) -> int:
+        """How many of a state's first tokens stand in the blocks that it came from."""
+        there = itertools.takewhile(
+            lambda ref: self._finder.is_there(ref.stem, ref.digest), state.trail.refs
+        )
+        return max((ref.end for ref in there), default=0)
 
     # For programs that keep mlx-lm's own loop
 
@@ -471,8 +481,6 @@ class PromptCache:
             CacheLocked: others read or write, and do not come to an end.
             StoreError: the cache is read-only, or the file system refuses.
         """
-        if self.read_only:
-            raise StoreError("this prompt cache is read-only")
         with self._store.exclusive():
             known = catalog.Catalog(self._store)
             plan = known.plan_clear(known.named(names))
@@ -494,10 +502,10 @@ class PromptCache:
         if dry_run:
             with self._store.shared():
                 return room.plan_prune(self._store, budget)
-        if self.read_only:
-            raise StoreError("this prompt cache is read-only")
+        self._store.check_writable()
+        looked = room.look(self._store)
         with self._store.exclusive():
-            plan = room.plan_prune(self._store, budget)
+            plan = room.plan_prune(self._store, budget, looked)
             execute(self._store, plan)
             return plan
 

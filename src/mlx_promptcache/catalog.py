@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
@@ -183,8 +184,9 @@ class Catalog:
         """Plan to delete these states and what only they use; or everything that there is.
 
         With `unused` also the blocks that no state uses, with `damaged` also damaged blocks and
-        what was moved aside. A snapshot that another name stands for stays, and so does every block
-        that another state uses.
+        what was moved aside; everything is that, too, and what crashes left, however young. A
+        snapshot that another name stands for stays, and so does every block that another state
+        uses.
 
         Raises:
             StoreError: what stays cannot be read, so that what it uses is not known.
@@ -208,6 +210,8 @@ class Catalog:
         ordered = sorted(blocks, key=lambda stem: (-blocks[stem], stem))
         tokenizers = facts.tokenizers if everything else {}
         aside = self.store.set_aside() if damaged or everything else {}
+        if everything:
+            aside |= self.store.leftovers(math.inf)
         files = [facts.snapshots[stem] for stem in snapshots]
         files += [file for file in map(facts.blocks.get, blocks) if file is not None]
         files += [*tokenizers.values(), *aside.values()]

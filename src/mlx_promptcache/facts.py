@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from mlx_promptcache import headers, memo, places
 from mlx_promptcache.container import UNREADABLE
 from mlx_promptcache.errors import CacheMiss, PromptCacheError
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, TOKENIZERS, Store
+from mlx_promptcache.store import BLOCKS, SETTLED_NS, SNAPSHOTS, TOKENIZERS, Store
 from mlx_promptcache.version import __version__
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 FORMAT = 2  # of the memo
-SETTLED_NS = 2_000_000_000  # a file that was just written may change within one tick of its times
 WORTH_KEEPING = 100  # headers: to read fewer takes less time than to write the memo
 
 
@@ -74,18 +73,23 @@ class Snapshot(NamedTuple):
 
 class Facts:
     """One look at a store: its directories are listed once, and each header is read at most once,
-    or not at all if `memo` knows it.
+    or not at all if `memo` or an `earlier` look knows it.
 
     The caller holds a lock of the store.
     """
 
-    def __init__(self, store: Store, memo: Path | None = None) -> None:
+    def __init__(
+        self, store: Store, memo: Path | None = None, earlier: Facts | None = None
+    ) -> None:
         self.store = store
         self.snapshots = store.files(SNAPSHOTS)
         self.blocks = store.files(BLOCKS)
         self.tokenizers = store.files(TOKENIZERS)
         self._memo = memo
-        self._known = _Known() if memo is None else _Known.load(memo)
+        if earlier is not None:
+            self._known = earlier._known
+        else:
+            self._known = _Known() if memo is None else _Known.load(memo)
         self._wrong: dict[str, PromptCacheError] = {}
         self._reads = 0
 
@@ -136,6 +140,15 @@ class Facts:
         with self.store.reader(kind, stem) as reader:
             fact = tell(reader.header(), stem)
         return fact, reader.file
+
+    def read(self) -> None:
+        """Read every header, for a later look to know it."""
+        for stem in self.snapshots:
+            with contextlib.suppress(PromptCacheError):
+                self.snapshot(stem)
+        for stem in self.blocks:
+            with contextlib.suppress(PromptCacheError):
+                self.block(stem)
 
     def keep(self) -> None:
         """Write the memo, if there is one and it is worth it. Failing is no matter."""

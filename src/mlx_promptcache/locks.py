@@ -55,9 +55,10 @@ class Locks:
         if str(self.directory) in vars(_held):  # behind somebody who waits for us we wait forever
             yield
             return
+        deadline = _deadline()
         with contextlib.ExitStack() as stack:
-            with self._flock(GATE, fcntl.LOCK_SH):
-                stack.enter_context(self._flock(LOCK, fcntl.LOCK_SH))
+            with self._flock(GATE, fcntl.LOCK_SH, deadline):
+                stack.enter_context(self._flock(LOCK, fcntl.LOCK_SH, deadline))
             with self._noted():
                 yield
 
@@ -68,9 +69,10 @@ class Locks:
         Raises:
             CacheLocked: others read or write, and do not come to an end.
         """
+        deadline = _deadline(seconds)
         with (
-            self._flock(GATE, fcntl.LOCK_EX, seconds),
-            self._flock(LOCK, fcntl.LOCK_EX, seconds),
+            self._flock(GATE, fcntl.LOCK_EX, deadline),
+            self._flock(LOCK, fcntl.LOCK_EX, deadline),
             self._noted(),
         ):
             yield
@@ -82,7 +84,7 @@ class Locks:
         Raises:
             CacheLocked: somebody else adds, and does not come to an end.
         """
-        with self._flock(TURN, fcntl.LOCK_EX):
+        with self._flock(TURN, fcntl.LOCK_EX, _deadline()):
             yield
 
     @contextlib.contextmanager
@@ -94,16 +96,17 @@ class Locks:
             vars(_held).pop(str(self.directory), None)
 
     @contextlib.contextmanager
-    def _flock(self, name: str, how: int, seconds: float | None = None) -> Iterator[None]:
+    def _flock(self, name: str, how: int, deadline: float) -> Iterator[None]:
         fd = self._open(name, make=how == fcntl.LOCK_EX)
         if fd is None:
             yield
             return
+        process = os.getpid()
         try:
-            _wait(fd, how, self.directory, LOCK_SECONDS if seconds is None else seconds)
+            _wait(fd, how, self.directory, deadline)
             yield
         finally:
-            os.close(fd)
+            _let_go(fd, process)
 
     def _open(self, name: str, *, make: bool) -> int | None:
         """Open a lock; None where there is nothing to lock, or nobody can delete anything."""
@@ -117,8 +120,22 @@ class Locks:
             return None
 
 
-def _wait(fd: int, how: int, directory: Path, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+def _deadline(seconds: float | None = None) -> float:
+    """Until when somebody waits, for however many locks."""
+    return time.monotonic() + (LOCK_SECONDS if seconds is None else seconds)
+
+
+def _let_go(fd: int, process: int) -> None:
+    """Let go of a lock, and close its file. A process that another thread forked meanwhile has a
+    copy of the file, and would keep the lock as long as it lives.
+    """
+    if os.getpid() == process:  # a copy must not let go of the lock of whoever made it
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
+
+def _wait(fd: int, how: int, directory: Path, deadline: float) -> None:
     while True:
         try:
             fcntl.flock(fd, how | fcntl.LOCK_NB)

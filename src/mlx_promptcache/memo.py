@@ -18,7 +18,7 @@ def write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(0o700, parents=True, exist_ok=True)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
+        with os.fdopen(fd, "w", encoding="utf-8", errors="surrogateescape") as file:  # of paths
             file.write(text)
         temporary.replace(path)
     except OSError:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mlx_promptcache import places
 from mlx_promptcache.errors import ModelError
 
 FILES = [
@@ -32,8 +33,9 @@ def find(path_or_repo: str, *, download: bool = True) -> Path:
 
     Raises:
         ModelError: there is no such directory, and no such repo that can be reached.
+        StoreError: it begins with `~`, and there is no such home directory.
     """
-    path = Path(path_or_repo).expanduser()
+    path = places.expanded(path_or_repo)
     if path.is_dir():
         return path
     if path.exists():

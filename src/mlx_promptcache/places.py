@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from mlx_promptcache import memo
+from mlx_promptcache.errors import StoreError
 
 log = logging.getLogger("mlx_promptcache")
 
@@ -17,11 +18,28 @@ DEMO_MODEL = "SmolLM2-135M-Instruct"
 
 
 def user_cache() -> Path:
-    """The directory of this program among the user's caches; it need not exist."""
+    """The directory of this program among the user's caches; it need not exist.
+
+    Raises:
+        StoreError: this user has no home directory.
+    """
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mlx_promptcache"
+        return expanded("~") / "Library" / "Caches" / "mlx_promptcache"
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mlx_promptcache"
+    return (Path(base) if base else expanded("~") / ".cache") / "mlx_promptcache"
+
+
+def expanded(path: str) -> Path:
+    """A path that a user gave, which may begin with `~`.
+
+    Raises:
+        StoreError: that user has no home directory.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        sentence = f"there is no home directory for {path!r}: give the path whole, or set HOME"
+        raise StoreError(sentence) from None
 
 
 def demo_model() -> Path | None:
@@ -59,7 +77,7 @@ def store_directory(model: Path, cache_dir: str | None = None) -> Path:
     cannot be written, with a notice.
     """
     if cache_dir is not None:
-        return Path(cache_dir).expanduser()
+        return expanded(cache_dir)
     beside = model_store(model)
     if is_writable(beside):
         return beside
@@ -71,8 +89,8 @@ def store_directory(model: Path, cache_dir: str | None = None) -> Path:
 def known_stores() -> list[Path]:
     """Every store that this user has written to and that is still there."""
     try:
-        lines = _stores_file().read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = _stores_file().read_text("utf-8", "surrogateescape").split("\n")
+    except OSError:
         return []
     return [Path(line) for line in dict.fromkeys(lines) if os.path.isdir(line)]  # noqa: PTH112
 

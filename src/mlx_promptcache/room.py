@@ -48,14 +48,17 @@ def make(
     taken, drive = store.taken(), Drive.of(store.directory)
     most = budget.limit(drive, taken)
     over = taken + needed_bytes - most
-    short = needed_bytes + budget.floor(drive) - drive.free
+    # What was asked for may take the last byte of the drive, and may turn out to need less.
+    short = needed_bytes - drive.free + (0 if asked_for else budget.floor(drive))
     if max(over, short) <= 0:
         return
     optional = asked_for and budget.max_bytes is None
+    looked = look(store)
     with store.exclusive(LOCK_SECONDS):
-        lacking = max(over, 0 if asked_for else short)
-        plan = _plan(store, lacking, most // SPARE, kept)
-        if plan.freed_on_disk >= lacking or optional:
+        lacking = max(over, short)
+        plan = _plan(store, lacking, most // SPARE, kept, looked)
+        freed = plan.freed_on_disk
+        if freed >= lacking or optional or (asked_for and freed >= over):
             execute(store, plan)
             store.shorten_uses()
             return
@@ -73,14 +76,27 @@ def limit(store: Store, budget: Budget, taken: int) -> int:
     return budget.limit(Drive.of(store.directory), taken)
 
 
-def _plan(store: Store, lacking: int, spare: int, kept: Collection[str]) -> Deletion:
+def look(store: Store) -> Facts:
+    """Read what a plan is made of, while others may still read and write: of many files that takes
+    long, and whoever holds the lock alone lets all others wait. The caller holds no lock.
+    """
+    with store.shared():
+        facts = Facts(store, memo_of(store))
+        facts.read()
+        facts.keep()
+    return facts
+
+
+def _plan(
+    store: Store, lacking: int, spare: int, kept: Collection[str], looked: Facts | None
+) -> Deletion:
     """What to delete to free `lacking` bytes, and some to spare; what is no state goes first."""
     rest = store.leftovers(time.time())
     if _on_disk(rest) < lacking:
         rest |= store.set_aside()
     states = Deletion()
     if (freed := _on_disk(rest)) < lacking:
-        facts = Facts(store, memo_of(store))
+        facts = Facts(store, memo_of(store), looked)
         states = Eviction(facts, kept).plan(lacking - freed + spare)
         facts.keep()
     return replace(
@@ -95,12 +111,13 @@ def _on_disk(files: Mapping[str, File]) -> int:
     return sum(file.on_disk for file in files.values())
 
 
-def plan_prune(store: Store, budget: Budget) -> Deletion:
-    """What `prune` would delete: leftovers of crashes, and what is over the budget.
+def plan_prune(store: Store, budget: Budget, looked: Facts | None = None) -> Deletion:
+    """What `prune` would delete: leftovers of crashes, and what is over the budget. What was
+    `looked` at before is not read again.
 
     The caller holds a lock of the store.
     """
     taken, drive = store.taken(), Drive.of(store.directory)
     over = taken - budget.limit(drive, taken)
     short = 0 if budget.max_bytes is not None else budget.floor(drive) - drive.free
-    return _plan(store, max(0, over, short), 0, ())
+    return _plan(store, max(0, over, short), 0, (), looked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from mlx_promptcache.finder import Finder
 
 ID_DIGITS = 16
+REF_BYTES = 200  # of a block, where a snapshot refers to it
+ARRAY_BYTES = 600  # of an array, beside its own bytes
 
 
 @dataclass(frozen=True)
@@ -47,19 +50,37 @@ class Saved:
         )
 
 
-def most_bytes(state: State) -> int:
+def most_bytes(state: State, stored: int | None = None) -> int:
     """The most bytes on disk that saving a state may take: those of what no block has yet, as they
-    are in memory, and some for each file.
+    are in memory, what is told of it, and some for each file.
+
+    The rows of the first `stored` tokens stand in blocks; by default those that it came from.
     """
-    n, stored = state.n_past, state.trail.refs[-1].end if state.trail.refs else 0
+    n, refs = state.n_past, state.trail.refs
+    if stored is None:
+        stored = refs[-1].end if refs else 0
     rows = sum(layer.nbytes for layer in state.contents if layer.sliceable)
     rest = state.nbytes - rows + sum(passed.nbytes for passed in state.passed)
     for mark in state.marks:
         heads = (mark.logits, mark.embedding, mark.rng)
         rest += sum(layer.nbytes for layer in mark.layers)
         rest += sum(array.nbytes for array in heads if array is not None)
-    files = len(list(pieces(stored, n))) + 1 + len(state.marks)
-    return rows * (n - stored) // max(1, n) + rest + files * FILE_BYTES
+    snapshots, blocks = 1 + len(state.marks), len(list(pieces(stored, n)))
+    told = _told_bytes(state) + (len(refs) + blocks) * REF_BYTES
+    rest += told * snapshots + _json_bytes(state.origin.to_json())
+    return rows * (n - stored) // max(1, n) + rest + (blocks + snapshots) * FILE_BYTES
+
+
+def _told_bytes(state: State) -> int:
+    """Of a snapshot's header what grows with the model's layers and with the sampling."""
+    layers = [layer for layer in state.contents if not layer.sliceable]
+    arrays = sum(len(layer.rows) + len(layer.arrays) for layer in layers)
+    told = [state.sampling.to_json(), *(dict(layer.attributes or {}) for layer in layers)]
+    return _json_bytes(told) + arrays * ARRAY_BYTES
+
+
+def _json_bytes(value: Any) -> int:
+    return len(json.dumps(json.dumps(value)))  # a header is JSON in JSON
 
 
 class Saver:

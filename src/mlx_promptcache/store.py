@@ -31,7 +31,7 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_promptcache import privacy
+from mlx_promptcache import places, privacy
 from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError, StoreError
 from mlx_promptcache.files import (
     TEMPORARY,
@@ -45,7 +45,7 @@ from mlx_promptcache.files import (
 from mlx_promptcache.locks import LOCK_FILES, Locks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     from mlx_promptcache import container
 
@@ -69,6 +69,7 @@ STEM = re.compile(r"[0-9a-f]{2}/[0-9a-f-]{1,200}")
 LONGEST_NAME_BYTES = 200
 LEFTOVER_SECONDS = 3600.0  # a write that is on its way is younger
 MOST_STATISTICS_BYTES = 4 << 20
+SETTLED_NS = 2_000_000_000  # what was just written may change within one tick of its times
 
 
 class Store:
@@ -90,6 +91,7 @@ class Store:
         self.allow_foreign, self.read_only = allow_foreign, read_only
         self.locks = Locks(self.directory)
         self._closed = read_only
+        self._named: tuple[tuple[int, ...] | None, dict[str, str]] = (None, {})
 
     def __repr__(self) -> str:
         return f"Store({str(self.directory)!r})"
@@ -98,8 +100,9 @@ class Store:
         """Make the directory, private to its owner, if it is not there yet.
 
         Raises:
-            StoreError: it cannot be made, or is something else than a store.
+            StoreError: it cannot be made, is something else than a store, or is read-only.
         """
+        self.check_writable()
         self.check()
         with _told(f"the store {self.directory} cannot be made"):
             self.directory.parent.mkdir(parents=True, exist_ok=True)
@@ -131,6 +134,17 @@ class Store:
             )
         self._close()
         return bool(names)
+
+    def check_writable(self) -> None:
+        """Whether anything may be written here, or deleted.
+
+        Raises:
+            StoreError: writing is switched off.
+        """
+        if not self.read_only:
+            return
+        what = f"unset {places.READ_ONLY}" if places.writing_is_off() else "open it for writing"
+        raise StoreError(f"the store {self.directory} is read-only: {what} to change it")
 
     # Privacy
 
@@ -191,7 +205,9 @@ class Store:
         Raises:
             CacheLocked: others read or write, and do not come to an end.
             ForeignStore: the store belongs to another user, and that is not allowed.
+            StoreError: the store is read-only.
         """
+        self.check_writable()
         self.allow()
         self._close()
         with self.locks.exclusive(seconds):
@@ -204,7 +220,9 @@ class Store:
         Raises:
             CacheLocked: somebody else adds, and does not come to an end.
             ForeignStore: the store belongs to another user, and that is not allowed.
+            StoreError: the store is read-only.
         """
+        self.check_writable()
         self.allow()
         with self.locks.adding():
             yield
@@ -481,13 +499,14 @@ class Store:
         with _told(f"the store {self.directory} cannot be read"):
             names = sorted(self._all_names_in(NAMES))
         found: dict[str, str] = {}
+        users = self.allow()  # once: there may be thousands
         for name in names:
             try:
-                check_name(name)
+                path = f"{self.directory}/{NAMES}/{check_name(name)}"
             except StoreError:  # a leftover of a crash, or something that a file manager put there
                 continue
             try:
-                found[name] = self.read_name(name)
+                found[name] = _stem_in(name, path, users)
             except CacheMiss:
                 found[name] = ""
             except StoreError as exc:
@@ -496,25 +515,36 @@ class Store:
                 found[name] = ""
         return found
 
+    def name_of(self, stem: str) -> str | None:
+        """The first name that stands for this stem; None if there is none.
+
+        Every hit asks. So names are read again only if their directory has changed since, or was
+        changed so shortly before that its time would not tell.
+
+        Raises:
+            StoreError: the directory cannot be read.
+        """
+        now, stamp = time.time_ns(), self._stamp_of_names()
+        if stamp is None or stamp != self._named[0]:
+            named = {stem: name for name, stem in reversed(self.names().items())}
+            settled = stamp is not None and stamp[0] < now - SETTLED_NS
+            self._named = (stamp if settled else None, named)
+        return self._named[1].get(stem)
+
+    def _stamp_of_names(self) -> tuple[int, int, int] | None:
+        try:
+            status = os.lstat(self._inside(NAMES))
+        except (OSError, StoreError):
+            return None
+        return max(status.st_mtime_ns, status.st_ctime_ns), status.st_ctime_ns, status.st_ino
+
     def read_name(self, name: str) -> str:
         """Return the stem that a name stands for.
 
         Raises:
             CacheMiss: there is no such name.
         """
-        path = self._name(name)
-        try:
-            with contextlib.closing(Reader(path, self.allow())) as reader:
-                stem = reader.read(0, LONGEST_NAME_BYTES * 2).decode("ascii").rstrip("\n")
-        except CacheMiss:
-            raise CacheMiss(
-                f"there is no state named {name!r}; `list` shows those that are"
-            ) from None
-        except UnicodeDecodeError:
-            raise DamagedFile(f"the name {name!r} is damaged") from None
-        if not STEM.fullmatch(stem):
-            raise DamagedFile(f"the name {name!r} is damaged")
-        return stem
+        return _stem_in(name, self._name(name), self.allow())
 
     def write_name(self, name: str, stem: str, *, sync: bool = False) -> None:
         """Let a name stand for a stem, atomically; it may have stood for another before.
@@ -538,14 +568,20 @@ class Store:
     # Statistics
 
     def record_use(self, use: dict[str, Any]) -> None:
-        """Append a line to the statistics. Failing is no matter."""
+        """Append a line to the statistics. Failing is no matter.
+
+        Where nothing is added nobody makes room: so they are kept short here, too.
+        """
         line = json.dumps(use, separators=(",", ":")) + "\n"
         with contextlib.suppress(OSError, StoreError):
             fd = privacy.open_file(f"{self._inside()}/{USES}", APPENDING)
             try:
                 os.write(fd, line.encode())
+                size = os.fstat(fd).st_size
             finally:
                 os.close(fd)
+            if size > MOST_STATISTICS_BYTES:
+                self.shorten_uses()
 
     def record_write(self, count: int) -> None:
         """Note that so many bytes were written now. Failing is no matter."""
@@ -553,8 +589,8 @@ class Store:
             self.record_use({"when": round(time.time(), 3), "wrote": count})
 
     def shorten_uses(self) -> None:
-        """Forget the older half of long statistics. The caller holds `exclusive()`. Failing is no
-        matter.
+        """Forget the older half of long statistics. Failing is no matter, nor is it if what others
+        append at this moment is forgotten, too.
         """
         path = self.directory / USES
         with contextlib.suppress(OSError, PromptCacheError):
@@ -592,6 +628,20 @@ class Store:
                 continue
             if isinstance(use, dict):
                 yield use
+
+
+def _stem_in(name: str, path: str | Path, users: Collection[int]) -> str:
+    """The stem in the file of a name. Raises as `Store.read_name` does."""
+    try:
+        with contextlib.closing(Reader(path, users)) as reader:
+            stem = reader.read(0, LONGEST_NAME_BYTES * 2).decode("ascii").rstrip("\n")
+    except CacheMiss:
+        raise CacheMiss(f"there is no state named {name!r}; `list` shows those that are") from None
+    except UnicodeDecodeError:
+        raise DamagedFile(f"the name {name!r} is damaged") from None
+    if not STEM.fullmatch(stem):
+        raise DamagedFile(f"the name {name!r} is damaged")
+    return stem
 
 
 def stems_of(directory: str, names: Iterable[str]) -> list[str]:

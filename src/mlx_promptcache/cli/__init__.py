@@ -51,7 +51,17 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 it cannot be done, 2 wrong usage, 3 damage found."""
+    _open_streams()
     sys.exit(run(sys.argv[1:]))
+
+
+def _open_streams() -> None:
+    """Where the caller closed a standard stream open one that says and takes nothing: else the next
+    file that is opened has its number, and whatever is said is written there.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
 
 
 def run(arguments: list[str]) -> int:

@@ -16,6 +16,7 @@ from mlx_promptcache.deletion import Deletion, execute
 from mlx_promptcache.errors import PromptCacheError
 from mlx_promptcache.facts import forget, memo_of
 
+KINDS = ("stale", "damaged", "unnamed")  # of states; with several each of them is meant
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
@@ -34,7 +35,12 @@ def _duration(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 @click.option("--all", "everything", is_flag=True, help="Everything in the store.")
 @click.option("--stale", is_flag=True, help="States that other weights made.")
 @click.option("--damaged", is_flag=True, help="States that cannot be restored, and damaged files.")
-@click.option("--older-than", callback=_duration, metavar="30d", help="Not used for so long.")
+@click.option(
+    "--older-than",
+    callback=_duration,
+    metavar="30d",
+    help="Of these, or of all, what was not used for so long.",
+)
 @click.option("--unnamed", is_flag=True, help="States without a name, and rows of none.")
 @click.option("--dry-run", is_flag=True, help="Show the plan, delete nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -43,8 +49,9 @@ def command(**options: Any) -> int:
     """Parse, plan, ask, delete."""
     choice = take(ModelChoice, options)
     store = choice.store()
-    if not (options["names"] or options["everything"] or _filters(options)):
-        raise click.UsageError("say what to delete: names, or --all, --stale, --damaged, ...")
+    _check(options)
+    if not options["dry_run"]:
+        store.check_writable()
     fingerprint = choice.fingerprint() if options["stale"] else None
     if options["stale"] and fingerprint is None:
         raise click.UsageError("--stale needs the model: give --model")
@@ -57,7 +64,12 @@ def command(**options: Any) -> int:
     if done:
         with store.exclusive():
             # Others may have written since, and what is deleted does not depend on a memo.
-            plan = _plan(Catalog(store, fingerprint), options)
+            shown, plan = plan, _plan(Catalog(store, fingerprint), options)
+            if not (options["yes"] or _is_within(plan, shown)):
+                raise PromptCacheError(
+                    "nothing was deleted: the store has changed since this plan was shown; "
+                    "look at it again"
+                )
             freed = execute(store, plan)
             if options["everything"]:
                 store.clear_traces()
@@ -77,31 +89,43 @@ def command(**options: Any) -> int:
     return 0
 
 
+def _check(options: dict[str, Any]) -> None:
+    chosen = options["names"] or options["older_than"] is not None
+    chosen = chosen or any(options[kind] for kind in KINDS)
+    if not (chosen or options["everything"]):
+        raise click.UsageError("say what to delete: names, or --all, --stale, --damaged, ...")
+    if chosen and options["everything"]:
+        raise click.UsageError("--all takes everything: leave out what chooses, or --all")
+
+
 def _plan(catalog: Catalog, options: dict[str, Any]) -> Deletion:
     doomed = catalog.named(options["names"])
-    if _filters(options):
-        doomed += [entry for entry in catalog.entries() if _is_meant(entry, options)]
+    kinds, age = any(options[kind] for kind in KINDS), options["older_than"]
+    if kinds or not options["names"]:
+        doomed += [e for e in catalog.entries() if not kinds or _is_meant(e, options)]
+    if age is not None:
+        doomed = [entry for entry in doomed if time.time() - entry.last_used > age]
     return catalog.plan_clear(
         doomed,
         everything=options["everything"],
-        unused=options["unnamed"],
+        unused=options["unnamed"] and age is None,  # nobody knows how old rows of no state are
         damaged=options["damaged"],
     )
 
 
-def _filters(options: dict[str, Any]) -> bool:
-    flags = ("stale", "damaged", "unnamed")
-    return any(options[flag] for flag in flags) or options["older_than"] is not None
-
-
 def _is_meant(entry: Entry, options: dict[str, Any]) -> bool:
-    idle = time.time() - entry.last_used
     return (
         (options["stale"] and entry.status == STALE)
         or (options["damaged"] and entry.status == DAMAGED)
         or (options["unnamed"] and entry.name is None)
-        or (options["older_than"] is not None and idle > options["older_than"])
     )
+
+
+def _is_within(plan: Deletion, shown: Deletion) -> bool:
+    """Whether a plan deletes no state that was not shown. Of a name that was given to another state
+    since, that state was not.
+    """
+    return set(plan.names) <= set(shown.names) and set(plan.snapshots) <= set(shown.snapshots)
 
 
 def _agreed(options: dict[str, Any]) -> bool:

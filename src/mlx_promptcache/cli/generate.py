@@ -59,8 +59,10 @@ def command(**options: Any) -> int:
         _stored(choice.store(), name)  # before the model, which takes long
 
     asked.sampling()  # what makes no sense is told before the model is looked for
-    needs_store = name is not None or options["save_as"] is not None
-    loaded = choice.begin(use_cache=not off, read_only=read_only, needs_store=needs_store)
+    saves = options["save_as"] is not None
+    loaded = choice.begin(
+        use_cache=not off, read_only=read_only, needs_store=saves or name is not None, saves=saves
+    )
     from mlx_promptcache.cli.session import DEFAULT_MAX_TOKENS, Interrupted, Session
 
     runner = choice.runner(

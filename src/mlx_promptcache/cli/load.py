@@ -46,7 +46,8 @@ def command(**options: Any) -> int:
     from mlx_promptcache.cli.session import Session
 
     asked.sampling()  # what makes no sense is told before the model is loaded
-    runner = choice.runner(max_bytes=options["max_size"])
+    saves = options["save_as"] is not None
+    runner = choice.runner(max_bytes=options["max_size"], saves=saves)
     if runner.cache is None:
         raise UnsupportedLayer(str(runner.why_not_kept))
     session = Session(runner, as_json=options["as_json"], quiet=options["quiet"], seed=asked.seed)

@@ -208,7 +208,7 @@ class ModelChoice:
 
     def store(self, *, download: bool = False, read_only: bool = False) -> Store:
         """The store, checked to be one. Needs no model if `--cache-dir` is given."""
-        directory = Path(self.cache_dir).expanduser() if self.cache_dir else None
+        directory = places.expanded(self.cache_dir) if self.cache_dir else None
         store = Store(
             directory or places.store_directory(self.path(download=download)),
             allow_foreign=self.allow_foreign_store,
@@ -232,18 +232,27 @@ class ModelChoice:
             return None
 
     def begin(
-        self, *, use_cache: bool = True, read_only: bool = False, needs_store: bool = True
+        self,
+        *,
+        use_cache: bool = True,
+        read_only: bool = False,
+        needs_store: bool = True,
+        saves: bool = False,
     ) -> Loaded:
         """Begin to load the model: while its weights are read other things can be imported.
 
         Raises:
             ForeignStore: the store is another user's, and there must be one: it `needs_store`.
+            StoreError: the store is read-only, and the command `saves` under a name.
         """
         path, adapter = self.path(), Path(self.adapter_path) if self.adapter_path else None
         models.config(path)  # whether there is a model at all
         if use_cache:
             try:
-                self.store(download=True, read_only=read_only)  # before the model, which takes long
+                # Before the model, which takes long.
+                store = self.store(download=True, read_only=read_only)
+                if saves:
+                    store.check_writable()
             except ForeignStore:
                 if needs_store:
                     raise
@@ -260,9 +269,10 @@ class ModelChoice:
         use_cache: bool = True,
         max_bytes: int | None = None,
         loaded: Loaded | None = None,
+        saves: bool = False,
     ) -> Runner:
-        """Load the model, which may have been begun."""
-        loaded = loaded or self.begin(use_cache=use_cache)
+        """Load the model, which may have been begun. Raises as `begin` does."""
+        loaded = loaded or self.begin(use_cache=use_cache, saves=saves)
         from mlx_promptcache.runner import Runner
 
         return Runner.load(
@@ -392,7 +402,7 @@ def _file(name: str | None) -> str:
     if name is None:
         return ""
     try:
-        return Path(name).expanduser().read_text("utf-8")
+        return places.expanded(name).read_text("utf-8")
     except OSError as exc:
         raise PromptError(f"{name} cannot be read: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from mlx_promptcache.deletion import Deletion
 
-CONTROLS = re.compile("[\x7f-\x9f\u2028\u2029]")  # some terminals obey those, too
+# Some terminals obey those, too; the last are bytes of paths that are no text.
+CONTROLS = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 STARTED = time.time()  # a fallback: the process is a few hundredths of a second older
 
 

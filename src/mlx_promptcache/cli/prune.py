@@ -28,13 +28,16 @@ def command(**options: Any) -> int:
     """Parse, plan, delete."""
     store, budget = take(ModelChoice, options).store(), Budget.chosen(options["max_size"])
     dry_run = options["dry_run"]
+    if not dry_run:
+        store.check_writable()
     if dry_run or not store.check():
         with store.shared():
             taken, plan = store.taken(), room.plan_prune(store, budget)
             freed = plan.freed_bytes
     else:
+        looked = room.look(store)
         with store.exclusive():
-            taken, plan = store.taken(), room.plan_prune(store, budget)
+            taken, plan = store.taken(), room.plan_prune(store, budget, looked)
             freed = execute(store, plan)
             store.shorten_uses()
     limit, left = room.limit(store, budget, taken), taken - plan.freed_on_disk

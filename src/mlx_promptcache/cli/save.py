@@ -37,7 +37,7 @@ def command(**options: Any) -> int:
     from mlx_promptcache.cli.session import Interrupted, Session, saved_json
     from mlx_promptcache.sampling import Sampling
 
-    runner = choice.runner(max_bytes=options["max_size"])
+    runner = choice.runner(max_bytes=options["max_size"], saves=True)
     session = Session(runner, as_json=options["as_json"], quiet=options["quiet"], seed=0)
     if runner.cache is None:
         raise UnsupportedLayer(str(runner.why_not_kept))

@@ -101,7 +101,7 @@ class Session:
             PromptCacheError: a state that was to be named cannot be saved.
         """
         cache = self.runner.cache
-        if cache is None or cache.read_only:
+        if cache is None or (cache.read_only and name is None):
             return
         try:
             if name is None:

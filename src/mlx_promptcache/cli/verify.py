@@ -22,6 +22,8 @@ DAMAGE_FOUND = 3
 def command(**options: Any) -> int:
     """Parse, read, report."""
     store = take(ModelChoice, options).store()
+    if options["quarantine"] and not options["dry_run"]:
+        store.check_writable()  # before reading, which takes long
     with store.shared():
         report = verification.verify(store, options["names"])
     moved = 0
