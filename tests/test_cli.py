@@ -564,6 +564,40 @@ def test_a_directory_that_is_no_store_is_one_sentence(program: Program) -> None:
     assert "is a file" in one_line(program("generate", "-p", "a"))
 
 
+def test_a_store_that_cannot_be_read_is_a_miss_with_a_notice_to_a_run_and_an_error_else(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program("save", "few", "-p", PROMPT)
+    before = snapshot_of(program.directory)
+    with monkeypatch.context() as then:
+        for name in ("listdir", "scandir"):
+            then.setattr(os, name, refusing(program.directory, getattr(os, name)))
+        ran = program("generate", *GREEDY, "-p", PROMPT, "--json")
+        for command in (
+            ("list",),
+            ("verify",),
+            ("prune",),
+            ("save", "x", "-p", "a"),
+            ("load", "few"),
+        ):
+            assert one_line(program(*command)).endswith("choose another --cache-dir"), command
+    assert (ran.json["hit"], ran.json["saved"]) == ("none", None)
+    assert "not used: the store" in ran.err
+    assert "cannot be read: Permission denied" in ran.err
+    assert snapshot_of(program.directory) == before
+
+
+def refusing(directory: Path, original: Any) -> Any:
+    """A look into directories that may not be looked into at and below one."""
+
+    def look(path: Any) -> Any:
+        if str(path).startswith(str(directory)):
+            raise PermissionError(13, "Permission denied")
+        return original(path)
+
+    return look
+
+
 FULL_DISK = """
 import resource, sys
 from mlx_promptcache import Sampling, cli

@@ -542,9 +542,9 @@ def test_list_counts_its_bytes(model: Path, run: Callable[..., Ended]) -> None:
 
 
 def test_clear_all_deletes_it_and_nothing_else_does(model: Path, run: Callable[..., Ended]) -> None:
-    size = file_of(model).stat().st_size
     leftover = file_of(model).parent / ".tmp-left"
     leftover.write_bytes(b"x")
+    size = file_of(model).stat().st_size + leftover.stat().st_size
     run("save", "name", "-p", "Hello, world! " * 9)
     assert run("clear", "name", "--yes").code == 0
     assert run("clear", "--unnamed", "--stale", "--yes").code == 0

@@ -23,6 +23,7 @@ from mlx_promptcache.errors import (
     PromptCacheError,
     PromptError,
     StoreError,
+    UnreadableStore,
     UnsupportedLayer,
 )
 from mlx_promptcache.version import __version__
@@ -66,6 +67,7 @@ __all__ = [
     "State",
     "Step",
     "StoreError",
+    "UnreadableStore",
     "UnsupportedLayer",
     "__version__",
 ]

@@ -6,7 +6,8 @@ PromptCacheError
 │   └── ForeignFile      a sound file of another version of the format
 ├── CacheLocked          another process holds the store's lock
 ├── StoreError           the file system said no: disk full, no permission
-│   └── ForeignStore     a store that belongs to another user
+│   ├── ForeignStore     a store that belongs to another user
+│   └── UnreadableStore  a store that cannot be looked into
 ├── UnsupportedLayer     a layer that cannot be captured, or filled from this file
 │   └── NotQuantisable   a layer that mlx-lm cannot quantise as it was asked to
 ├── ModelError           no such model, or not one that mlx-lm can load
@@ -50,6 +51,10 @@ class StoreError(PromptCacheError):
 
 class ForeignStore(StoreError):
     """The store belongs to another user, and it was not said that it may be used."""
+
+
+class UnreadableStore(StoreError):
+    """There may be a store, but the file system does not let us look into it."""
 
 
 class UnsupportedLayer(PromptCacheError):

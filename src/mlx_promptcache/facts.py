@@ -86,6 +86,7 @@ class Facts:
         self.blocks = store.files(BLOCKS)
         self.tokenizers = store.files(TOKENIZERS)
         self._memo = memo
+        self._known: _Known
         if earlier is not None:
             self._known = earlier._known
         else:

@@ -21,6 +21,7 @@ from mlx_promptcache.errors import (
     ModelError,
     NotQuantisable,
     PromptError,
+    UnreadableStore,
     UnsupportedLayer,
 )
 from mlx_promptcache.fingerprint import KVSettings, remembered
@@ -133,7 +134,7 @@ class Runner:
         """Load a model through mlx-lm and open its store, which may take `max_bytes` on disk (see
         `PromptCache`). `loaded` is this very model, if `checkpoint.load` has begun to load it. A
         store of another user is a miss for every prompt, and nothing is written there, unless
-        `allow_foreign` is set.
+        `allow_foreign` is set; so is a store that cannot be read.
 
         Raises:
             ModelError: there is no such model or adapter, or mlx-lm cannot load it.
@@ -150,7 +151,7 @@ class Runner:
             read_only = read_only or places.writing_is_off()
             try:
                 Store(directory, allow_foreign=allow_foreign, read_only=read_only).check()
-            except ForeignStore:  # who asks it for something is told
+            except (ForeignStore, UnreadableStore):  # who asks it for something is told
                 read_only = True
             fingerprint = remembered(path, adapter=adapter, kv=kv, salt=salt, draft=draft_path)
             cache = PromptCache(

@@ -32,7 +32,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache import places, privacy
-from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError, StoreError
+from mlx_promptcache.errors import (
+    CacheMiss,
+    DamagedFile,
+    PromptCacheError,
+    StoreError,
+    UnreadableStore,
+)
 from mlx_promptcache.files import (
     TEMPORARY,
     File,
@@ -116,6 +122,7 @@ class Store:
 
         Raises:
             StoreError: there is something here, but it is no store, or another user's.
+            UnreadableStore: it cannot be told what is here.
         """
         self.allow()
         try:
@@ -125,7 +132,10 @@ class Store:
         except NotADirectoryError:
             raise StoreError(f"{self.directory} is a file, not a store of prompt caches") from None
         except OSError as exc:
-            raise StoreError(f"the store {self.directory} cannot be read: {exc.strerror}") from exc
+            raise UnreadableStore(
+                f"the store {self.directory} cannot be read: {exc.strerror}; mend that, or choose "
+                "another --cache-dir"
+            ) from exc
         foreign = [name for name in names if not name.startswith(".") and name not in OURS]
         if foreign and BLOCKS not in names and SNAPSHOTS not in names:
             raise StoreError(
@@ -207,8 +217,8 @@ class Store:
             ForeignStore: the store belongs to another user, and that is not allowed.
             StoreError: the store is read-only.
         """
-        self.check_writable()
         self.allow()
+        self.check_writable()
         self._close()
         with self.locks.exclusive(seconds):
             yield
@@ -222,8 +232,8 @@ class Store:
             ForeignStore: the store belongs to another user, and that is not allowed.
             StoreError: the store is read-only.
         """
-        self.check_writable()
         self.allow()
+        self.check_writable()
         with self.locks.adding():
             yield
 

@@ -13,7 +13,7 @@ import click
 from mlx_promptcache import models, places
 from mlx_promptcache.budget import MAX_SIZE, parse_size
 from mlx_promptcache.cli import output
-from mlx_promptcache.errors import ForeignStore, ModelError, PromptError
+from mlx_promptcache.errors import ForeignStore, ModelError, PromptError, UnreadableStore
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings, remembered
 from mlx_promptcache.headers import MOST_DRAFT_TOKENS
 from mlx_promptcache.store import Store
@@ -243,6 +243,7 @@ class ModelChoice:
 
         Raises:
             ForeignStore: the store is another user's, and there must be one: it `needs_store`.
+            UnreadableStore: the store cannot be read, and there must be one.
             StoreError: the store is read-only, and the command `saves` under a name.
         """
         path, adapter = self.path(), Path(self.adapter_path) if self.adapter_path else None
@@ -253,7 +254,7 @@ class ModelChoice:
                 store = self.store(download=True, read_only=read_only)
                 if saves:
                     store.check_writable()
-            except ForeignStore:
+            except (ForeignStore, UnreadableStore):
                 if needs_store:
                     raise
             draft = models.find(self.draft_model) if self.draft_model else None
