@@ -36,7 +36,7 @@ from mlx_promptcache.loader import Loader
 from mlx_promptcache.passes import UNKNOWN
 from mlx_promptcache.quarantine import BadFile, Quarantine
 from mlx_promptcache.rates import Rates
-from mlx_promptcache.saver import Saved, Saver, most_bytes
+from mlx_promptcache.saver import Saver, most_bytes
 from mlx_promptcache.state import Ref, State, Trail
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from mlx_promptcache.tokenizer_store import TokenizerStore
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     from mlx_promptcache.finder import Found
     from mlx_promptcache.passes import Plan
+    from mlx_promptcache.writer import Saved
 
 log = logging.getLogger("mlx_promptcache")
 

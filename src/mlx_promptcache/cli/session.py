@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from mlx_promptcache.run import Progress, Run, Step
     from mlx_promptcache.runner import Runner
-    from mlx_promptcache.saver import Saved
     from mlx_promptcache.state import State
+    from mlx_promptcache.writer import Saved
 
 log = logging.getLogger("mlx_promptcache")
 
