@@ -91,6 +91,8 @@ FLOORS = [
     "cli.clear",
     "cli.verify",
     "cli.prune",
+    "cli.export",
+    "cli.import_",
     "cli.save",
     "cli.load",
     "cli.generate",
@@ -99,7 +101,9 @@ FLOORS = [
 ]
 
 WITHOUT_MLX = FLOORS[: FLOORS.index("engine")]
-COMMANDS_WITHOUT_MLX = ["cli.__init__", "cli.list", "cli.show", "cli.clear", "cli.verify"]
+COMMANDS_WITHOUT_MLX = [
+    "cli.__init__", "cli.list", "cli.show", "cli.clear", "cli.verify", "cli.export", "cli.import_",
+]  # fmt: skip
 VAGUE = {"utils", "util", "helpers", "common", "base", "manager", "misc", "core"}
 UNSAFE = {"pickle", "marshal", "shelve", "dill", "joblib", "torch"}  # what loads code from files
 

@@ -13,11 +13,12 @@ import logging
 import time
 import weakref
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_promptcache import catalog, headers, places, room, verification
+from mlx_promptcache import catalog, exporter, headers, importer, places, room, verification
 from mlx_promptcache.blueprint import Blueprint
 from mlx_promptcache.budget import Budget
 from mlx_promptcache.deletion import Deletion, execute
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     import builtins
     import os
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from pathlib import Path
 
     from mlx_promptcache.finder import Found
     from mlx_promptcache.passes import Plan
@@ -380,6 +380,37 @@ class PromptCache:
             room.make(self._store, self.budget, needed, kept=kept, asked_for=asked_for)
             with self._store.shared():
                 yield
+
+    # In files of their own
+
+    def export(
+        self, name: str, path: str | os.PathLike[str], *, replace: bool = False
+    ) -> exporter.Exported:
+        """Write the state of a name, or of a snapshot's id, to a file for `import_file`; over
+        another file only with `replace`.
+
+        Raises:
+            CacheMiss: there is no such state, or it is damaged.
+            StoreError: there is such a file, or the file system refuses.
+        """
+        return exporter.export(self._store, name, Path(path), replace_file=replace)
+
+    def import_file(
+        self, path: str | os.PathLike[str], name: str | None = None, *, replace: bool = False
+    ) -> Saved:
+        """Store the state of a file that `export` wrote, under this name or the one that it had.
+
+        Raises:
+            CacheMiss: it was made by another model or with other settings; DamagedFile if it is
+                not what was written.
+            StoreError, CacheLocked: as `save` does.
+        """
+        if self.read_only:
+            raise StoreError("this prompt cache is read-only")
+        return importer.add(
+            Path(path), self._store, self._bad, self.fingerprint, self.budget,
+            name=name, replace=replace,
+        )[0]  # fmt: skip
 
     # For programs that keep mlx-lm's own loop
 

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+OWN_FORMAT, MLX_LM = "own", "mlx-lm"
+FILE_FORMATS = (OWN_FORMAT, MLX_LM)
+
 
 def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
@@ -96,6 +99,11 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
 max_size_option = click.option(
     "--max-size", envvar=MAX_SIZE, callback=_bytes, metavar="20GB",
     help="What the store may take on disk; 20 GB, or a tenth of what is free, by default.",
+)  # fmt: skip
+
+file_format_option = click.option(
+    "--format", "file_format", type=click.Choice(FILE_FORMATS), default=OWN_FORMAT,
+    show_default=True, help="Whose format the file has.",
 )  # fmt: skip
 
 prompt_options = _options(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mlx_promptcache.deletion import Deletion
+    from mlx_promptcache.writer import Saved
 
 CONTROLS = re.compile("[\x7f-\x9f\u2028\u2029]")  # some terminals obey those, too
 STARTED = time.time()  # a fallback: the process is a few hundredths of a second older
@@ -88,6 +89,17 @@ def plan(plan: Deletion, *, dry_run: bool) -> str:
     names = f" ({', '.join(plan.names)})" if plan.names else ""
     what = "would delete" if dry_run else "to delete"
     return f"{what}: {told}, {size(plan.freed_bytes)}{names}"
+
+
+def saved(saved: Saved) -> dict[str, Any]:
+    """What a save wrote, as JSON."""
+    return {
+        "name": saved.name,
+        "snapshot": saved.snapshot,
+        "blocks_written": saved.blocks_written,
+        "blocks_shared": saved.blocks_shared,
+        "bytes_written": saved.bytes_written,
+    }
 
 
 def size(count: float) -> str:

@@ -34,7 +34,7 @@ def command(**options: Any) -> int:
     name: str = check_name(options["name"])
 
     from mlx_promptcache.cli.prompts import origin_of
-    from mlx_promptcache.cli.session import Interrupted, Session, saved_json
+    from mlx_promptcache.cli.session import Interrupted, Session
     from mlx_promptcache.sampling import Sampling
 
     runner = choice.runner(max_bytes=options["max_size"])
@@ -60,7 +60,7 @@ def command(**options: Any) -> int:
         saved = runner.cache.save(name, state, replace=options["force"], exact=options["exact"])
     session.remember()
     answer = {
-        **saved_json(saved),
+        **output.saved(saved),
         "tokens": state.n_past,
         "cached_tokens": run.cached_tokens,
         "prefilled_tokens": run.prefilled_tokens,

@@ -144,21 +144,10 @@ class Session:
             "total_seconds": output.process_seconds(),
             "generation_tokens": len(self.tokens),
             "generation_tps": rate,
-            "saved": None if self.saved is None else saved_json(self.saved),
+            "saved": None if self.saved is None else output.saved(self.saved),
             "peak_memory_bytes": mx.get_peak_memory(),
             "seed": self.seed,
         }
 
 
-def saved_json(saved: Saved) -> dict[str, Any]:
-    """What a save wrote, as JSON."""
-    return {
-        "name": saved.name,
-        "snapshot": saved.snapshot,
-        "blocks_written": saved.blocks_written,
-        "blocks_shared": saved.blocks_shared,
-        "bytes_written": saved.bytes_written,
-    }
-
-
-__all__ = ["DEFAULT_MAX_TOKENS", "Interrupted", "Session", "saved_json"]
+__all__ = ["DEFAULT_MAX_TOKENS", "Interrupted", "Session"]

@@ -1,0 +1,70 @@
+"""`import`: take a state from a file into the store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_promptcache import importer, places
+from mlx_promptcache.budget import Budget
+from mlx_promptcache.cli import output
+from mlx_promptcache.cli.options import (
+    ModelChoice,
+    file_format_option,
+    max_size_option,
+    model_options,
+    output_options,
+    take,
+)
+from mlx_promptcache.errors import StoreError
+from mlx_promptcache.quarantine import Quarantine
+from mlx_promptcache.store import check_name
+
+if TYPE_CHECKING:
+    from mlx_promptcache.writer import Saved
+
+
+@click.command(help=__doc__)
+@click.argument("file")
+@click.option("--name", metavar="NAME", help="Its name here; that in the file by default.")
+@file_format_option
+@model_options
+@click.option("--force", is_flag=True, help="Let the name stand for this state from now on.")
+@max_size_option
+@output_options
+def command(**options: Any) -> int:
+    """Parse, check, add."""
+    choice, path = take(ModelChoice, options), Path(options["file"]).expanduser()
+    if options["name"] is not None:
+        check_name(options["name"])
+    saved, tokens = _own(choice, path, options)
+    if options["as_json"]:
+        output.print_json(
+            output.saved(saved) | {"tokens": tokens, "format": options["file_format"]}
+        )
+    else:
+        name = saved.name or saved.snapshot
+        written = output.size(saved.bytes_written)
+        click.echo(output.printable(f"{name}: {tokens} tokens, {written} written"))
+    return 0
+
+
+def _own(choice: ModelChoice, path: Path, options: dict[str, Any]) -> tuple[Saved, int]:
+    store, fingerprint = choice.store(), choice.fingerprint()
+    if fingerprint is None:
+        raise click.UsageError("a state is imported for a model: give --model")
+    if places.writing_is_off():
+        raise StoreError("this prompt cache is read-only")
+    added = importer.add(
+        path,
+        store,
+        Quarantine(store, read_only=False),
+        fingerprint,
+        Budget.chosen(options["max_size"]),
+        name=options["name"],
+        replace=options["force"],
+    )
+    places.remember_store(store.directory)
+    return added

@@ -1,0 +1,151 @@
+"""From a store to a parcel: what is stored of one state, in a file for others.
+
+Arrays that a state uses whole are passed on as they are stored, checked and not decompressed. Of a
+block that goes on with another prompt the rows of this state are cut out: what was not asked for
+does not leave the store.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mlx_promptcache import catalog, container, cuts, headers, parcel
+from mlx_promptcache.errors import DamagedFile, StoreError
+from mlx_promptcache.files import write_once
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
+from mlx_promptcache.tree import BlockName, Keys
+from mlx_promptcache.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from mlx_promptcache.container import Header
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A state that stands in a file of its own."""
+
+    name: str | None
+    snapshot: str
+    tokens: int
+    blocks: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A block of the state: its file's stem, or the bytes of its own arrays where it was cut."""
+
+    header: Header
+    stem: str
+    cut: tuple[bytes | memoryview, ...] | None = None
+
+
+def export(store: Store, name: str, path: Path, *, replace_file: bool = False) -> Exported:
+    """Write the state of a name, or of a snapshot's id, to a file: whole or not at all.
+
+    Raises:
+        CacheMiss: there is no such state, or it is damaged.
+        StoreError: there is a file of that name, and it is not to be replaced; or the file system
+            refuses.
+    """
+    with store.shared():
+        stem, snapshot = catalog.find(store, name)
+        try:
+            pieces = _pieces(store, snapshot)
+            snapshot = _naming(snapshot, pieces)
+            named = name if name in store.names() else None
+            notes = {"made": round(time.time(), 3), "version": __version__}
+            head = parcel.head_of(named, snapshot, [piece.header for piece in pieces], notes)
+            _write(path, head, _arrays(store, stem, snapshot, pieces), replace_file=replace_file)
+        except DamagedFile as exc:
+            raise DamagedFile(f"the state {name!r} is damaged: {exc}; save it again") from exc
+    size = path.stat().st_size
+    n_past = snapshot.content["n_past"]
+    return Exported(named, stem.rpartition("-")[2], n_past, len(pieces), size)
+
+
+def check_free(path: Path) -> None:
+    """Raise StoreError if there is something where a file is to be written, or no directory."""
+    if path.exists() or path.is_symlink():
+        raise StoreError(f"{path} is there already: choose another name, or replace it (--force)")
+    if not path.parent.is_dir():
+        raise StoreError(f"there is no directory {path.parent}")
+
+
+def _pieces(store: Store, snapshot: Header) -> list[_Piece]:
+    """The blocks of a snapshot, each with just the rows that it uses of it.
+
+    Raises:
+        DamagedFile: a block is not there, or is not the one that it used.
+    """
+    tokens = headers.tokens_of(store, snapshot)
+    keys = Keys(headers.root_of(snapshot), tokens)
+    pieces = []
+    for stem, _, start, rows in snapshot.content["refs"]:
+        with store.reader(BLOCKS, stem) as reader:
+            header = headers.checked_block(reader.header(), stem)
+            if rows == len(header.content["tokens"]):
+                pieces.append(_Piece(header, stem))
+                continue
+            packed = cuts.first_rows(reader.read, header, rows, keys[start + rows])
+        pieces.append(_cut(stem, packed))
+    return pieces
+
+
+def _cut(stem: str, packed: container.Packed) -> _Piece:
+    """A block that was cut out of the one of this stem, under its own name."""
+    whole = b"".join(packed.chunks)
+    header = container.read_header(lambda at, count: whole[at : at + count], len(whole))
+    name = BlockName.parse(stem)
+    assert name is not None  # noqa: S101 - a block was read by it
+    own = name._replace(end_key=header.content["end_key"], variant="")
+    return _Piece(header, str(own), tuple(packed.chunks[1:]))
+
+
+def _naming(snapshot: Header, pieces: list[_Piece]) -> Header:
+    """The snapshot that uses these very blocks, whole."""
+    refs = [
+        [piece.stem, piece.header.digest, ref[2], ref[3]]
+        for piece, ref in zip(pieces, snapshot.content["refs"], strict=True)
+    ]
+    return replace(snapshot, content={**snapshot.content, "refs": refs})
+
+
+def _arrays(
+    store: Store, stem: str, snapshot: Header, pieces: list[_Piece]
+) -> Iterator[bytes | memoryview]:
+    """The stored bytes of all arrays, each checked as it is read."""
+    for piece in pieces:
+        yield from piece.cut or _stored(store, BLOCKS, piece.stem, piece.header)
+    yield from _stored(store, SNAPSHOTS, stem, snapshot)
+
+
+def _stored(store: Store, kind: str, stem: str, header: Header) -> Iterator[memoryview]:
+    with store.reader(kind, stem) as reader:
+        for entry in header.entries.values():
+            yield container.read_stored(reader.read, entry)
+
+
+def _write(
+    path: Path,
+    head: container.Packed,
+    arrays: Iterator[bytes | memoryview],
+    *,
+    replace_file: bool,
+) -> None:
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield from head.chunks
+        yield from arrays
+
+    try:
+        if not replace_file:
+            check_free(path)
+        if not write_once(path, chunks(), sync=True, replace=replace_file):
+            check_free(path)
+    except OSError as exc:
+        raise StoreError(f"{path} cannot be written: {exc.strerror}") from exc
