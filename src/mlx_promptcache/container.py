@@ -212,6 +212,15 @@ def read_header(read: Read, size: int) -> Header:
         raise DamagedFile("its header is not one of ours") from exc
 
 
+def read_seal(read: Read, size: int) -> bytes:
+    """Return the seal of a file, 32 bytes: once the file was checked it stands for every byte.
+
+    Raises:
+        DamagedFile: the file is cut short.
+    """
+    return _read_head(read, size)[1]
+
+
 def _read_head(read: Read, size: int) -> tuple[bytes, bytes]:
     first = read(0, FIRST_READ_BYTES)
     length = int.from_bytes(first[:8], "little")

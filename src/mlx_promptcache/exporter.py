@@ -37,12 +37,18 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """A block of the state: its file's stem, or the bytes of its own arrays where it was cut."""
+class Piece:
+    """A block of the state: its file's stem, or its own file's chunks where it was cut."""
 
     header: Header
     stem: str
     cut: tuple[bytes | memoryview, ...] | None = None
+
+    def data(self, store: Store) -> bytes:
+        """Its file, checked. Raises CacheMiss, DamagedFile, StoreError."""
+        if self.cut is not None:
+            return b"".join(self.cut)
+        return file_of(store, BLOCKS, self.stem, self.header)
 
 
 def export(store: Store, name: str, path: Path, *, replace_file: bool = False) -> Exported:
@@ -56,17 +62,17 @@ def export(store: Store, name: str, path: Path, *, replace_file: bool = False) -
     with store.shared():
         stem, snapshot = catalog.find(store, name)
         try:
-            pieces = _pieces(store, snapshot)
-            snapshot = _naming(snapshot, pieces)
+            own = pieces(store, snapshot)
+            snapshot = naming(snapshot, own)
             named = name if name in store.names() else None
             notes = {"made": round(time.time(), 3), "version": __version__}
-            head = parcel.head_of(named, snapshot, [piece.header for piece in pieces], notes)
-            _write(path, head, _arrays(store, stem, snapshot, pieces), replace_file=replace_file)
+            head = parcel.head_of(named, snapshot, [piece.header for piece in own], notes)
+            _write(path, head, _arrays(store, stem, snapshot, own), replace_file=replace_file)
         except DamagedFile as exc:
             raise DamagedFile(f"the state {name!r} is damaged: {exc}; save it again") from exc
     size = path.stat().st_size
     n_past = snapshot.content["n_past"]
-    return Exported(named, stem.rpartition("-")[2], n_past, len(pieces), size)
+    return Exported(named, stem.rpartition("-")[2], n_past, len(own), size)
 
 
 def check_free(path: Path) -> None:
@@ -77,37 +83,37 @@ def check_free(path: Path) -> None:
         raise StoreError(f"there is no directory {path.parent}")
 
 
-def _pieces(store: Store, snapshot: Header) -> list[_Piece]:
-    """The blocks of a snapshot, each with just the rows that it uses of it.
+def pieces(store: Store, snapshot: Header, *, cut: bool = True) -> list[Piece]:
+    """The blocks of a snapshot, each with just the rows that it uses of it; whole unless `cut`.
 
     Raises:
         DamagedFile: a block is not there, or is not the one that it used.
     """
     tokens = headers.tokens_of(store, snapshot)
     keys = Keys(headers.root_of(snapshot), tokens)
-    pieces = []
+    found = []
     for stem, _, start, rows in snapshot.content["refs"]:
         with store.reader(BLOCKS, stem) as reader:
             header = headers.checked_block(reader.header(), stem)
-            if rows == len(header.content["tokens"]):
-                pieces.append(_Piece(header, stem))
+            if rows == len(header.content["tokens"]) or not cut:
+                found.append(Piece(header, stem))
                 continue
             packed = cuts.first_rows(reader.read, header, rows, keys[start + rows])
-        pieces.append(_cut(stem, packed))
-    return pieces
+        found.append(_cut(stem, packed))
+    return found
 
 
-def _cut(stem: str, packed: container.Packed) -> _Piece:
+def _cut(stem: str, packed: container.Packed) -> Piece:
     """A block that was cut out of the one of this stem, under its own name."""
     whole = b"".join(packed.chunks)
     header = container.read_header(lambda at, count: whole[at : at + count], len(whole))
     name = BlockName.parse(stem)
     assert name is not None  # noqa: S101 - a block was read by it
     own = name._replace(end_key=header.content["end_key"], variant="")
-    return _Piece(header, str(own), tuple(packed.chunks[1:]))
+    return Piece(header, str(own), tuple(packed.chunks))
 
 
-def _naming(snapshot: Header, pieces: list[_Piece]) -> Header:
+def naming(snapshot: Header, pieces: list[Piece]) -> Header:
     """The snapshot that uses these very blocks, whole."""
     refs = [
         [piece.stem, piece.header.digest, ref[2], ref[3]]
@@ -117,12 +123,28 @@ def _naming(snapshot: Header, pieces: list[_Piece]) -> Header:
 
 
 def _arrays(
-    store: Store, stem: str, snapshot: Header, pieces: list[_Piece]
+    store: Store, stem: str, snapshot: Header, pieces: list[Piece]
 ) -> Iterator[bytes | memoryview]:
     """The stored bytes of all arrays, each checked as it is read."""
     for piece in pieces:
-        yield from piece.cut or _stored(store, BLOCKS, piece.stem, piece.header)
+        if piece.cut is not None:
+            yield from piece.cut[1:]
+        else:
+            yield from _stored(store, BLOCKS, piece.stem, piece.header)
     yield from _stored(store, SNAPSHOTS, stem, snapshot)
+
+
+def file_of(store: Store, kind: str, stem: str, header: Header) -> bytes:
+    """A file of the store, if it is the one of this header and sound.
+
+    Raises:
+        CacheMiss: it is not there; DamagedFile if it is another, or damaged.
+    """
+    with store.reader(kind, stem) as reader:
+        if reader.header().digest != header.digest:
+            raise DamagedFile("it was replaced by another")
+        container.check(reader.read, header.entries.values())
+        return reader.read(0, reader.size)
 
 
 def _stored(store: Store, kind: str, stem: str, header: Header) -> Iterator[memoryview]:
