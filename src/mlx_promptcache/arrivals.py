@@ -119,6 +119,17 @@ class Arrivals:
                     return own
         return None
 
+    def has(self, stem: str) -> bool:
+        """Whether the block of a shared stem is in the store."""
+        name = BlockName.parse(stem)
+        if name is None:
+            return True
+        for own in self._store.beginning(BLOCKS, str(name._replace(variant=""))):
+            with contextlib.suppress(PromptCacheError):
+                if shared_stem(own, headers.block_header(self._store, own).digest) == stem:
+                    return True
+        return False
+
     def add(self, blocks: Iterable[Arrival], kept: Iterable[str] = ()) -> dict[str, str]:
         """Add blocks; return the stems that they have in the store by those that they came with.
 

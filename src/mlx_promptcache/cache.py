@@ -37,9 +37,12 @@ from mlx_promptcache.loader import Loader
 from mlx_promptcache.passes import UNKNOWN
 from mlx_promptcache.quarantine import BadFile, Quarantine
 from mlx_promptcache.rates import Rates
+from mlx_promptcache.remote import Remote
 from mlx_promptcache.saver import Saver, most_bytes
+from mlx_promptcache.sharing import Sharing
 from mlx_promptcache.state import Ref, State, Trail
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
+from mlx_promptcache.supply import SECONDS, Supply
 from mlx_promptcache.tokenizer_store import TokenizerStore
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
 
     from mlx_promptcache.finder import Found
     from mlx_promptcache.passes import Plan
+    from mlx_promptcache.signatures import Signer
     from mlx_promptcache.writer import Saved
 
 log = logging.getLogger("mlx_promptcache")
@@ -119,6 +123,9 @@ class PromptCache:
         self._store = Store(directory, allow_foreign=allow_foreign, read_only=self.read_only)
         self._bad = Quarantine(self._store, read_only=self.read_only)
         self._finder = Finder(self._store, self.fingerprint, self.kv, self._bad)
+        self.supply: Supply | None = None
+        """A remote that is asked for what is not here, and gets what is kept; see `attach`."""
+        self._attached: tuple[str, Signer | None, float] | None = None
         self._fetched: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
 
     def __repr__(self) -> str:
@@ -147,10 +154,14 @@ class PromptCache:
         """The same store for the same model with other KV settings."""
         if kv == self.kv:
             return self
-        return PromptCache(
+        other = PromptCache(
             self.directory, self.fingerprint, kv=kv, read_only=self.read_only,
             max_bytes=self.budget.max_bytes, allow_foreign=self._store.allow_foreign,
         )  # fmt: skip
+        if self._attached is not None:
+            url, signer, seconds = self._attached
+            other.attach(url, signer=signer, seconds=seconds)
+        return other
 
     @property
     def rates(self) -> Rates:
@@ -218,11 +229,23 @@ class PromptCache:
         What is damaged, locked, cannot be read or does not fit the model is a miss with a notice.
         """
         try:
+            if self.supply is not None:
+                self._bring(self.supply, tokens, plan, limit)
             with self._store.shared():
                 return self._resume(tokens, model, plan, limit, later=later)
         except PromptCacheError as exc:
             log.warning("the prompt cache is not used: %s", exc)
             return Resumed(None, None, Match(0, False, None, str(exc)))
+
+    def _bring(
+        self, supply: Supply, tokens: Sequence[int], plan: Plan | None, limit: int | None
+    ) -> None:
+        with self._store.shared():
+            found = self._finder.find(tokens, plan, limit)
+        goal = tokens if limit is None else tokens[:limit]
+        if not found.exact and found.position < len(goal):
+            for phase in self.kv.phases:
+                supply.bring(self._finder.root(phase), goal, found.position)
 
     def _resume(
         self,
@@ -348,7 +371,13 @@ class PromptCache:
         """
         with self._writing(state, asked_for=True):
             saver = Saver(self._finder, state, sync=sync, exact=exact or self._cuts_matter)
-            return saver.save(name, replace=replace)
+            saved = saver.save(name, replace=replace)
+        return self._sent(saved)
+
+    def _sent(self, saved: Saved) -> Saved:
+        if self.supply is not None and saved.snapshots:
+            self.supply.send(saved.snapshots)
+        return saved
 
     def keep(self, state: State, *, exact: bool = False) -> Saved:
         """Store a state for prompts to come, without a name, and leave the syncing to the system.
@@ -362,7 +391,8 @@ class PromptCache:
         if kept is not None:
             return kept
         with self._writing(state):
-            return saver.save(None, share=True)
+            saved = saver.save(None, share=True)
+        return self._sent(saved)
 
     @contextlib.contextmanager
     def _writing(self, state: State, *, asked_for: bool = False) -> Iterator[None]:
@@ -411,6 +441,23 @@ class PromptCache:
             Path(path), self._store, self._bad, self.fingerprint, self.budget,
             name=name, replace=replace,
         )[0]  # fmt: skip
+
+    # Shared with other machines
+
+    def sharing(self, url: str, *, signer: Signer | None = None) -> Sharing:
+        """What pushes states to a URL, and pulls them from there; a signer signs what is pushed."""
+        digest = self.fingerprint.digest
+        remote = Remote(url, digest)
+        return Sharing(self._store, self._bad, digest, self.budget, remote, signer=signer)
+
+    def attach(self, url: str, *, signer: Signer | None = None, seconds: float = SECONDS) -> None:
+        """Ask a URL for what is not here, from now on, and send what is kept there, in the
+        background. A prompt waits for it at most so many seconds, and no longer than computing
+        would take; whatever is wrong with it is a notice. `supply.close()` waits for the rest.
+        """
+        sharing, digest = self.sharing(url, signer=signer), self.fingerprint.digest
+        self._attached = url, signer, seconds
+        self.supply = Supply(sharing, digest, seconds=seconds, read_only=self.read_only)
 
     # For programs that keep mlx-lm's own loop
 

@@ -93,6 +93,7 @@ class Saver:
         self._writer.written += saved.blocks_written
         self._writer.shared += saved.blocks_shared
         self._writer.bytes += saved.bytes_written
+        self._writer.snapshots += saved.snapshots
 
     def _snapshot_there(self, state: State, refs: list[Ref]) -> str | None:
         lineage = state.lineage if self._exact else None

@@ -86,7 +86,7 @@ class Sharing:
         *,
         signer: Signer | None = None,
     ) -> None:
-        self._store, self._bad, self._fingerprint = store, bad, fingerprint
+        self.store, self._bad, self._fingerprint = store, bad, fingerprint
         self._budget, self.remote, self._signer = budget, remote, signer
 
     # There
@@ -104,9 +104,9 @@ class Sharing:
             RemoteError: the remote cannot be reached, or refuses; what is there by then stays.
             CacheLocked, StoreError: the store cannot be read.
         """
-        with self._store.shared():
-            named = self._store.names()
-            chosen = {n: catalog.find(self._store, n)[0] for n in names} or self._all(named)
+        with self.store.shared():
+            named = self.store.names()
+            chosen = {n: catalog.find(self.store, n)[0] for n in names} or self._all(named)
             states = {stem: self._state(stem, cut=bool(names)) for stem in set(chosen.values())}
         self._check_ours(names, states, chosen)
         moved = self._send([state for state in states.values() if state], progress)
@@ -119,14 +119,14 @@ class Sharing:
 
     def send(self, stems: Iterable[str]) -> Moved:
         """Bring the states of these snapshots there, whole. Raises as `push` does."""
-        with self._store.shared():
+        with self.store.shared():
             states = [self._state(stem, cut=False) for stem in stems]
         return self._send([state for state in states if state], None)
 
     def _all(self, named: dict[str, str]) -> dict[str, str]:
         """All snapshots of the store by their names, or by their own stems."""
         by_stem = {stem: name for name, stem in named.items()}
-        return {by_stem.get(stem, stem): stem for stem in self._store.stems(SNAPSHOTS)}
+        return {by_stem.get(stem, stem): stem for stem in self.store.stems(SNAPSHOTS)}
 
     def _check_ours(
         self, names: Sequence[str], states: dict[str, _State | None], chosen: dict[str, str]
@@ -143,10 +143,10 @@ class Sharing:
         not asked for.
         """
         try:
-            snapshot = headers.snapshot_header(self._store, stem)
+            snapshot = headers.snapshot_header(self.store, stem)
             if snapshot.content["fingerprint"] != self._fingerprint:
                 return None
-            pieces = exporter.pieces(self._store, snapshot, cut=cut)
+            pieces = exporter.pieces(self.store, snapshot, cut=cut)
         except CacheMiss:
             if cut:
                 raise
@@ -156,7 +156,7 @@ class Sharing:
         own = f"{stem[:-ID_DIGITS]}{head.digest[:ID_DIGITS]}"
 
         def read() -> bytes:
-            data = exporter.file_of(self._store, SNAPSHOTS, stem, snapshot)
+            data = exporter.file_of(self.store, SNAPSHOTS, stem, snapshot)
             if own == stem:
                 return data
             arrays = sum(entry.stored_bytes for entry in snapshot.entries.values())
@@ -164,7 +164,7 @@ class Sharing:
 
         files = [
             _File(
-                BLOCKS, shared_stem(p.stem, p.header.digest), functools.partial(p.data, self._store)
+                BLOCKS, shared_stem(p.stem, p.header.digest), functools.partial(p.data, self.store)
             )
             for p in pieces
         ]
@@ -235,14 +235,14 @@ class Sharing:
             RemoteError: the remote cannot be reached; what is here by then stays.
             StoreError, CacheLocked: as those of a save.
         """
-        came = self._arrivals()
+        came = self.arrivals()
         named: Names = {name: self.remote.name(name) for name in names} or {**self.remote.names()}
         for name in names:
             if named[name] is None:
                 raise CacheMiss(f"there is no state named {name!r} at {self.remote.shown}")
         stems = {told[0] for told in named.values() if told is not None}
         shards = {stem[:2] for stem in stems} if names else None
-        there = _by_stem(self.remote.files(SNAPSHOTS, shards))
+        there = by_stem(self.remote.files(SNAPSHOTS, shards))
         wanted = sorted(stems & there.keys()) if names else sorted(there)
         here: dict[str, str] = {}
         states = 0
@@ -256,14 +256,15 @@ class Sharing:
         told_names = tuple(self._take_names(came, named, here, names, replace=replace))
         return Moved(states, came.files, came.bytes, 0, told_names, tuple(came.refused))
 
-    def _arrivals(self) -> Arrivals:
-        trust = Trust.of(self._store.directory)
-        return Arrivals(self._store, self._bad, self._fingerprint, self._budget, trust)
+    def arrivals(self) -> Arrivals:
+        """What files from there go through. Raises SignatureError if trusted keys are no keys."""
+        trust = Trust.of(self.store.directory)
+        return Arrivals(self.store, self._bad, self._fingerprint, self._budget, trust)
 
     def _bring(self, came: Arrivals, candidates: Sequence[RemoteFile]) -> str | None:
         """Bring a state here, unless it is; return its stem here, None if it cannot be used."""
         stem = candidates[0].stem
-        if self._store.exists(SNAPSHOTS, stem) and self._is_whole(stem):
+        if self.store.exists(SNAPSHOTS, stem) and self._is_whole(stem):
             return stem
         snapshot = came.fetch(self.remote, SNAPSHOTS, candidates)
         return None if snapshot is None else self.complete(came, snapshot)
@@ -271,19 +272,19 @@ class Sharing:
     def _is_whole(self, stem: str) -> bool:
         """Whether a snapshot and all its blocks are here."""
         with contextlib.suppress(PromptCacheError):
-            refs = headers.snapshot_header(self._store, stem).content["refs"]
+            refs = headers.snapshot_header(self.store, stem).content["refs"]
             return all(self._has(*ref[:2]) for ref in refs)
         return False
 
     def _has(self, stem: str, digest: str) -> bool:
-        return headers.block_header(self._store, stem).digest == digest
+        return headers.block_header(self.store, stem).digest == digest
 
     def complete(self, came: Arrivals, snapshot: Arrival) -> str | None:
         """Bring the blocks of a snapshot here, and then itself; return its stem here."""
         refs = snapshot.header.content["refs"]
         here = {ref[0]: came.local(ref[0], ref[1]) for ref in refs}
         lacking = [ref for ref in refs if here[ref[0]] is None]
-        there = _by_stem(self.remote.files(BLOCKS, {ref[0][:2] for ref in lacking}))
+        there = by_stem(self.remote.files(BLOCKS, {ref[0][:2] for ref in lacking}))
         for batch in _sized([there.get(shared_stem(*ref[:2]), []) for ref in lacking]):
             blocks = self.remote.each(lambda c: came.fetch(self.remote, BLOCKS, c), batch)
             found = [block for block in blocks if block is not None]
@@ -294,6 +295,14 @@ class Sharing:
         stems = [here[ref[0]] for ref in refs]
         whole = [stem for stem in stems if stem is not None]
         return came.complete(snapshot, whole) if len(whole) == len(refs) else None
+
+    def bring_blocks(self, came: Arrivals, files: Sequence[RemoteFile]) -> int:
+        """Bring blocks here that are not here yet, and return how many bytes those had."""
+        lacking = [[file] for file in files if not came.has(file.stem)]
+        for batch in _sized(lacking):
+            blocks = self.remote.each(lambda c: came.fetch(self.remote, BLOCKS, c), batch)
+            came.add([block for block in blocks if block is not None])
+        return sum(files[0].size for files in lacking)
 
     def _as_told(self, refs: list[list[str]], added: dict[str, str]) -> dict[str, str]:
         """The stems of what was added, by those that a snapshot uses."""
@@ -332,13 +341,14 @@ class Sharing:
 
     def _take_name(self, name: str, stem: str, *, replace: bool) -> None:
         snapshot = SnapshotName.parse(stem)
-        with self._store.adding(), self._store.shared():
+        with self.store.adding(), self.store.shared():
             if snapshot is not None and not replace:
-                check_free(self._store, name, snapshot.key)
-            self._store.write_name(name, stem, sync=True)
+                check_free(self.store, name, snapshot.key)
+            self.store.write_name(name, stem, sync=True)
 
 
-def _by_stem(files: Iterable[RemoteFile]) -> dict[str, list[RemoteFile]]:
+def by_stem(files: Iterable[RemoteFile]) -> dict[str, list[RemoteFile]]:
+    """Files by their stems: other people sign the same file, too."""
     found: dict[str, list[RemoteFile]] = {}
     for file in files:
         found.setdefault(file.stem, []).append(file)

@@ -13,12 +13,12 @@ import binascii
 from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache.errors import SignatureError
+from mlx_promptcache.store import TRUSTED_KEYS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-TRUSTED_KEYS = "trusted_keys"
 TYPE = "ssh-ed25519"
 SIGNATURE_BYTES = 64
 PURPOSE = b"mlx_promptcache 1"

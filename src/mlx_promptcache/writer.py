@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mlx_promptcache import container, headers
@@ -25,13 +25,16 @@ ID_DIGITS = 16
 
 @dataclass(frozen=True)
 class Saved:
-    """What a save wrote. `blocks_shared` were there already."""
+    """What a save wrote. `blocks_shared` were there already; `snapshots` are the stems of all that
+    were written, those on the way, too.
+    """
 
     name: str | None
     snapshot: str
     blocks_written: int
     blocks_shared: int
     bytes_written: int
+    snapshots: tuple[str, ...] = field(default=(), repr=False)
 
     def __add__(self, later: Saved) -> Saved:
         """Two saves of one run, counted together, under the later one's name."""
@@ -41,6 +44,7 @@ class Saved:
             self.blocks_written + later.blocks_written,
             max(self.blocks_shared, later.blocks_shared - self.blocks_written),
             self.bytes_written + later.bytes_written,
+            (*self.snapshots, *later.snapshots),
         )
 
 
@@ -54,6 +58,7 @@ class Writer:
     def __init__(self, store: Store, bad: Quarantine, *, sync: bool, exact: bool = False) -> None:
         self._store, self._bad, self._sync, self._exact = store, bad, sync, exact
         self.written = self.shared = self.bytes = 0
+        self.snapshots: list[str] = []
 
     def block(self, name: BlockName, packed: Packed, record: PassRecord) -> str:
         """Write a block, or find it written; where another has its name, write a variant. Return
@@ -93,6 +98,7 @@ class Writer:
         for _ in range(2):  # once more, where a damaged file had the name
             if self._store.write(SNAPSHOTS, stem, packed, sync=self._sync):
                 self.bytes += packed.size
+                self.snapshots.append(stem)
             elif not self.whole(SNAPSHOTS, stem):
                 continue
             self._bad.trust(stem)
@@ -129,7 +135,8 @@ class Writer:
             self._store.write_name(name, snapshot, sync=self._sync)
         self._store.record_write(self.bytes)
         identity = snapshot.rpartition("-")[2]
-        return Saved(name, identity, self.written, self.shared, self.bytes)
+        snapshots = tuple(self.snapshots)
+        return Saved(name, identity, self.written, self.shared, self.bytes, snapshots)
 
 
 def check_free(store: Store, name: str, key: str) -> None:

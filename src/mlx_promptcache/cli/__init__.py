@@ -24,6 +24,8 @@ COMMANDS = {
     "clear": "Delete stored states.",
     "verify": "Read every stored byte and check it.",
     "prune": "Make the store fit its budget.",
+    "push": "Bring stored states to a place that others share.",
+    "pull": "Bring states from such a place.",
     "bench": "Measure what the cache is worth on this machine.",
 }
 

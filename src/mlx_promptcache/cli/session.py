@@ -50,19 +50,10 @@ class Session:
     @contextlib.contextmanager
     def progress(self) -> Iterator[Progress]:
         """A function that shows how far the prompt is, and ends the prefill on Ctrl-C."""
-        if not self._bar:
-            yield lambda done, total: self.interrupt.check()  # noqa: ARG005
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        columns = (TextColumn("prompt"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("prompt", total=None)
+        with output.bar("prompt", quiet=not self._bar) as bar:
 
             def show(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total)
+                bar(done, total)
                 self.interrupt.check()
 
             yield show
@@ -120,6 +111,14 @@ class Session:
         """Let `list --all` know of this store."""
         if self.runner.cache is not None:
             places.remember_store(self.runner.cache.directory)
+
+    def finish_sending(self, name: str | None = None) -> None:
+        """Wait, but not long, until a remote has what was kept, and the state of this name."""
+        supply = self.runner.cache.supply if self.runner.cache is not None else None
+        if supply is not None:
+            if name is not None:
+                supply.send_name(name)
+            supply.close()
 
     def answer(self, run: Run | None) -> dict[str, Any]:
         """The JSON of the run's end."""
