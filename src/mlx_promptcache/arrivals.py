@@ -66,23 +66,19 @@ class Arrivals:
         Raises:
             RemoteError: the remote cannot be reached.
         """
-        for file in candidates:
-            if self._trust is not None and file.signature is None:
-                self._refuse(kind, "nobody signed it")
-                continue
+        wrong = []
+        for file in sorted(candidates, key=lambda file: file.signature is None):
             try:
+                if self._trust is not None and file.signature is None:
+                    raise SignatureError("nobody signed it")
                 return self._checked(kind, file, _whole(remote, file))
-            except PromptCacheError as exc:
-                if not isinstance(exc, (DamagedFile, SignatureError)):
-                    raise
-                self._refuse(kind, str(exc))
-        return None
-
-    def _refuse(self, kind: str, why: str) -> None:
-        said = f"a {kind.removesuffix('s')} that came from elsewhere is not used: {why}"
-        if said not in self.refused:
+            except (DamagedFile, SignatureError) as exc:
+                wrong.append(str(exc))
+        if wrong:
+            said = f"a {kind.removesuffix('s')} that came from elsewhere is not used: {wrong[0]}"
             log.warning("%s", said)
-        self.refused.append(said)
+            self.refused.append(said)
+        return None
 
     def _checked(self, kind: str, file: RemoteFile, data: bytes) -> Arrival:
         def read(at: int, count: int) -> bytes:

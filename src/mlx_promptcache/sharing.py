@@ -115,7 +115,7 @@ class Sharing:
             state = states[stem]
             if state is not None and name in named and self._name(name, state.stem, replace):
                 told.append(name)
-        return replace_(moved, names=tuple(told))
+        return replace_(moved, names=tuple(sorted(told)))
 
     def send(self, stems: Iterable[str]) -> Moved:
         """Bring the states of these snapshots there, whole. Raises as `push` does."""
@@ -210,9 +210,10 @@ class Sharing:
         before = self.remote.name(name)
         signer = self._signer
         signature = None if signer is None else signer.sign(NAMES, f"{name} {stem}", b"")
-        if before is not None and before[0] == stem and (before[1] or not signature):
+        same = before is not None and before[0] == stem
+        if before is not None and same and not replace and (before[1] or not signature):
             return True
-        if before is not None and before[0] != stem and not replace:
+        if before is not None and not same and not replace:
             log.warning(
                 "there is another state named %r at %s: it stays (replace it with --force)",
                 name, self.remote.shown,
