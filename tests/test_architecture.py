@@ -75,6 +75,8 @@ FLOORS = [
     "run",
     "speculative",
     "runner",
+    "mlx_lm_file",
+    "handover",
     "timing",
     "machine",
     "programs",

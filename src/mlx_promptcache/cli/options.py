@@ -315,6 +315,12 @@ class PromptChoice:
             if text is not None and not _is_text(text):
                 raise click.UsageError("a prompt on the command line must be UTF-8 text")
 
+    @property
+    def given(self) -> bool:
+        """Whether there is a prompt at all."""
+        texts = (self.prompt, self.prompt_file, self.messages, self.prefix, self.prefix_file)
+        return any(text is not None for text in texts)
+
     def text(self) -> str:
         """The prompt itself."""
         if self.prompt == "-":
