@@ -158,8 +158,8 @@ def _told(metadata: dict[str, str]) -> tuple[list[str], dict[str, str]]:
     """The classes of the layers, and which arrays stand for something else."""
     if metadata.get("2.0") != "" or "1.0" not in metadata:
         raise ForeignFile(
-            "it was not written by this release of mlx-lm, or is no prompt cache of mlx-lm's: make "
-            f"it again with mlx-lm {engine.version()}"
+            "this release of mlx-lm did not write it: make it again with mlx-lm "
+            f"{engine.version()}, or leave --format out if `export` wrote it"
         )
     classes = list(_numbered(metadata, "1.{}"))
     positions = _numbered(metadata, "2.{}.0", first=1)

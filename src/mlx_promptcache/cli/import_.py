@@ -21,7 +21,7 @@ from mlx_promptcache.cli.options import (
     prompt_options,
     take,
 )
-from mlx_promptcache.errors import StoreError, UnsupportedLayer
+from mlx_promptcache.errors import DamagedFile, StoreError, UnsupportedLayer
 from mlx_promptcache.quarantine import Quarantine
 from mlx_promptcache.store import check_name
 
@@ -67,15 +67,12 @@ def _own(choice: ModelChoice, path: Path, options: dict[str, Any]) -> tuple[Save
         raise click.UsageError("a state is imported for a model: give --model")
     if places.writing_is_off():
         raise StoreError("this prompt cache is read-only")
-    added = importer.add(
-        path,
-        store,
-        Quarantine(store, read_only=False),
-        fingerprint,
-        Budget.chosen(options["max_size"]),
-        name=options["name"],
-        replace=options["force"],
-    )
+    budget, bad = Budget.chosen(options["max_size"]), Quarantine(store, read_only=False)
+    name, force = options["name"], options["force"]
+    try:
+        added = importer.add(path, store, bad, fingerprint, budget, name=name, replace=force)
+    except DamagedFile as exc:
+        raise DamagedFile(f"{exc} (if mlx-lm wrote it, say --format mlx-lm)") from exc
     places.remember_store(store.directory)
     return added
 
