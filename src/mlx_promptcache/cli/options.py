@@ -225,14 +225,23 @@ class ModelChoice:
         store.check()
         return store
 
+    def parts(self, *, download: bool = True) -> tuple[Path | None, Path | None]:
+        """The directories of the adapter and of the draft model.
+
+        Raises:
+            ModelError: there is no such draft model.
+        """
+        adapter = Path(self.adapter_path) if self.adapter_path else None
+        draft = models.find(self.draft_model, download=download) if self.draft_model else None
+        return adapter, draft
+
     def fingerprint(self) -> Fingerprint | None:
         """The fingerprint of the model, to tell stale states; None where no model is chosen."""
         if self.model is None and self.cache_dir is not None:
             return None
-        adapter = Path(self.adapter_path) if self.adapter_path else None
         try:
             path = self.path(download=False)
-            draft = models.find(self.draft_model, download=False) if self.draft_model else None
+            adapter, draft = self.parts(download=False)
             return remembered(path, adapter=adapter, kv=self.kv, salt=self.salt, draft=draft)
         except ModelError:
             if self.cache_dir is None:
