@@ -1,8 +1,9 @@
 """The prefixes that stored states share, as a tree. Needs neither a model nor MLX.
 
-Drawn from the names of blocks alone, which say the keys of their ends: states whose keys agree at a
-position have all tokens before it in common. Only where two writers cut the same cell in different
-ways may less be seen of what two states share than there is.
+What is drawn is what is stored once. It is read off the names of blocks, which say the keys of
+their ends: states whose keys agree at a position have all tokens before it in common. No block is
+read for it, so that where a last token was computed again, or two writers cut a cell in different
+ways, a fork may stand some tokens before the place where the tokens differ.
 """
 
 from __future__ import annotations
@@ -132,8 +133,8 @@ def _grown(paths: Sequence[_Path]) -> Branch:
     """The tree of paths in order, which share most with their neighbours."""
     root = Branch(0, 0)
     on_the_way = [root]
-    shares = [0, *(_shared(one.chain, other.chain) for one, other in pairwise(paths))]
-    for path, shared in zip(paths, shares, strict=True):
+    shares = [_shared(one.chain, other.chain) for one, other in pairwise(paths)]
+    for path, shared in zip(paths, [0, *shares], strict=False):
         _fork(on_the_way, shared)
         top = on_the_way[-1]
         if path.end > top.end:

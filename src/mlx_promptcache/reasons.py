@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mlx_promptcache.passes import Plan
     from mlx_promptcache.store import Store
 
-MOST_READ = 64  # blocks that are looked into to find where a prompt leaves the others
+MOST_READ = 256  # blocks that are looked into to find where a prompt leaves the others
 
 
 class Neighbour(NamedTuple):
@@ -76,26 +76,43 @@ def differs(label: str | None, at: int, *, ends: bool = False) -> str:
 
 def neighbour(facts: Facts, root: str, tokens: Sequence[int], named: set[str]) -> Neighbour | None:
     """The stored state that agrees with these tokens for the longest; one that is `named` before
-    others, and then the one that was used last. Reads headers of blocks at the end alone.
+    others, and then the one that was used last. Reads the headers of few blocks.
     """
-    keys = _Known(root, tokens)
+    keys, rows = _Known(root, tokens), _Rows(facts.store, tokens)
     chains = {stem: told.uses for stem in facts.snapshots if (told := _told(facts, stem))}
-    ends = {stem: _last_agreeing(keys, uses) for stem, uses in chains.items()}
-    furthest = max((use.start for use in ends.values() if use is not None), default=None)
-    if furthest is None:
+    last = {stem: _last_agreeing(keys, uses) for stem, uses in chains.items()}
+    agreed = {stem: use.start + rows.of(use) for stem, use in last.items() if use is not None}
+    if not agreed:
         return None
-    found: dict[str, int] = {}
-    best: tuple[tuple[int, bool, float], Neighbour] | None = None
-    for stem, use in ends.items():
-        if use is None or use.start != furthest:
-            continue
-        if use.stem not in found and len(found) < MOST_READ:
-            found[use.stem] = _rows(facts.store, use.stem, tokens[use.start :])
-        agreed = use.start + min(use.rows, found.get(use.stem, 0))
-        rank = (agreed, stem in named, facts.snapshots[stem].last_use)
-        if best is None or rank > best[0]:
-            best = rank, Neighbour(stem, agreed, sum(use.rows for use in chains[stem]))
-    return best and best[1]
+    best = max(agreed, key=lambda s: (agreed[s], s in named, facts.snapshots[s].last_use))
+    return Neighbour(best, agreed[best], sum(use.rows for use in chains[best]))
+
+
+class _Rows:
+    """How many rows of blocks agree with a prompt; the header of each is read once."""
+
+    def __init__(self, store: Store, tokens: Sequence[int]) -> None:
+        self._store, self._tokens = store, tokens
+        self._known: dict[str, int] = {}
+        self._reads = 0
+
+    def of(self, use: Use) -> int:
+        """How many of the rows that a state uses of a block agree, from its beginning on."""
+        if use.stem not in self._known:
+            self._known[use.stem] = self._look(use)
+        return min(use.rows, self._known[use.stem])
+
+    def _look(self, use: Use) -> int:
+        name, wanted = BlockName.parse(use.stem), list(self._tokens[use.start :])
+        if name is None or wanted[:1] != [name.first_token]:
+            return 0
+        if self._reads == MOST_READ:
+            return 1
+        self._reads += 1
+        try:
+            return agreeing(headers.block_header(self._store, use.stem).content["tokens"], wanted)
+        except PromptCacheError:
+            return 0
 
 
 def _told(facts: Facts, stem: str) -> Snapshot | None:
@@ -129,10 +146,3 @@ def _last_agreeing(keys: _Known, uses: Sequence[Use]) -> Use | None:
         else:
             high = middle
     return uses[low - 1] if low else None
-
-
-def _rows(store: Store, stem: str, tokens: Sequence[int]) -> int:
-    try:
-        return agreeing(headers.block_header(store, stem).content["tokens"], list(tokens))
-    except PromptCacheError:
-        return 0

@@ -59,11 +59,11 @@ def _is_simple(branch: Branch) -> bool:
 
 
 def _branch(branch: Branch) -> str:
-    told = (
-        f"{branch.end - branch.start:,} tokens  {output.size(branch.bytes)}  {_hits(branch.hits)}"
-    )
-    label = f"  {_label(branch.states[0])}" if branch.states and _is_simple(branch) else ""
-    return told + label
+    count = branch.end - branch.start
+    told = [_count(count, "token"), output.size(branch.bytes), _count(branch.hits, "hit")]
+    if branch.states and _is_simple(branch):
+        told.append(_label(branch.states[0]))
+    return "  ".join(told)
 
 
 def _count(number: int, what: str) -> str:
