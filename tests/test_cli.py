@@ -815,18 +815,18 @@ def test_match_says_how_much_is_reused_and_why_not_more(program: Program) -> Non
     for name in ("prompt_tokens", "cached_tokens", "hit", "source"):
         assert told[name] == run[name]
     assert told["reason"].startswith("'few' ends at token ")
-    assert told["text"][1].startswith("one")
+    assert told["text"][1].strip().startswith("one")
     shown = program("match", "-p", PROMPT + "two").out.splitlines()
     assert "tokens would be reused, from few" in shown[0]
     assert shown[1].startswith("why not more: it differs from '")
-    assert "'two" in shown[1]
+    assert " two" in shown[1]
     exact = program("match", "-p", PROMPT + "one", "--json").json
     assert (exact["hit"], exact["reason"], exact["text"]) == ("exact", None, None)
 
 
 def test_match_and_generate_give_the_same_reason_for_a_miss(program: Program) -> None:
     program("save", "few", "-p", PROMPT)
-    for options in (["--salt", "mine"], ["--kv-bits", "8"], ["--exact"]):
+    for options in (["--salt", "mine"], ["--kv-bits", "8", "--kv-group-size", "32"], ["--exact"]):
         told = program("match", "-p", PROMPT, "--json", *options).json
         run = program.generate("-p", PROMPT, *options, "--prompt-cache-ro")
         assert (told["cached_tokens"], run["cached_tokens"]) == (0, 0), options
@@ -884,12 +884,13 @@ def test_what_cannot_be_exported_or_imported_is_told_in_one_line(
     assert "there is no directory" in one_line(program("export", "few", tmp_path / "no" / "a"))
     assert "cannot be read" in one_line(program("import", tmp_path / "none"))
     assert "another salt" in one_line(program("import", file, "--salt", "mine"))
+    asked = ("--format", "mlx-lm", "-p", "a")
+    assert "leave --format out" in one_line(program("import", file, *asked))
     file.write_bytes(file.read_bytes()[:-9])
     assert "cannot be imported: it has " in one_line(program("import", file))
     assert program("export", "few", "-").code == 2
     assert program("import", file, "-p", "a").code == 2
     assert program("import", file, "--format", "mlx-lm").code == 2
-    assert "--format" in one_line(program("import", file, "--format", "mlx-lm", "-p", "a"))
 
 
 def test_exporting_and_importing_do_not_wait_for_mlx(program: Program, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ QUESTION = " Question: what is two plus two?"
 def mlx_lms(kind: str, tokens: list[int], path: Path, **options: Any) -> list[Any]:
     """Layers that mlx-lm filled with a prompt and wrote to a file, as its cache_prompt does."""
     model = model_of(kind)
-    layers = mlx_cache.make_prompt_cache(model)
+    layers: list[Any] = mlx_cache.make_prompt_cache(model)
     for _ in generate_step(
         mx.array(tokens), model, max_tokens=0, prompt_cache=layers, **options
     ):  # fmt: skip

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mlx_promptcache.cache import Match, PromptCache
     from mlx_promptcache.prompt import Prompt
 
-BEFORE, AFTER = 8, 4  # tokens that are shown around the place where a prompt leaves what is stored
+BEFORE, AFTER = 8, 8  # tokens that are shown around the place where a prompt leaves what is stored
 
 
 @click.command(help=__doc__)
