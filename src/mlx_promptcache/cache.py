@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_promptcache import catalog, exporter, headers, importer, places, room, verification
+from mlx_promptcache import (
+    catalog,
+    exporter,
+    headers,
+    importer,
+    places,
+    reasons,
+    room,
+    verification,
+)
 from mlx_promptcache.blueprint import Blueprint
 from mlx_promptcache.budget import Budget
 from mlx_promptcache.deletion import Deletion, execute
@@ -30,6 +39,7 @@ from mlx_promptcache.errors import (
     StoreError,
     UnsupportedLayer,
 )
+from mlx_promptcache.facts import Facts, memo_of
 from mlx_promptcache.finder import Finder
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings
 from mlx_promptcache.layers import capture, check_quantised, leaves, make_layers
@@ -60,14 +70,14 @@ log = logging.getLogger("mlx_promptcache")
 SLOWER = "it is stored, but here it is sooner computed than read"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Match:
     """How much of a prompt can be reused: its first `position` tokens.
 
     `exact` if a whole state stands at the end of the prompt. `source` is the name or the id of the
-    deepest snapshot on the way, None if there is none. `reason` says why not more. `stored` is how
-    many tokens of the prompt are stored: more than `position` where a model can go on from
-    snapshots only, and none stands there.
+    deepest snapshot on the way, None if there is none. `reason` says why not more, in a sentence
+    without the prompt's text. `stored` is how many tokens of the prompt are stored: more than
+    `position` where a model can go on from snapshots only, and none stands there.
     """
 
     position: int
@@ -75,6 +85,12 @@ class Match:
     source: str | None
     reason: str | None
     stored: int = 0
+
+    def __repr__(self) -> str:
+        whole = ", exact" if self.exact else ""
+        source = f" from {self.source!r}" if self.source is not None else ""
+        why = f": {self.reason}" if self.reason is not None else ""
+        return f"<Match of {self.position:,} tokens{source}{whole}{why}>"
 
 
 class Resumed(NamedTuple):
@@ -183,24 +199,50 @@ class PromptCache:
 
         With `plan` only what that run's own passes would have computed counts (`--exact`).
         """
+        return self._look_up(tokens, plan)[0]
+
+    def explain(self, tokens: Sequence[int], *, plan: Plan | None = None) -> Match:
+        """As `match`, with a reason that names the stored state which agrees for the longest: for
+        that the headers of all states are looked at, or what lists remember of them.
+        """
+        match, found = self._look_up(tokens, plan)
+        if found is None or match.reason != reasons.differs(None, match.stored):
+            return match
+        with contextlib.suppress(PromptCacheError), self._store.shared():
+            facts = Facts(self._store, memo_of(self._store))
+            named = set(self._store.names().values())
+            near = reasons.neighbour(facts, self._finder.root(found.phase), tokens, named)
+            facts.keep()
+            if near is not None and near.agreed == match.stored:
+                ends = near.agreed == near.n_past
+                label = self._label(near.stem)
+                return replace(match, reason=reasons.differs(label, match.stored, ends=ends))
+        return match
+
+    def _look_up(self, tokens: Sequence[int], plan: Plan | None) -> tuple[Match, Found | None]:
         try:
             with self._store.shared():
+                before = len(self._bad.told)
                 found = self._finder.find(tokens, plan)
-                return self._match(tokens, found, self._finder.source(tokens, found), None)
+                refused = None if found.exact else next(iter(self._bad.told[before:]), None)
+                source = self._finder.source(tokens, found)
+                return self._match(tokens, found, source, refused, plan), found
         except PromptCacheError as exc:
-            return Match(0, False, None, str(exc))
+            return Match(0, False, None, str(exc)), None
 
     def _match(
-        self, tokens: Sequence[int], found: Found, source: str | None, refused: str | None
+        self,
+        tokens: Sequence[int],
+        found: Found,
+        source: str | None,
+        refused: str | None,
+        plan: Plan | None = None,
     ) -> Match:
         stored = max(found.position, found.reached)
+        if refused is None:
+            refused = reasons.why_not_more(self._finder, tokens, found, plan)
         if stored == 0:
-            return Match(0, False, None, refused or self._finder.why_none(tokens))
-        if refused is None and found.position < min(stored, len(tokens) - 1):
-            refused = (
-                f"{stored} tokens of it are stored, but this model can only go on from a snapshot, "
-                "and none stands there"
-            )
+            return Match(0, False, None, refused)
         return Match(found.position, found.exact, source and self._label(source), refused, stored)
 
     def _label(self, stem: str) -> str:
@@ -259,10 +301,12 @@ class PromptCache:
         if self.blueprint is None:
             self.blueprint = Blueprint.of(model, self.kv)
         refused: str | None = None
+        before = len(self._bad.told)
         while True:  # each time round there is a file less
             found = self._finder.find(tokens, plan, limit)
             if found.position == 0:
-                return Resumed(None, None, self._match(tokens, found, None, refused))
+                refused = refused or next(iter(self._bad.told[before:]), None)
+                return Resumed(None, None, self._match(tokens, found, None, refused, plan))
             stored_bytes = self._stored_bytes(found)
             if self.rates.reading_is_slower(stored_bytes, found.position):
                 return Resumed(None, None, Match(0, False, None, SLOWER, found.reached))
@@ -290,7 +334,7 @@ class PromptCache:
             # The rows are in the layers now: nobody else may hold them, or MLX copies them all
             # when the next token is written.
             bare = replace(state, contents=())
-            return Resumed(bare, layers, self._match(tokens, found, source, refused))
+            return Resumed(bare, layers, self._match(tokens, found, source, refused, plan))
 
     def _read(self, found: Found, tokens: Sequence[int], model: Any) -> builtins.list[Any] | None:
         try:

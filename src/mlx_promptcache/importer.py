@@ -56,8 +56,8 @@ def add(
             file system refuses.
         CacheLocked: somebody adds to the store or deletes from it, and does not come to an end.
     """
-    with _reading(path) as reader:
-        with _told_of(path):
+    with reading(path) as reader:
+        with told_of(path):
             found = parcel.opened(reader.header())
             check_fingerprint(found, fingerprint)
             container.check(reader.read, _entries(found))
@@ -69,7 +69,7 @@ def add(
                 check_free(store, name, found.keys[len(found.tokens)])
             there = list(_there(store, found))
             _make_room(store, budget, reader.size, found, there)
-            with store.shared(), _told_of(path):
+            with store.shared(), told_of(path):
                 return _write(store, bad, found, there, reader.read, name), len(found.tokens)
 
 
@@ -103,7 +103,7 @@ def _texts(found: Parcel) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[Reader]:
+def reading(path: Path) -> Iterator[Reader]:
     """A file that the user names, whoever's it is, and through whatever link.
 
     Raises:
@@ -123,7 +123,7 @@ def _reading(path: Path) -> Iterator[Reader]:
 
 
 @contextlib.contextmanager
-def _told_of(path: Path) -> Iterator[None]:
+def told_of(path: Path) -> Iterator[None]:
     """Let what is wrong with a file name it."""
     try:
         yield

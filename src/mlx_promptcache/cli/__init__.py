@@ -19,6 +19,7 @@ COMMANDS = {
     "load": "Restore a state, and go on generating where it stopped.",
     "list": "List the stored states.",
     "show": "Show everything about one stored state.",
+    "match": "Say how much of a prompt would be reused, and why not more.",
     "export": "Write a stored state to a file of its own.",
     "import": "Take a state from a file into the store.",
     "clear": "Delete stored states.",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mlx_promptcache import exporter
+from mlx_promptcache import catalog, exporter
 from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import (
+    OWN_FORMAT,
     ModelChoice,
     file_format_option,
     model_options,
@@ -32,7 +34,7 @@ def command(**options: Any) -> int:
     choice, path = take(ModelChoice, options), _path(options["file"])
     if not options["force"]:
         exporter.check_free(path)
-    exported = exporter.export(choice.store(), options["name"], path, replace_file=options["force"])
+    exported = _exported(choice, path, options)
     answer = {
         "name": exported.name,
         "snapshot": exported.snapshot,
@@ -48,6 +50,19 @@ def command(**options: Any) -> int:
         size = output.size(exported.bytes)
         click.echo(output.printable(f"{path}: {exported.tokens} tokens, {size}"))
     return 0
+
+
+def _exported(choice: ModelChoice, path: Path, options: dict[str, Any]) -> exporter.Exported:
+    name, force = options["name"], options["force"]
+    store = choice.store()
+    if options["file_format"] == OWN_FORMAT:
+        return exporter.export(store, name, path, replace_file=force)
+    stem = catalog.find(store, name)[0]  # before the model, which takes long
+    from mlx_promptcache.handover import hand_over
+
+    model = choice.model or str(choice.path())
+    found = hand_over(choice.runner(read_only=True), name, path, model, replace_file=force)
+    return replace(found, snapshot=stem.rpartition("-")[2])
 
 
 def _path(file: str) -> Path:

@@ -276,14 +276,23 @@ class ModelChoice:
         store.check()
         return store
 
+    def parts(self, *, download: bool = True) -> tuple[Path | None, Path | None]:
+        """The directories of the adapter and of the draft model.
+
+        Raises:
+            ModelError: there is no such draft model.
+        """
+        adapter = Path(self.adapter_path) if self.adapter_path else None
+        draft = models.find(self.draft_model, download=download) if self.draft_model else None
+        return adapter, draft
+
     def fingerprint(self) -> Fingerprint | None:
         """The fingerprint of the model, to tell stale states; None where no model is chosen."""
         if self.model is None and self.cache_dir is not None:
             return None
-        adapter = Path(self.adapter_path) if self.adapter_path else None
         try:
             path = self.path(download=False)
-            draft = models.find(self.draft_model, download=False) if self.draft_model else None
+            adapter, draft = self.parts(download=False)
             return remembered(path, adapter=adapter, kv=self.kv, salt=self.salt, draft=draft)
         except ModelError:
             if self.cache_dir is None:
@@ -365,6 +374,12 @@ class PromptChoice:
         for text in (self.prompt, self.prefix, self.system_prompt):
             if text is not None and not _is_text(text):
                 raise click.UsageError("a prompt on the command line must be UTF-8 text")
+
+    @property
+    def given(self) -> bool:
+        """Whether there is a prompt at all."""
+        texts = (self.prompt, self.prompt_file, self.messages, self.prefix, self.prefix_file)
+        return any(text is not None for text in texts)
 
     def text(self) -> str:
         """The prompt itself."""
