@@ -543,6 +543,38 @@ def test_a_read_only_cache_sends_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "shared").exists()
 
 
+# On the Hub
+
+HUB = """
+import sys; sys.path.insert(0, sys.argv[1])
+import json, pathlib, tiny
+from mlx_promptcache import PromptCache, Runner
+directory, url = pathlib.Path(sys.argv[2]), "hf://datasets/team/caches/states"
+cache = PromptCache(directory / "one", "plain")
+run = Runner(tiny.plain(), None, cache=cache)
+cache.save("few-shot", run.prefill(tiny.random_tokens(600, seed=1)))
+sent = [cache.sharing(url).push().files for _ in range(2)]
+two = PromptCache(directory / "two", "plain")
+names = two.sharing(url).pull().names
+same = tiny.digest(two.load("few-shot")) == tiny.digest(cache.load("few-shot"))
+print(json.dumps([sent, names, same]))
+"""
+
+
+def test_states_go_to_the_hub_in_few_commits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its real client, and a stand-in for its API."""
+    with servers.serving("hub", tmp_path) as port:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://{servers.HOST}:{port}")
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        tests = str(Path(__file__).parent)
+        told = processes.python(HUB, tests, tmp_path, HF_HUB_OFFLINE="0")
+    assert told == [[4, 0], ["few-shot"], True]
+    assert (tmp_path / "commits").read_text().split() == ["3", "1", "1"]  # blocks, snapshot, name
+
+
 # On the command line
 
 

@@ -47,9 +47,8 @@ from mlx_promptcache.loader import Loader
 from mlx_promptcache.passes import UNKNOWN
 from mlx_promptcache.quarantine import BadFile, Quarantine
 from mlx_promptcache.rates import Rates
-from mlx_promptcache.remote import Remote
 from mlx_promptcache.saver import Saver, most_bytes
-from mlx_promptcache.sharing import Sharing
+from mlx_promptcache.sharing import Sharing, remote_at
 from mlx_promptcache.state import Ref, State, Trail
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from mlx_promptcache.supply import SECONDS, Supply
@@ -491,7 +490,7 @@ class PromptCache:
     def sharing(self, url: str, *, signer: Signer | None = None) -> Sharing:
         """What pushes states to a URL, and pulls them from there; a signer signs what is pushed."""
         digest = self.fingerprint.digest
-        remote = Remote(url, digest)
+        remote = remote_at(url, digest)
         return Sharing(self._store, self._bad, digest, self.budget, remote, signer=signer)
 
     def attach(self, url: str, *, signer: Signer | None = None, seconds: float = SECONDS) -> None:

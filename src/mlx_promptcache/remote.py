@@ -171,6 +171,9 @@ class Remote:
         end = f".{signature}{SUFFIX}" if signature else SUFFIX
         self._write(f"{kind}/{stem}{end}", data)
 
+    def flush(self) -> None:
+        """Return when all that was written is there."""
+
     def write_name(self, name: str, stem: str, signature: str | None) -> None:
         """Let a name stand for a stem, whatever it stood for."""
         text = f"{stem}\n{signature or ''}\n"

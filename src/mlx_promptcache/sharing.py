@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from dataclasses import replace as replace_
 from typing import TYPE_CHECKING, NamedTuple
 
-from mlx_promptcache import arrivals, catalog, container, exporter, headers
+from mlx_promptcache import arrivals, catalog, container, exporter, headers, hub
 from mlx_promptcache.arrivals import Arrivals, shared_stem
 from mlx_promptcache.errors import CacheMiss, PromptCacheError, StoreError
+from mlx_promptcache.hub import HubRemote
+from mlx_promptcache.remote import Remote
 from mlx_promptcache.signatures import Trust
 from mlx_promptcache.store import BLOCKS, NAMES, SNAPSHOTS
 from mlx_promptcache.tree import SnapshotName
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from mlx_promptcache.arrivals import Arrival
     from mlx_promptcache.budget import Budget
     from mlx_promptcache.quarantine import Quarantine
-    from mlx_promptcache.remote import Remote, RemoteFile
+    from mlx_promptcache.remote import RemoteFile
     from mlx_promptcache.signatures import Signer
     from mlx_promptcache.store import Store
 
@@ -51,6 +53,11 @@ class Moved:
     shared: int
     names: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+
+
+def remote_at(url: str, fingerprint: str) -> Remote:
+    """The remote of a URL."""
+    return (HubRemote if url.startswith(hub.SCHEME) else Remote)(url, fingerprint)
 
 
 class _File(NamedTuple):
@@ -115,6 +122,7 @@ class Sharing:
             state = states[stem]
             if state is not None and name in named and self._name(name, state.stem, replace):
                 told.append(name)
+        self.remote.flush()
         return replace_(moved, names=tuple(sorted(told)))
 
     def send(self, stems: Iterable[str]) -> Moved:
@@ -185,6 +193,7 @@ class Sharing:
         for kind in (BLOCKS, SNAPSHOTS):  # a state is there when all that it needs is
             for batch in _batches([file for file in missing if file.kind == kind]):
                 sizes += self.remote.each(self._write, batch)
+                self.remote.flush()
                 done += len(batch)
                 if progress is not None:
                     progress(done, len(missing))

@@ -9,8 +9,7 @@ import click
 from mlx_promptcache.budget import Budget
 from mlx_promptcache.cli import output
 from mlx_promptcache.quarantine import Quarantine
-from mlx_promptcache.remote import Remote
-from mlx_promptcache.sharing import Sharing
+from mlx_promptcache.sharing import Sharing, remote_at
 
 if TYPE_CHECKING:
     from mlx_promptcache.cli.options import ModelChoice
@@ -30,7 +29,7 @@ def sharing(
     if fingerprint is None:
         raise click.UsageError("states are shared for a model: give --model")
     bad = Quarantine(store, read_only=False)
-    remote = Remote(url, fingerprint.digest)
+    remote = remote_at(url, fingerprint.digest)
     budget = Budget.chosen(max_bytes)
     return Sharing(store, bad, fingerprint.digest, budget, remote, signer=signer)
 
