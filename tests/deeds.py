@@ -8,6 +8,7 @@ import contextlib
 import io
 import logging
 import random
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ COMMON, RARE = 6, 1
 WEIGHTS = {
     "save": COMMON, "talk": COMMON, "keep": COMMON, "generate": COMMON, "load": COMMON,
     "clear": COMMON, "prune": RARE, "clear_unnamed": RARE, "clear_all": RARE, "verify": RARE,
-    "list": RARE, "harm": 0,
+    "list": RARE, "export": RARE, "import": COMMON, "harm": 0,
 }  # fmt: skip
 LATEST = "latest"  # a name that stands for one state after the other
 
@@ -122,6 +123,39 @@ class Worker:
         self._expect(said == known.said(drawn=deed.exact), f"{said} after {deed}")
         kept = self._kept(deed, run.prompt_state())
         return self._kept(deed, run.state()) if deed.sync else kept
+
+    def _export(self, deed: Deed) -> str:
+        """Write a state to the file of its name, in place of what was there."""
+        try:
+            self.cache.export(deed.name, self._file(deed.name), replace=True)
+        except DamagedFile:
+            raise
+        except CacheMiss:
+            return "miss"
+        return "exported"
+
+    def _import(self, deed: Deed) -> str:
+        """Take a prompt's state from a file, made in another store."""
+        path = self._file(f"of prompt {deed.prompt}")
+        if not path.exists():
+            with tempfile.TemporaryDirectory() as elsewhere:
+                other = PromptCache(elsewhere, self.cache.fingerprint)
+                other.save(
+                    "made", Runner(self.runner.model).prefill(self.known[deed.prompt].prompt)
+                )
+                other.export("made", path, replace=True)
+        try:
+            self.cache.import_file(path, deed.name, replace=deed.name == LATEST)
+        except NoRoom:
+            return "no room"
+        except StoreError as exc:
+            self._expect("another state named" in str(exc), f"an import failed: {exc}")
+            return "taken"
+        return "saved"
+
+    def _file(self, name: str) -> Path:
+        """A file beside the store."""
+        return self.directory.with_name(f"{self.directory.name} {name}.safetensors")
 
     def _load(self, deed: Deed) -> str:
         try:

@@ -62,13 +62,13 @@ def run(*arguments: str | Path, stdin: str = "", **more: str) -> Ended:
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
-def python(source: str, *arguments: str | Path) -> Any:
+def python(source: str, *arguments: str | Path, **more: str) -> Any:
     """Run a Python program in a process of its own, and return the JSON that it prints."""
     done = subprocess.run(
         [sys.executable, "-c", source, *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=environment(),
+        env=environment(**more),
         check=False,
         timeout=900,
     )

@@ -39,7 +39,7 @@ from tiny import digest, random_tokens
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from mlx_promptcache.saver import Saved
+    from mlx_promptcache.writer import Saved
 
     Tokens = tuple[int, ...]
 

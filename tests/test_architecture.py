@@ -44,9 +44,22 @@ FLOORS = [
     "eviction",
     "room",
     "catalog",
+    "prefixes",
     "verification",
+    "writer",
     "finder",
+    "reasons",
+    "cuts",
+    "parcel",
+    "exporter",
+    "importer",
     "rates",
+    "signatures",
+    "remote",
+    "hub",
+    "arrivals",
+    "sharing",
+    "supply",
     "templates",
     "engine",
     "checkpoint",
@@ -70,6 +83,8 @@ FLOORS = [
     "run",
     "speculative",
     "runner",
+    "mlx_lm_file",
+    "handover",
     "timing",
     "machine",
     "programs",
@@ -81,11 +96,18 @@ FLOORS = [
     "cli.options",
     "cli.session",
     "cli.prompts",
+    "cli.drawing",
     "cli.list",
     "cli.show",
     "cli.clear",
     "cli.verify",
     "cli.prune",
+    "cli.export",
+    "cli.import_",
+    "cli.match",
+    "cli.transfer",
+    "cli.push",
+    "cli.pull",
     "cli.save",
     "cli.load",
     "cli.generate",
@@ -94,7 +116,9 @@ FLOORS = [
 ]
 
 WITHOUT_MLX = FLOORS[: FLOORS.index("engine")]
-COMMANDS_WITHOUT_MLX = ["cli.__init__", "cli.list", "cli.show", "cli.clear", "cli.verify"]
+COMMANDS_WITHOUT_MLX = [
+    "cli.__init__", "cli.list", "cli.show", "cli.clear", "cli.verify", "cli.export", "cli.import_",
+]  # fmt: skip
 VAGUE = {"utils", "util", "helpers", "common", "base", "manager", "misc", "core"}
 UNSAFE = {"pickle", "marshal", "shelve", "dill", "joblib", "torch"}  # what loads code from files
 

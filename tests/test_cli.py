@@ -866,3 +866,109 @@ def test_saving_the_same_again_changes_nothing(program: Program) -> None:
     after = snapshot_of(program.directory)
     containers = {path for path in after if path.endswith(".safetensors")}
     assert {path: after[path] for path in containers} == {path: before[path] for path in containers}
+
+
+# match, export and import
+
+
+def test_match_says_how_much_is_reused_and_why_not_more(program: Program) -> None:
+    program("save", "few", "-p", PROMPT)
+    told = program("match", "-p", PROMPT + "one", "--json").json
+    run = program.generate("-p", PROMPT + "one")
+    assert set(told) == {
+        "prompt_tokens", "cached_tokens", "stored_tokens", "hit", "source", "reason", "differs_at",
+        "text",
+    }  # fmt: skip
+    for name in ("prompt_tokens", "cached_tokens", "hit", "source"):
+        assert told[name] == run[name]
+    assert told["reason"].startswith("'few' ends at token ")
+    assert told["text"][1].strip().startswith("one")
+    shown = program("match", "-p", PROMPT + "two").out.splitlines()
+    assert "tokens would be reused, from few" in shown[0]
+    assert shown[1].startswith("why not more: it differs from '")
+    assert " two" in shown[1]
+    exact = program("match", "-p", PROMPT + "one", "--json").json
+    assert (exact["hit"], exact["reason"], exact["text"]) == ("exact", None, None)
+
+
+def test_match_and_generate_give_the_same_reason_for_a_miss(program: Program) -> None:
+    program("save", "few", "-p", PROMPT)
+    for options in (["--salt", "mine"], ["--kv-bits", "8", "--kv-group-size", "32"], ["--exact"]):
+        told = program("match", "-p", PROMPT, "--json", *options).json
+        run = program.generate("-p", PROMPT, *options, "--prompt-cache-ro")
+        assert (told["cached_tokens"], run["cached_tokens"]) == (0, 0), options
+        assert told["reason"] == run["miss_reason"]
+
+
+def test_match_loads_no_weights_and_writes_nothing(program: Program, tmp_path: Path) -> None:
+    program("save", "few", "-p", PROMPT)
+    before = snapshot_of(program.directory)
+    chosen = ("-m", program.model, "--cache-dir", program.directory, "-p", PROMPT, "--json")
+    source = (
+        "import sys; from mlx_promptcache import checkpoint, cli;"
+        "checkpoint.load = None; sys.exit(cli.run(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", source, "match", *map(str, chosen)],
+        capture_output=True, text=True, env=processes.environment(), check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["cached_tokens"] > 0
+    assert snapshot_of(program.directory) == before
+
+
+def test_no_text_of_a_prompt_is_in_a_reason(program: Program) -> None:
+    program("save", "few", "-p", PROMPT)
+    told = program("match", "-p", PROMPT[:100] + "secret words", "--json").json
+    assert "secret" in "".join(told["text"])
+    assert "secret" not in told["reason"]
+
+
+def test_a_state_goes_from_one_store_to_another_in_a_file(
+    program: Program, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, other = tmp_path / "few.safetensors", Program(tiny_model, tmp_path / "other", capsys)
+    program("save", "few", "-p", PROMPT)
+    told = program("export", "few", file, "--json").json
+    assert (told["name"], told["file"], told["format"]) == ("few", str(file), "own")
+    assert told["bytes"] == file.stat().st_size
+    taken = other("import", file, "--name", "mine", "--json").json
+    assert (taken["name"], taken["tokens"]) == ("mine", told["tokens"])
+    assert other.generate("--prompt-cache", "mine", "-p", "two")["cached_tokens"] > 0
+    assert other("verify").code == 0
+    again = one_line(program("export", "few", file))
+    assert "is there already" in again
+    assert program("export", "few", file, "--force").code == 0
+
+
+def test_what_cannot_be_exported_or_imported_is_told_in_one_line(
+    program: Program, tmp_path: Path
+) -> None:
+    program("save", "few", "-p", PROMPT)
+    file = tmp_path / "few.safetensors"
+    program("export", "few", file)
+    assert "no state named 'none'" in one_line(program("export", "none", tmp_path / "a"))
+    assert "there is no directory" in one_line(program("export", "few", tmp_path / "no" / "a"))
+    assert "cannot be read" in one_line(program("import", tmp_path / "none"))
+    assert "another salt" in one_line(program("import", file, "--salt", "mine"))
+    asked = ("--format", "mlx-lm", "-p", "a")
+    assert "leave --format out" in one_line(program("import", file, *asked))
+    file.write_bytes(file.read_bytes()[:-9])
+    assert "cannot be imported: it has " in one_line(program("import", file))
+    assert program("export", "few", "-").code == 2
+    assert program("import", file, "-p", "a").code == 2
+    assert program("import", file, "--format", "mlx-lm").code == 2
+
+
+def test_exporting_and_importing_do_not_wait_for_mlx(program: Program, tmp_path: Path) -> None:
+    program("save", "few", "-p", PROMPT)
+    source = (
+        "import json, sys; from mlx_promptcache import cli; code = cli.run(sys.argv[1:]);"
+        "print(json.dumps([code, 'mlx' in sys.modules]))"
+    )
+    chosen = ("-m", program.model, "--cache-dir")
+    file = tmp_path / "few.safetensors"
+    assert processes.python(source, "export", "few", file, *chosen, program.directory) == [0, False]
+    assert processes.python(source, "import", file, *chosen, tmp_path / "new") == [0, False]
+    told = processes.python(source, "list", "--tree", *chosen, tmp_path / "new")
+    assert told == [0, False]

@@ -60,7 +60,7 @@ class Patient:
         what, name = deed["what"], deed["name"]
         self._touched.add(name)
         self._old = set(self.names.get(name, {None}))
-        if what in {"save", "talk"}:
+        if what in {"save", "talk", "import"}:
             self.names.setdefault(name, {None}).add(_promise(deed))
         elif what == "clear":
             self.names.setdefault(name, {None}).add(None)

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from mlx_promptcache.run import Step
     from mlx_promptcache.runner import Runner
     from mlx_promptcache.sampling import Sampling
-    from mlx_promptcache.saver import Saved
     from mlx_promptcache.state import State
+    from mlx_promptcache.writer import Saved
 
 _HOMES = {
     "Fingerprint": "fingerprint",
@@ -44,7 +44,7 @@ _HOMES = {
     "PromptCache": "cache",
     "Runner": "runner",
     "Sampling": "sampling",
-    "Saved": "saver",
+    "Saved": "writer",
     "State": "state",
     "Step": "run",
 }

@@ -14,11 +14,21 @@ import logging
 import time
 import weakref
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_promptcache import catalog, headers, places, room, verification
+from mlx_promptcache import (
+    catalog,
+    exporter,
+    headers,
+    importer,
+    places,
+    reasons,
+    room,
+    verification,
+)
 from mlx_promptcache.blueprint import Blueprint
 from mlx_promptcache.budget import Budget
 from mlx_promptcache.deletion import Deletion, execute
@@ -30,6 +40,7 @@ from mlx_promptcache.errors import (
     StoreError,
     UnsupportedLayer,
 )
+from mlx_promptcache.facts import Facts, memo_of
 from mlx_promptcache.finder import Finder
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings
 from mlx_promptcache.layers import capture, check_quantised, leaves, make_layers
@@ -37,33 +48,36 @@ from mlx_promptcache.loader import Loader
 from mlx_promptcache.passes import UNKNOWN
 from mlx_promptcache.quarantine import BadFile, Quarantine
 from mlx_promptcache.rates import Rates
-from mlx_promptcache.saver import Saved, Saver, most_bytes
+from mlx_promptcache.saver import Saver, most_bytes
+from mlx_promptcache.sharing import Sharing, remote_at
 from mlx_promptcache.state import Ref, State, Trail
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
+from mlx_promptcache.supply import SECONDS, Supply
 from mlx_promptcache.tokenizer_store import TokenizerStore
 
 if TYPE_CHECKING:
     import builtins
     import os
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from pathlib import Path
 
     from mlx_promptcache.finder import Found
     from mlx_promptcache.passes import Plan
+    from mlx_promptcache.signatures import Signer
+    from mlx_promptcache.writer import Saved
 
 log = logging.getLogger("mlx_promptcache")
 
 SLOWER = "it is stored, but here it is sooner computed than read"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Match:
     """How much of a prompt can be reused: its first `position` tokens.
 
     `exact` if a whole state stands at the end of the prompt. `source` is the name or the id of the
-    deepest snapshot on the way, None if there is none. `reason` says why not more. `stored` is how
-    many tokens of the prompt are stored: more than `position` where a model can go on from
-    snapshots only, and none stands there.
+    deepest snapshot on the way, None if there is none. `reason` says why not more, in a sentence
+    without the prompt's text. `stored` is how many tokens of the prompt are stored: more than
+    `position` where a model can go on from snapshots only, and none stands there.
     """
 
     position: int
@@ -71,6 +85,12 @@ class Match:
     source: str | None
     reason: str | None
     stored: int = 0
+
+    def __repr__(self) -> str:
+        whole = ", exact" if self.exact else ""
+        source = f" from {self.source!r}" if self.source is not None else ""
+        why = f": {self.reason}" if self.reason is not None else ""
+        return f"<Match of {self.position:,} tokens{source}{whole}{why}>"
 
 
 class Resumed(NamedTuple):
@@ -119,6 +139,9 @@ class PromptCache:
         self._store = Store(directory, allow_foreign=allow_foreign, read_only=self.read_only)
         self._bad = Quarantine(self._store, read_only=self.read_only)
         self._finder = Finder(self._store, self.fingerprint, self.kv, self._bad)
+        self.supply: Supply | None = None
+        """A remote that is asked for what is not here, and gets what is kept; see `attach`."""
+        self._attached: tuple[str, Signer | None, float] | None = None
         self._fetched: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
 
     def __repr__(self) -> str:
@@ -147,10 +170,14 @@ class PromptCache:
         """The same store for the same model with other KV settings."""
         if kv == self.kv:
             return self
-        return PromptCache(
+        other = PromptCache(
             self.directory, self.fingerprint, kv=kv, read_only=self.read_only,
             max_bytes=self.budget.max_bytes, allow_foreign=self._store.allow_foreign,
         )  # fmt: skip
+        if self._attached is not None:
+            url, signer, seconds = self._attached
+            other.attach(url, signer=signer, seconds=seconds)
+        return other
 
     @property
     def rates(self) -> Rates:
@@ -172,24 +199,50 @@ class PromptCache:
 
         With `plan` only what that run's own passes would have computed counts (`--exact`).
         """
+        return self._look_up(tokens, plan)[0]
+
+    def explain(self, tokens: Sequence[int], *, plan: Plan | None = None) -> Match:
+        """As `match`, with a reason that names the stored state which agrees for the longest: for
+        that the headers of all states are looked at, or what lists remember of them.
+        """
+        match, found = self._look_up(tokens, plan)
+        if found is None or match.reason != reasons.differs(None, match.stored):
+            return match
+        with contextlib.suppress(PromptCacheError), self._store.shared():
+            facts = Facts(self._store, memo_of(self._store))
+            named = set(self._store.names().values())
+            near = reasons.neighbour(facts, self._finder.root(found.phase), tokens, named)
+            facts.keep()
+            if near is not None and near.agreed == match.stored:
+                ends = near.agreed == near.n_past
+                label = self._label(near.stem)
+                return replace(match, reason=reasons.differs(label, match.stored, ends=ends))
+        return match
+
+    def _look_up(self, tokens: Sequence[int], plan: Plan | None) -> tuple[Match, Found | None]:
         try:
             with self._store.shared():
+                before = len(self._bad.told)
                 found = self._finder.find(tokens, plan)
-                return self._match(tokens, found, self._finder.source(tokens, found), None)
+                refused = None if found.exact else next(iter(self._bad.told[before:]), None)
+                source = self._finder.source(tokens, found)
+                return self._match(tokens, found, source, refused, plan), found
         except PromptCacheError as exc:
-            return Match(0, False, None, str(exc))
+            return Match(0, False, None, str(exc)), None
 
     def _match(
-        self, tokens: Sequence[int], found: Found, source: str | None, refused: str | None
+        self,
+        tokens: Sequence[int],
+        found: Found,
+        source: str | None,
+        refused: str | None,
+        plan: Plan | None = None,
     ) -> Match:
         stored = max(found.position, found.reached)
+        if refused is None:
+            refused = reasons.why_not_more(self._finder, tokens, found, plan)
         if stored == 0:
-            return Match(0, False, None, refused or self._finder.why_none(tokens))
-        if refused is None and found.position < min(stored, len(tokens) - 1):
-            refused = (
-                f"{stored} tokens of it are stored, but this model can only go on from a snapshot, "
-                "and none stands there"
-            )
+            return Match(0, False, None, refused)
         return Match(found.position, found.exact, source and self._label(source), refused, stored)
 
     def _label(self, stem: str) -> str:
@@ -218,11 +271,23 @@ class PromptCache:
         What is damaged, locked, cannot be read or does not fit the model is a miss with a notice.
         """
         try:
+            if self.supply is not None:
+                self._bring(self.supply, tokens, plan, limit)
             with self._store.shared():
                 return self._resume(tokens, model, plan, limit, later=later)
         except PromptCacheError as exc:
             log.warning("the prompt cache is not used: %s", exc)
             return Resumed(None, None, Match(0, False, None, str(exc)))
+
+    def _bring(
+        self, supply: Supply, tokens: Sequence[int], plan: Plan | None, limit: int | None
+    ) -> None:
+        with self._store.shared():
+            found = self._finder.find(tokens, plan, limit)
+        goal = tokens if limit is None else tokens[:limit]
+        if not found.exact and found.position < len(goal):
+            for phase in self.kv.phases:
+                supply.bring(self._finder.root(phase), goal, found.position)
 
     def _resume(
         self,
@@ -236,10 +301,12 @@ class PromptCache:
         if self.blueprint is None:
             self.blueprint = Blueprint.of(model, self.kv)
         refused: str | None = None
+        before = len(self._bad.told)
         while True:  # each time round there is a file less
             found = self._finder.find(tokens, plan, limit)
             if found.position == 0:
-                return Resumed(None, None, self._match(tokens, found, None, refused))
+                refused = refused or next(iter(self._bad.told[before:]), None)
+                return Resumed(None, None, self._match(tokens, found, None, refused, plan))
             stored_bytes = self._stored_bytes(found)
             if self.rates.reading_is_slower(stored_bytes, found.position):
                 return Resumed(None, None, Match(0, False, None, SLOWER, found.reached))
@@ -267,7 +334,7 @@ class PromptCache:
             # The rows are in the layers now: nobody else may hold them, or MLX copies them all
             # when the next token is written.
             bare = replace(state, contents=())
-            return Resumed(bare, layers, self._match(tokens, found, source, refused))
+            return Resumed(bare, layers, self._match(tokens, found, source, refused, plan))
 
     def _read(self, found: Found, tokens: Sequence[int], model: Any) -> builtins.list[Any] | None:
         try:
@@ -348,7 +415,13 @@ class PromptCache:
         """
         with self._writing(state, asked_for=True):
             saver = Saver(self._finder, state, sync=sync, exact=exact or self._cuts_matter)
-            return saver.save(name, replace=replace)
+            saved = saver.save(name, replace=replace)
+        return self._sent(saved)
+
+    def _sent(self, saved: Saved) -> Saved:
+        if self.supply is not None and saved.snapshots:
+            self.supply.send(saved.snapshots)
+        return saved
 
     def keep(self, state: State, *, exact: bool = False) -> Saved:
         """Store a state for prompts to come, without a name, and leave the syncing to the system.
@@ -362,7 +435,8 @@ class PromptCache:
         if kept is not None:
             return kept
         with self._writing(state):
-            return saver.save(None, share=True)
+            saved = saver.save(None, share=True)
+        return self._sent(saved)
 
     @contextlib.contextmanager
     def _writing(self, state: State, *, asked_for: bool = False) -> Iterator[None]:
@@ -389,6 +463,54 @@ class PromptCache:
             lambda ref: self._finder.is_there(ref.stem, ref.digest), state.trail.refs
         )
         return max((ref.end for ref in there), default=0)
+
+    # In files of their own
+
+    def export(
+        self, name: str, path: str | os.PathLike[str], *, replace: bool = False
+    ) -> exporter.Exported:
+        """Write the state of a name, or of a snapshot's id, to a file for `import_file`; over
+        another file only with `replace`.
+
+        Raises:
+            CacheMiss: there is no such state, or it is damaged.
+            StoreError: there is such a file, or the file system refuses.
+        """
+        return exporter.export(self._store, name, Path(path), replace_file=replace)
+
+    def import_file(
+        self, path: str | os.PathLike[str], name: str | None = None, *, replace: bool = False
+    ) -> Saved:
+        """Store the state of a file that `export` wrote, under this name or the one that it had.
+
+        Raises:
+            CacheMiss: it was made by another model or with other settings; DamagedFile if it is
+                not what was written.
+            StoreError, CacheLocked: as `save` does.
+        """
+        if self.read_only:
+            raise StoreError("this prompt cache is read-only")
+        return importer.add(
+            Path(path), self._store, self._bad, self.fingerprint, self.budget,
+            name=name, replace=replace,
+        )[0]  # fmt: skip
+
+    # Shared with other machines
+
+    def sharing(self, url: str, *, signer: Signer | None = None) -> Sharing:
+        """What pushes states to a URL, and pulls them from there; a signer signs what is pushed."""
+        digest = self.fingerprint.digest
+        remote = remote_at(url, digest)
+        return Sharing(self._store, self._bad, digest, self.budget, remote, signer=signer)
+
+    def attach(self, url: str, *, signer: Signer | None = None, seconds: float = SECONDS) -> None:
+        """Ask a URL for what is not here, from now on, and send what is kept there, in the
+        background. A prompt waits for it at most so many seconds, and no longer than computing
+        would take; whatever is wrong with it is a notice. `supply.close()` waits for the rest.
+        """
+        sharing, digest = self.sharing(url, signer=signer), self.fingerprint.digest
+        self._attached = url, signer, seconds
+        self.supply = Supply(sharing, digest, seconds=seconds, read_only=self.read_only)
 
     # For programs that keep mlx-lm's own loop
 

@@ -6,7 +6,7 @@ import json
 import math
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache import headers
@@ -28,7 +28,7 @@ OK, STALE, DAMAGED = "ok", "stale", "damaged"
 STALE_PARTS = ("weights", "config", "text", "format")  # the other parts are chosen from run to run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Entry:
     """One stored state, as `list` shows it. Sizes in bytes, times in seconds since the epoch."""
 
@@ -43,7 +43,12 @@ class Entry:
     hits: int
     status: str
     reason: str | None
-    stem: str = field(repr=False)
+    stem: str
+
+    def __repr__(self) -> str:
+        label = self.snapshot if self.name is None else f"{self.name!r} ({self.snapshot})"
+        kept = self.bytes + self.shared_bytes
+        return f"<Entry {label}: {self.tokens:,} tokens, {kept:,} bytes on disk, {self.status}>"
 
 
 class Catalog:

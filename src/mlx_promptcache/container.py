@@ -137,10 +137,32 @@ def pack(kind: str, content: Json, notes: Json, arrays: Mapping[str, Array]) -> 
             "sha256": sha256.hexdigest(),
         }
         payloads.extend(plane.data for plane in planes)
+    head, digest = _sealed(kind, content, notes, table)
+    return Packed([head, *payloads], digest)
+
+
+def head_of(kind: str, content: Json, notes: Json, entries: Mapping[str, Entry]) -> Packed:
+    """Return the beginning of the file that holds these arrays as they are stored elsewhere: their
+    stored bytes follow, in this order, and nothing else.
+    """
+    head, digest = _sealed(kind, content, notes, {n: _row(e) for n, e in entries.items()})
+    return Packed([head], digest)
+
+
+def _sealed(kind: str, content: Json, notes: Json, table: Mapping[str, Json]) -> tuple[bytes, str]:
+    """A file up to its arrays, and the digest of its content."""
     header = _dumps({"kind": kind, "content": content, "notes": notes, "arrays": table})
     head = _safetensors_head(header, {name: _stored_bytes(row) for name, row in table.items()})
-    seal = hashlib.sha256(head).digest()
-    return Packed([head, seal, *payloads], _digest(kind, content, table))
+    return head + hashlib.sha256(head).digest(), _digest(kind, content, table)
+
+
+def _row(entry: Entry) -> Json:
+    return {
+        "dtype": entry.dtype,
+        "shape": list(entry.shape),
+        "planes": [list(plane) for plane in entry.planes],
+        "sha256": entry.sha256,
+    }
 
 
 def _safetensors_head(header: str, sizes: Mapping[str, int]) -> bytes:
@@ -188,6 +210,15 @@ def read_header(read: Read, size: int) -> Header:
         return _parse(head, size)
     except UNREADABLE as exc:
         raise DamagedFile("its header is not one of ours") from exc
+
+
+def read_seal(read: Read, size: int) -> bytes:
+    """Return the seal of a file, 32 bytes: once the file was checked it stands for every byte.
+
+    Raises:
+        DamagedFile: the file is cut short.
+    """
+    return _read_head(read, size)[1]
 
 
 def _read_head(read: Read, size: int) -> tuple[bytes, bytes]:

@@ -11,6 +11,8 @@ PromptCacheError
 ├── UnsupportedLayer     a layer that cannot be captured, or filled from this file
 │   └── NotQuantisable   a layer that mlx-lm cannot quantise as it was asked to
 ├── ModelError           no such model, or not one that mlx-lm can load
+├── RemoteError          a place that is shared cannot be reached, or says no
+├── SignatureError       a key that cannot be read, or a state that nobody signed who is trusted
 ├── PromptError          a prompt that cannot be run: empty, or longer than the context
 └── MeasuringError       a program that was to be measured did not do its work
 
@@ -67,6 +69,14 @@ class NotQuantisable(UnsupportedLayer):
 
 class ModelError(PromptCacheError):
     """There is no such model, or it cannot be loaded."""
+
+
+class RemoteError(PromptCacheError):
+    """A place that is shared cannot be reached, refuses, or is too slow."""
+
+
+class SignatureError(PromptCacheError):
+    """A key cannot be read, or what came is not signed by anybody who is trusted."""
 
 
 class PromptError(PromptCacheError):

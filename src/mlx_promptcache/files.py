@@ -15,7 +15,7 @@ from mlx_promptcache import container, privacy
 from mlx_promptcache.errors import CacheMiss, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterable
     from pathlib import Path
 
 TEMPORARY = ".tmp-"
@@ -158,7 +158,7 @@ def _open_unnoticed(path: str | Path) -> int:
 
 
 def write_once(
-    path: Path, chunks: Sequence[bytes | memoryview], *, sync: bool, replace: bool = False
+    path: Path, chunks: Iterable[bytes | memoryview], *, sync: bool, replace: bool = False
 ) -> bool:
     """Write a file under a name that is not taken, or with `replace` in place of another; return
     whether that was done. It appears whole or not at all, and nothing is left behind.

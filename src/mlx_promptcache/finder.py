@@ -14,7 +14,6 @@ from mlx_promptcache import headers
 from mlx_promptcache.errors import DamagedFile, PromptCacheError
 from mlx_promptcache.fingerprint import PLAIN
 from mlx_promptcache.headers import LOGITS
-from mlx_promptcache.passes import PassRecord, Plan
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, SUFFIX, Store, stems_of
 from mlx_promptcache.tree import (
     CELL,
@@ -32,12 +31,14 @@ from mlx_promptcache.tree import (
     shard,
 )
 from mlx_promptcache.windows import Span, Window
+from mlx_promptcache.writer import record_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from mlx_promptcache.container import Header
     from mlx_promptcache.fingerprint import Fingerprint, KVSettings
+    from mlx_promptcache.passes import Plan
     from mlx_promptcache.quarantine import Quarantine
 
 KEY_DIGITS = 2 * KEY_BYTES
@@ -339,11 +340,3 @@ class _Walk:
         if content["fingerprint"] != self.finder.fingerprint.digest:
             raise DamagedFile("it is a block of another model")
         return rows
-
-
-def record_of(block: Header) -> PassRecord:
-    """The passes that computed a block's rows."""
-    start = block.content["start"]
-    return PassRecord.from_json(
-        block.notes.get("passes"), start, start + len(block.content["tokens"])
-    )

@@ -78,7 +78,7 @@ def checked_block(header: Header, stem: str) -> Header:
         and 0 <= start < 1 << 40
         and start + len(tokens) <= cell_end(start)
         and (content.get("start_key"), tokens[0], content.get("end_key")) == name[1:4]
-        and _is_key(content.get("fingerprint"))
+        and is_key(content.get("fingerprint"))
         and type(content.get("complete")) is bool
         and _is_told_window(content.get("window"), start, start + len(tokens))
         and _are_stacks(content.get("stacks"), header, len(tokens))
@@ -160,7 +160,7 @@ def checked_snapshot(header: Header, stem: str) -> Header:
         and n_past - cell_start(n_past) == name.offset
         and (content.get("cell_key"), content.get("key")) == (name.cell_key, name.key)
         and header.digest.startswith(name.id)
-        and _is_key(content.get("fingerprint"))
+        and is_key(content.get("fingerprint"))
         and content.get("phase") in PHASES
         and isinstance(refs, list)
         and all(map(_is_ref, refs))
@@ -175,7 +175,8 @@ def checked_snapshot(header: Header, stem: str) -> Header:
     return header
 
 
-def _is_key(value: Any) -> bool:
+def is_key(value: Any) -> bool:
+    """Whether it is written as keys and fingerprints are."""
     return isinstance(value, str) and KEY.fullmatch(value) is not None
 
 

@@ -13,7 +13,6 @@ import mlx.core as mx
 from mlx_promptcache import arithmetic, container, headers
 from mlx_promptcache.arrays import from_array
 from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError, UnsupportedLayer
-from mlx_promptcache.finder import record_of
 from mlx_promptcache.headers import EMBEDDING, LOGITS, RNG
 from mlx_promptcache.layers import Layer
 from mlx_promptcache.parts import check_block, check_snapshot, in_order, of_layer, opaque_layers
@@ -25,6 +24,7 @@ from mlx_promptcache.state import Origin, Ref, Speculation, State, Trail
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS
 from mlx_promptcache.tree import Keys
 from mlx_promptcache.windows import Span
+from mlx_promptcache.writer import record_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

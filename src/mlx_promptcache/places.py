@@ -118,5 +118,15 @@ def list_memos() -> Path:
     return user_cache() / "lists"
 
 
+def incoming() -> Path:
+    """Where files that come from elsewhere are until they are whole."""
+    return user_cache() / "incoming"
+
+
+def remotes_memo() -> Path:
+    """Where it is remembered which remotes could not be reached, and until when they are let be."""
+    return user_cache() / "remotes.json"
+
+
 def _stores_file() -> Path:
     return user_cache() / "stores.txt"

@@ -95,6 +95,21 @@ class Prompter:
             )
         return Prompt(tuple(tokens), (), replace(origin, open=True))
 
+    def left_open(self, origin: Origin) -> tuple[int, ...]:
+        """The tokens up to the very end of a text that goes on, as mlx_lm.cache_prompt takes them:
+        the last ones may be others once it does.
+
+        Raises:
+            PromptError: the template refuses it.
+        """
+        if not _is_chat(origin):
+            return tuple(self._encode(origin))
+        try:
+            text = self._rendered(_messages(origin), answer=False, goes_on=True)
+        except Exception as exc:
+            raise PromptError("the chat template leaves no message open") from exc
+        return tuple(self.encode_text(text, special=False))
+
     def _stable(self, origin: Origin) -> list[int]:
         """The tokens that all continuations begin with."""
         try:

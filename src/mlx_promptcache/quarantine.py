@@ -23,6 +23,8 @@ class Quarantine:
     def __init__(self, store: Store, *, read_only: bool) -> None:
         self._store, self.read_only = store, read_only
         self._stems: set[str] = set()
+        self.told: list[str] = []
+        """Why each file that was set aside cannot be used, in a sentence."""
 
     def __contains__(self, stem: str) -> bool:
         return stem in self._stems
@@ -48,4 +50,5 @@ class Quarantine:
         what = kind.removesuffix("s")
         done = "was moved aside" if moved else "is passed over"
         log.warning("a stored %s cannot be used and %s: %s", what, done, why)
-        return BadFile(f"a stored {what} cannot be used: {why}")
+        self.told.append(f"a stored {what} cannot be used: {why}")
+        return BadFile(self.told[-1])

@@ -23,10 +23,16 @@ FORGET = 1.5  # each time that reading is left alone its rate is believed to be 
 
 
 class Rates:
-    """The rates of one store and one fingerprint on this machine."""
+    """The rates of one place, a directory or a URL, and one fingerprint on this machine."""
 
-    def __init__(self, store: Path, fingerprint: str) -> None:
-        self._read, self._computed = f"read {store.absolute()}", f"compute {fingerprint}"
+    def __init__(self, place: Path | str, fingerprint: str) -> None:
+        where = place if isinstance(place, str) else place.absolute()
+        self._read, self._computed = f"read {where}", f"compute {fingerprint}"
+
+    def computing_seconds(self, tokens: int) -> float | None:
+        """How long computing so many tokens takes; None if that is not known yet."""
+        rate = _load().get(self._computed)
+        return tokens / rate if rate else None
 
     def reading_is_slower(self, stored_bytes: int, tokens: int) -> bool:
         """Whether so many bytes would be read much later than so many tokens are computed.

@@ -254,6 +254,11 @@ class Runner:
         """What this runner computes states as; empty where it has no cache to tell."""
         return "" if self.cache is None else self.cache.fingerprint.digest
 
+    @property
+    def layer_maker(self) -> Any:
+        """What makes the layers, and computes with them: the model, with its draft model."""
+        return self._whole
+
     def make_layers(self) -> list[Any]:
         """Empty mlx-lm cache objects for this model, and for its draft model."""
         return make_layers(self._whole, self.kv)

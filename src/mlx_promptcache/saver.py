@@ -2,52 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache import arithmetic, container, headers
-from mlx_promptcache.errors import CacheMiss, PromptCacheError, StoreError
-from mlx_promptcache.finder import record_of
 from mlx_promptcache.parts import known_window_rows, split_rest, split_rows
 from mlx_promptcache.passes import PassRecord
 from mlx_promptcache.room import FILE_BYTES
 from mlx_promptcache.state import Ref, State
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS
+from mlx_promptcache.store import BLOCKS
 from mlx_promptcache.tree import BlockName, Keys, SnapshotName, cell_start, pieces, shard
 from mlx_promptcache.windows import Span, widest
+from mlx_promptcache.writer import ID_DIGITS, Saved, Writer, check_free
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mlx_promptcache.finder import Finder
 
-ID_DIGITS = 16
 REF_BYTES = 200  # of a block, where a snapshot refers to it
 ARRAY_BYTES = 600  # of an array, beside its own bytes
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What a save wrote. `blocks_shared` were there already."""
-
-    name: str | None
-    snapshot: str
-    blocks_written: int
-    blocks_shared: int
-    bytes_written: int
-
-    def __add__(self, later: Saved) -> Saved:
-        """Two saves of one run, counted together, under the later one's name."""
-        return Saved(
-            later.name,
-            later.snapshot,
-            self.blocks_written + later.blocks_written,
-            max(self.blocks_shared, later.blocks_shared - self.blocks_written),
-            self.bytes_written + later.bytes_written,
-        )
 
 
 def most_bytes(state: State, stored: int | None = None) -> int:
@@ -91,11 +66,11 @@ class Saver:
     """
 
     def __init__(self, finder: Finder, state: State, *, sync: bool, exact: bool) -> None:
-        self._finder, self._store, self._bad = finder, finder.store, finder.bad
+        self._finder, self._store = finder, finder.store
         self._state, self._sync, self._exact = state, sync, exact
+        self._writer = Writer(finder.store, finder.bad, sync=sync, exact=exact)
         self._keys = Keys(finder.root(state.phase), state.tokens)
         self._window_rows = known_window_rows(state)
-        self._written = self._shared = self._bytes = 0
 
     def save(self, name: str | None, *, replace: bool = False, share: bool = False) -> Saved:
         """Write what is missing. The caller holds the shared lock.
@@ -106,7 +81,7 @@ class Saver:
             StoreError: the name is taken or cannot be one, or the file system refuses.
         """
         if name is not None and not replace:
-            self._check_free(name)
+            check_free(self._store, name, self._keys[self._state.n_past])
         state = self._state
         refs = self._rows()
         for earlier in (state.at(mark) for mark in state.marks if mark.position < state.n_past):
@@ -117,12 +92,7 @@ class Saver:
         stem = self._snapshot_there(state, refs) if share else None
         if stem is None:
             stem = self._snapshot(state, refs)
-        if self._sync:
-            self._store.sync([(BLOCKS, ref.stem) for ref in refs] + [(SNAPSHOTS, stem)])
-        if name is not None:
-            self._store.write_name(name, stem, sync=self._sync)
-        self._store.record_write(self._bytes)
-        return Saved(name, stem.rpartition("-")[2], self._written, self._shared, self._bytes)
+        return self._writer.finish(name, stem, [ref.stem for ref in refs])
 
     def kept(self) -> Saved | None:
         """What there is if all of the state is stored already, for prompts to find; else None.
@@ -142,23 +112,10 @@ class Saver:
 
     def _count(self, other: Saver) -> None:
         saved = other.save(None, share=True)
-        self._written += saved.blocks_written
-        self._shared += saved.blocks_shared
-        self._bytes += saved.bytes_written
-
-    def _check_free(self, name: str) -> None:
-        try:
-            stem = self._store.read_name(name)
-        except CacheMiss:
-            return
-        there = SnapshotName.parse(stem)
-        if there is None or not self._store.exists(SNAPSHOTS, stem):
-            return  # damaged, or lost: the name is of no more use to anybody
-        if there.key != self._keys[self._state.n_past]:
-            raise StoreError(
-                f"there is another state named {name!r}; choose another name, or replace it "
-                "(--force)"
-            )
+        self._writer.written += saved.blocks_written
+        self._writer.shared += saved.blocks_shared
+        self._writer.bytes += saved.bytes_written
+        self._writer.snapshots += saved.snapshots
 
     def _snapshot_there(self, state: State, refs: list[Ref]) -> str | None:
         lineage = state.lineage if self._exact else None
@@ -171,12 +128,12 @@ class Saver:
         refs: list[Ref] = []
         for ref in state.trail.refs:
             # Deleted, replaced or damaged since: write these rows again.
-            if not self._finder.is_there(ref.stem, ref.digest):
-                break
-            if self._sync and not self._whole(BLOCKS, ref.stem):
+            if not self._finder.is_there(ref.stem, ref.digest) or not self._writer.whole(
+                BLOCKS, ref.stem
+            ):
                 break
             refs.append(ref)
-        self._shared += len(refs)
+        self._writer.shared += len(refs)
         for begin, end in pieces(refs[-1].end if refs else 0, state.n_past):
             while (stop := self._stored_piece(begin, end)) is not None:
                 refs.append(self._block(begin, stop))
@@ -223,31 +180,8 @@ class Saver:
         notes = self._notes() | {"passes": record.to_json()}
         packed = container.pack(headers.BLOCK, content, notes, arrays)
         name = BlockName(self._shard(begin), keys[begin], state.tokens[begin], keys[end])
-        return Ref(self._write(name, packed, record), packed.digest, begin, end - begin)
-
-    def _write(self, name: BlockName, packed: container.Packed, record: PassRecord) -> str:
-        """Write a block, or find it written; where another has its name, write a variant."""
-        identity = f"{packed.digest} {record}" if self._exact else packed.digest
-        variant = hashlib.sha256(identity.encode()).hexdigest()[:ID_DIGITS]
-        for stem in (str(name), str(name._replace(variant=variant))):
-            for _ in range(2):  # once more, where a damaged file had the name
-                if self._store.write(BLOCKS, stem, packed, sync=self._sync):
-                    self._written += 1
-                    self._bytes += packed.size
-                    self._bad.trust(stem)
-                    return stem
-                try:
-                    there = headers.block_header(self._store, stem)
-                except PromptCacheError as exc:
-                    self._bad.set_aside(BLOCKS, stem, exc)
-                    continue
-                same_passes = not self._exact or record_of(there) == record
-                if there.digest != packed.digest or not same_passes:
-                    break
-                if not self._sync or self._whole(BLOCKS, stem):
-                    self._shared += 1
-                    return stem
-        raise StoreError("a block can neither be written nor read")
+        stem = self._writer.block(name, packed, record)
+        return Ref(stem, packed.digest, begin, end - begin)
 
     def _snapshot(self, state: State, refs: list[Ref]) -> str:
         n, keys = state.n_past, self._keys
@@ -274,30 +208,8 @@ class Saver:
         name = str(
             SnapshotName(keys[cell_start(n)], n - cell_start(n), keys[n], packed.digest[:ID_DIGITS])
         )
-        for _ in range(2):  # once more, where a damaged file had the name
-            if self._store.write(SNAPSHOTS, name, packed, sync=self._sync):
-                self._bytes += packed.size
-            elif not self._whole(SNAPSHOTS, name):
-                continue
-            self._bad.trust(name)
-            return name
-        raise StoreError("a snapshot can neither be written nor read")
-
-    def _whole(self, kind: str, stem: str) -> bool:
-        """Whether a file that was there before can be relied on, by its header. A power cut may
-        have left that and not the rows: what is to be on the drive is read to the last byte. One
-        that is damaged is moved aside.
-        """
-        check = headers.checked_block if kind == BLOCKS else headers.checked_snapshot
-        try:
-            with self._store.reader(kind, stem) as reader:
-                header = check(reader.header(), stem)
-                if self._sync:
-                    container.check(reader.read, header.entries.values())
-        except PromptCacheError as exc:
-            self._bad.set_aside(kind, stem, exc)
-            return False
-        return True
+        self._writer.snapshot(name, packed)
+        return name
 
     def _windows_in_blocks(self, state: State, refs: Sequence[Ref]) -> bool:
         """Whether these blocks have all the rows that the windows of a state hold."""

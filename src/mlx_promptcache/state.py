@@ -7,6 +7,7 @@ splits.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -131,31 +132,37 @@ class Speculation:
         return cls(value["start"], (first, second), value["draft_tokens"], value["lineage"])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class State:
     """All that the next token needs, at one position of a token sequence. A value: nothing that is
     done with it changes it.
     """
 
     tokens: tuple[int, ...]
-    contents: tuple[Layer, ...] = field(repr=False)
-    logits: mx.array | None = field(repr=False)
+    contents: tuple[Layer, ...]
+    logits: mx.array | None
     """`[vocab]`, after the last token; None if the state came from a program that kept none."""
-    embedding: mx.array | None = field(repr=False)
+    embedding: mx.array | None
     """`[hidden]`, the final hidden state of the last token; None where it cannot be read."""
-    rng: mx.array = field(repr=False)
+    rng: mx.array
     """The key, `[2]` of uint32, that the next draw splits."""
     sampling: Sampling = field(default_factory=Sampling)
-    kv: KVSettings = field(default_factory=KVSettings, repr=False)
-    lineage: str = field(default="", repr=False)
-    fingerprint: str = field(default="", repr=False)
+    kv: KVSettings = field(default_factory=KVSettings)
+    lineage: str = ""
+    fingerprint: str = ""
     """Of what computed it; empty where that is not known."""
-    origin: Origin = field(default_factory=Origin, repr=False)
-    marks: tuple[Mark, ...] = field(default=(), repr=False)
-    trail: Trail = field(default_factory=Trail, repr=False)
-    speculation: Speculation | None = field(default=None, repr=False)
-    passed: tuple[WindowRows, ...] = field(default=(), repr=False)
+    origin: Origin = field(default_factory=Origin)
+    marks: tuple[Mark, ...] = ()
+    trail: Trail = field(default_factory=Trail)
+    speculation: Speculation | None = None
+    passed: tuple[WindowRows, ...] = ()
     """Rows that its windows have moved past, for blocks to hold."""
+
+    def __repr__(self) -> str:
+        kinds = Counter(layer.kind or "rows" for layer in self.contents)
+        layers = ", ".join(f"{count} x {kind}" for kind, count in kinds.items()) or "no layers"
+        logits = "" if self.logits is not None else ", no logits"
+        return f"<State of {self.n_past:,} tokens: {layers}, {self.nbytes:,} bytes{logits}>"
 
     @property
     def n_past(self) -> int:

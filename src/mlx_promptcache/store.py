@@ -7,6 +7,7 @@
       tokenizers/<stem>.safetensors
       quarantine/              files found damaged, moved aside
       uses.jsonl               one line a hit; statistics only
+      trusted_keys             whose signatures are asked for; the user's own
       lock, gate, turn         see `locks.py`
 
 A file appears whole or not at all, under a name that nothing else is ever written to, and is never
@@ -65,7 +66,15 @@ KINDS = (BLOCKS, SNAPSHOTS, TOKENIZERS)
 QUARANTINE = "quarantine"
 DIRECTORIES = (*KINDS, NAMES, QUARANTINE)
 USES = "uses.jsonl"
-OURS = {*KINDS, NAMES, QUARANTINE, USES, *LOCK_FILES}  # after a power cut any of them may be left
+TRUSTED_KEYS = "trusted_keys"  # whose signatures are asked for; see `signatures.py`
+OURS = {
+    *KINDS,
+    NAMES,
+    QUARANTINE,
+    USES,
+    TRUSTED_KEYS,
+    *LOCK_FILES,
+}  # after a power cut any of them may be left
 
 SUFFIX = ".safetensors"
 APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT

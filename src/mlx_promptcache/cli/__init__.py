@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import keyword
 import os
 import sys
 
@@ -18,9 +19,14 @@ COMMANDS = {
     "load": "Restore a state, and go on generating where it stopped.",
     "list": "List the stored states.",
     "show": "Show everything about one stored state.",
+    "match": "Say how much of a prompt would be reused, and why not more.",
+    "export": "Write a stored state to a file of its own.",
+    "import": "Take a state from a file into the store.",
     "clear": "Delete stored states.",
     "verify": "Read every stored byte and check it.",
     "prune": "Make the store fit its budget.",
+    "push": "Bring stored states to a place that others share.",
+    "pull": "Bring states from such a place.",
     "bench": "Measure what the cache is worth on this machine.",
 }
 
@@ -34,7 +40,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"mlx_promptcache.cli.{cmd_name}")
+        name = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name
+        module = importlib.import_module(f"mlx_promptcache.cli.{name}")
         command: click.Command = module.command
         return command
 

@@ -12,11 +12,13 @@ from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import (
     ModelChoice,
     PromptChoice,
+    RemoteChoice,
     SamplingChoice,
     max_size_option,
     model_options,
     output_options,
     prompt_options,
+    remote_options,
     sampling_options,
     take,
 )
@@ -47,11 +49,12 @@ if TYPE_CHECKING:
 @click.option("--exact", is_flag=True, help="The very bits of a run without the cache.")
 @sampling_options
 @max_size_option
+@remote_options
 @output_options
 def command(**options: Any) -> int:
     """Parse, check, run."""
     choice, prompts = take(ModelChoice, options), take(PromptChoice, options)
-    asked = take(SamplingChoice, options)
+    asked, remote = take(SamplingChoice, options), take(RemoteChoice, options)
     name: str | None = options["prompt_cache"] or None
     off, read_only = options["no_prompt_cache"], options["prompt_cache_ro"]
     _check(options, name)
@@ -68,6 +71,7 @@ def command(**options: Any) -> int:
     runner = choice.runner(
         read_only=read_only, use_cache=not off, max_bytes=options["max_size"], loaded=loaded
     )
+    remote.attach(runner.cache)
     session = Session(runner, as_json=options["as_json"], quiet=options["quiet"], seed=asked.seed)
     prompt = _prompt(runner, prompts, choice, name)
     sampling = replace(asked, seed=session.seed).sampling(tokenizer=runner.tokenizer)
@@ -89,6 +93,7 @@ def command(**options: Any) -> int:
         raise session.broken_pipe
     if options["as_json"]:
         output.print_json(session.answer(run or runner.run_in_progress))
+    session.finish_sending()
     if failed is not None:
         raise failed
     return 130 if session.finish_reason == "interrupted" else 0

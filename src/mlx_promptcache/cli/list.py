@@ -11,14 +11,17 @@ import click
 
 from mlx_promptcache import places
 from mlx_promptcache.catalog import Catalog, Entry
-from mlx_promptcache.cli import output
+from mlx_promptcache.cli import drawing, output
 from mlx_promptcache.cli.options import ModelChoice, model_options, output_options, take
 from mlx_promptcache.errors import ForeignStore
 from mlx_promptcache.facts import memo_of
+from mlx_promptcache.prefixes import tree_of
 from mlx_promptcache.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from mlx_promptcache.prefixes import Branch
 
 log = logging.getLogger("mlx_promptcache")
 
@@ -26,6 +29,7 @@ log = logging.getLogger("mlx_promptcache")
 @click.command(help=__doc__)
 @model_options
 @click.option("--all", "everywhere", is_flag=True, help="Every store that you have written to.")
+@click.option("--tree", "as_tree", is_flag=True, help="Draw which prefixes they share.")
 @output_options
 def command(**options: Any) -> int:
     """Parse, look, print."""
@@ -36,24 +40,56 @@ def command(**options: Any) -> int:
         store = choice.store()
         found = [(store, choice.fingerprint())]  # type: ignore[list-item]
     entries: list[dict[str, Any]] = []
+    trees: list[tuple[Store, list[Branch]]] = []
     total = blocks = 0
     written: Counter[str] = Counter()
     for store, fingerprint in found:
         with store.shared():
             catalog = Catalog(store, fingerprint, memo_of(store))
             where = {"store": str(store.directory)} if options["everywhere"] else {}
-            entries += [entry_json(entry) | where for entry in catalog.entries()]
+            shown = catalog.entries()
+            if options["as_tree"]:
+                branches, shown = tree_of(catalog)
+                trees.append((store, branches))
+            entries += [entry_json(entry) | where for entry in shown]
             blocks += len(catalog.facts.blocks)
             total += catalog.facts.total_bytes
             written.update(store.written_by_day())
             catalog.facts.keep()
-    if options["as_json"]:
+    if options["as_tree"]:
+        told = {"total_bytes": total, "blocks": blocks}
+        _show_trees(trees, entries, told, as_json=options["as_json"])
+    elif options["as_json"]:
         output.print_json({"entries": entries, "total_bytes": total, "blocks": blocks})
     else:
         _print(entries, total, blocks)
         if written:
             click.echo(_wear(written))
     return 0
+
+
+def _show_trees(
+    trees: list[tuple[Store, list[Branch]]],
+    others: list[dict[str, Any]],
+    told: dict[str, int],
+    *,
+    as_json: bool,
+) -> None:
+    """Show trees, and the states that have no place in one."""
+    if as_json:
+        nested = [{"store": str(s.directory), "branches": drawing.to_json(b)} for s, b in trees]
+        output.print_json({"trees": nested, "others": others, **told})
+        return
+    for store, branches in trees:
+        if len(trees) > 1:
+            click.echo(output.printable(f"{store.directory}:"))
+        for line in drawing.lines(branches):
+            click.echo(output.printable(line))
+    for entry in others:
+        name = entry["name"] or entry["snapshot"]
+        click.echo(output.printable(f"{name}: {entry['status']}: {entry['reason']}"))
+    if not any(branches for _, branches in trees) and not others:
+        click.echo("nothing is stored")
 
 
 def _known(choice: ModelChoice) -> Iterator[Store]:

@@ -21,13 +21,18 @@ from mlx_promptcache.store import Store
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mlx_promptcache.cache import PromptCache
     from mlx_promptcache.checkpoint import Loaded
     from mlx_promptcache.runner import Runner
     from mlx_promptcache.sampling import Sampling
+    from mlx_promptcache.signatures import Signer
 
     Command = Callable[..., Any]
 
 T = TypeVar("T")
+
+OWN_FORMAT, MLX_LM = "own", "mlx-lm"
+FILE_FORMATS = (OWN_FORMAT, MLX_LM)
 
 
 def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -98,6 +103,28 @@ max_size_option = click.option(
     help="What the store may take on disk; 20 GB, or a tenth of what is free, by default.",
 )  # fmt: skip
 
+sign_option = click.option(
+    "--sign", envvar="MLX_PROMPTCACHE_SIGN", metavar="KEYFILE",
+    help="Sign what is sent with this Ed25519 key, as ssh-keygen makes it.",
+)  # fmt: skip
+
+remote_options = _options(
+    click.option(
+        "--remote", envvar="MLX_PROMPTCACHE_REMOTE", metavar="URL",
+        help="Ask there for what is not stored here, and send what is kept there.",
+    ),
+    click.option(
+        "--remote-seconds", type=click.FloatRange(0.0, 3600.0), default=5.0, show_default=True,
+        help="How long to wait for it at the most.",
+    ),
+    sign_option,
+)  # fmt: skip
+
+file_format_option = click.option(
+    "--format", "file_format", type=click.Choice(FILE_FORMATS), default=OWN_FORMAT,
+    show_default=True, help="Whose format the file has.",
+)  # fmt: skip
+
 prompt_options = _options(
     click.argument("words", nargs=-1, metavar="", expose_value=False, callback=_no_more),
     click.option("-p", "--prompt", help="The prompt; - reads standard input."),
@@ -153,6 +180,38 @@ sampling_options = _options(
     ),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable."),
 )  # fmt: skip
+
+
+def signer(key_file: str | None) -> Signer | None:
+    """The key that signs, if there is one.
+
+    Raises:
+        SignatureError: it cannot be read, or is none.
+    """
+    if key_file is None:
+        return None
+    from mlx_promptcache.signatures import Signer
+
+    return Signer.load(Path(key_file).expanduser())
+
+
+@dataclass(frozen=True)
+class RemoteChoice:
+    """The options of a remote below the store."""
+
+    remote: str | None
+    remote_seconds: float
+    sign: str | None
+
+    def attach(self, cache: PromptCache | None) -> None:
+        """Let a cache use the remote, if there is one.
+
+        Raises:
+            SignatureError: the key that is to sign cannot be read.
+        """
+        if cache is not None and self.remote is not None:
+            key = signer(self.sign)
+            cache.attach(self.remote, signer=key, seconds=self.remote_seconds)
 
 
 def model_path(model: str | None, *, download: bool = True) -> Path:
@@ -217,14 +276,23 @@ class ModelChoice:
         store.check()
         return store
 
+    def parts(self, *, download: bool = True) -> tuple[Path | None, Path | None]:
+        """The directories of the adapter and of the draft model.
+
+        Raises:
+            ModelError: there is no such draft model.
+        """
+        adapter = Path(self.adapter_path) if self.adapter_path else None
+        draft = models.find(self.draft_model, download=download) if self.draft_model else None
+        return adapter, draft
+
     def fingerprint(self) -> Fingerprint | None:
         """The fingerprint of the model, to tell stale states; None where no model is chosen."""
         if self.model is None and self.cache_dir is not None:
             return None
-        adapter = Path(self.adapter_path) if self.adapter_path else None
         try:
             path = self.path(download=False)
-            draft = models.find(self.draft_model, download=False) if self.draft_model else None
+            adapter, draft = self.parts(download=False)
             return remembered(path, adapter=adapter, kv=self.kv, salt=self.salt, draft=draft)
         except ModelError:
             if self.cache_dir is None:
@@ -317,6 +385,12 @@ class PromptChoice:
         for text in (self.prompt, self.prefix, self.system_prompt):
             if text is not None and not _is_text(text):
                 raise click.UsageError("a prompt on the command line must be UTF-8 text")
+
+    @property
+    def given(self) -> bool:
+        """Whether there is a prompt at all."""
+        texts = (self.prompt, self.prompt_file, self.messages, self.prefix, self.prefix_file)
+        return any(text is not None for text in texts)
 
     def text(self) -> str:
         """The prompt itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from mlx_promptcache.deletion import Deletion
+    from mlx_promptcache.writer import Saved
 
 # Some terminals obey those, too; the last are bytes of paths that are no text.
 CONTROLS = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -56,6 +58,22 @@ def set_up_notices(*, quiet: bool) -> None:
     log.setLevel(logging.CRITICAL if quiet else logging.WARNING)
 
 
+@contextlib.contextmanager
+def bar(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A function that shows how much of something is done, on a terminal and nowhere else."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total: None  # noqa: ARG005
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Rest
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), Rest())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task(what, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
 def print_json(value: dict[str, Any]) -> None:
     """Print one JSON object."""
     text = json.dumps(value, ensure_ascii=False)  # that escapes what is below a space, and no more
@@ -89,6 +107,17 @@ def plan(plan: Deletion, *, dry_run: bool) -> str:
     names = f" ({', '.join(plan.names)})" if plan.names else ""
     what = "would delete" if dry_run else "to delete"
     return f"{what}: {told}, {size(plan.freed_bytes)}{names}"
+
+
+def saved(saved: Saved) -> dict[str, Any]:
+    """What a save wrote, as JSON."""
+    return {
+        "name": saved.name,
+        "snapshot": saved.snapshot,
+        "blocks_written": saved.blocks_written,
+        "blocks_shared": saved.blocks_shared,
+        "bytes_written": saved.bytes_written,
+    }
 
 
 def size(count: float) -> str:

@@ -10,10 +10,12 @@ from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import (
     ModelChoice,
     PromptChoice,
+    RemoteChoice,
     max_size_option,
     model_options,
     output_options,
     prompt_options,
+    remote_options,
     take,
 )
 from mlx_promptcache.errors import UnsupportedLayer
@@ -27,20 +29,23 @@ from mlx_promptcache.store import check_name
 @click.option("--exact", is_flag=True, help="Reuse only the very bits of a run without the cache.")
 @click.option("--force", is_flag=True, help="Let the name stand for this state from now on.")
 @max_size_option
+@remote_options
 @output_options
 def command(**options: Any) -> int:
     """Parse, check, run."""
     choice, prompts = take(ModelChoice, options), take(PromptChoice, options)
     name: str = check_name(options["name"])
+    remote = take(RemoteChoice, options)
 
     from mlx_promptcache.cli.prompts import origin_of
-    from mlx_promptcache.cli.session import Interrupted, Session, saved_json
+    from mlx_promptcache.cli.session import Interrupted, Session
     from mlx_promptcache.sampling import Sampling
 
     runner = choice.runner(max_bytes=options["max_size"], saves=True)
     session = Session(runner, as_json=options["as_json"], quiet=options["quiet"], seed=0)
     if runner.cache is None:
         raise UnsupportedLayer(str(runner.why_not_kept))
+    remote.attach(runner.cache)
     prompt = runner.prompter.beginning(origin_of(prompts, runner.prompter)[0])
     with session.interrupt:
         try:
@@ -60,7 +65,7 @@ def command(**options: Any) -> int:
         saved = runner.cache.save(name, state, replace=options["force"], exact=options["exact"])
     session.remember()
     answer = {
-        **saved_json(saved),
+        **output.saved(saved),
         "tokens": state.n_past,
         "cached_tokens": run.cached_tokens,
         "prefilled_tokens": run.prefilled_tokens,
@@ -75,4 +80,5 @@ def command(**options: Any) -> int:
             f"{run.prefill_seconds:.1f} s), {output.size(saved.bytes_written)} written of "
             f"{output.size(state.nbytes)} in memory"
         )
+    session.finish_sending(name)
     return 0

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from mlx_promptcache.run import Progress, Run, Step
     from mlx_promptcache.runner import Runner
-    from mlx_promptcache.saver import Saved
     from mlx_promptcache.state import State
+    from mlx_promptcache.writer import Saved
 
 log = logging.getLogger("mlx_promptcache")
 
@@ -50,19 +50,10 @@ class Session:
     @contextlib.contextmanager
     def progress(self) -> Iterator[Progress]:
         """A function that shows how far the prompt is, and ends the prefill on Ctrl-C."""
-        if not self._bar:
-            yield lambda done, total: self.interrupt.check()  # noqa: ARG005
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        columns = (TextColumn("prompt"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("prompt", total=None)
+        with output.bar("prompt", quiet=not self._bar) as bar:
 
             def show(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total)
+                bar(done, total)
                 self.interrupt.check()
 
             yield show
@@ -121,6 +112,14 @@ class Session:
         if self.runner.cache is not None:
             places.remember_store(self.runner.cache.directory)
 
+    def finish_sending(self, name: str | None = None) -> None:
+        """Wait, but not long, until a remote has what was kept, and the state of this name."""
+        supply = self.runner.cache.supply if self.runner.cache is not None else None
+        if supply is not None:
+            if name is not None:
+                supply.send_name(name)
+            supply.close()
+
     def answer(self, run: Run | None) -> dict[str, Any]:
         """The JSON of the run's end."""
         match = run.match if run else None
@@ -144,21 +143,10 @@ class Session:
             "total_seconds": output.process_seconds(),
             "generation_tokens": len(self.tokens),
             "generation_tps": rate,
-            "saved": None if self.saved is None else saved_json(self.saved),
+            "saved": None if self.saved is None else output.saved(self.saved),
             "peak_memory_bytes": mx.get_peak_memory(),
             "seed": self.seed,
         }
 
 
-def saved_json(saved: Saved) -> dict[str, Any]:
-    """What a save wrote, as JSON."""
-    return {
-        "name": saved.name,
-        "snapshot": saved.snapshot,
-        "blocks_written": saved.blocks_written,
-        "blocks_shared": saved.blocks_shared,
-        "bytes_written": saved.bytes_written,
-    }
-
-
-__all__ = ["DEFAULT_MAX_TOKENS", "Interrupted", "Session", "saved_json"]
+__all__ = ["DEFAULT_MAX_TOKENS", "Interrupted", "Session"]

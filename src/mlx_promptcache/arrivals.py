@@ -1,0 +1,237 @@
+"""Files that come from elsewhere: fetched, checked, and added to a store as a save adds them.
+
+What was fetched of a file that did not come whole waits in the user's cache directory, and the rest
+is fetched the next time. Nothing is believed of a file: its checksums, its name, its tokens, the
+model that computed it and, where a store asks for that, who signed it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from mlx_promptcache import container, headers, places, room
+from mlx_promptcache.container import Header, Packed
+from mlx_promptcache.errors import DamagedFile, PromptCacheError, SignatureError
+from mlx_promptcache.store import BLOCKS
+from mlx_promptcache.tree import BlockName
+from mlx_promptcache.writer import ID_DIGITS, Writer, record_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from mlx_promptcache.budget import Budget
+    from mlx_promptcache.quarantine import Quarantine
+    from mlx_promptcache.remote import Remote, RemoteFile
+    from mlx_promptcache.signatures import Trust
+    from mlx_promptcache.store import Store
+
+log = logging.getLogger("mlx_promptcache")
+
+FORGOTTEN_SECONDS = 86400.0  # what did not come whole within a day is fetched anew
+
+
+class Arrival(NamedTuple):
+    """A whole file, checked."""
+
+    kind: str
+    stem: str
+    header: Header
+    data: bytes
+
+
+class Arrivals:
+    """What comes from one remote into one store, for one fingerprint."""
+
+    def __init__(
+        self, store: Store, bad: Quarantine, fingerprint: str, budget: Budget, trust: Trust | None
+    ) -> None:
+        self._store, self._bad, self._fingerprint = store, bad, fingerprint
+        self._budget, self._trust = budget, trust
+        self.files = self.bytes = 0
+        """That were added."""
+        self.refused: list[str] = []
+        """Why files were not used, a sentence each."""
+
+    # There
+
+    def fetch(self, remote: Remote, kind: str, candidates: Sequence[RemoteFile]) -> Arrival | None:
+        """The first of these files, which have one stem, that can be used; None if none can.
+
+        Raises:
+            RemoteError: the remote cannot be reached.
+        """
+        wrong = []
+        for file in sorted(candidates, key=lambda file: file.signature is None):
+            try:
+                if self._trust is not None and file.signature is None:
+                    raise SignatureError("nobody signed it")
+                return self._checked(kind, file, _whole(remote, file))
+            except (DamagedFile, SignatureError) as exc:
+                wrong.append(str(exc))
+        if wrong:
+            said = f"a {kind.removesuffix('s')} that came from elsewhere is not used: {wrong[0]}"
+            log.warning("%s", said)
+            self.refused.append(said)
+        return None
+
+    def _checked(self, kind: str, file: RemoteFile, data: bytes) -> Arrival:
+        def read(at: int, count: int) -> bytes:
+            return data[at : at + count]
+
+        header = container.read_header(read, len(data))
+        if self._trust is not None:
+            seal = container.read_seal(read, len(data))
+            if not self._trust.accepts(kind, file.stem, seal, file.signature):
+                raise SignatureError("nobody who is trusted signed it")
+        check = headers.checked_block if kind == BLOCKS else headers.checked_snapshot
+        check(header, file.stem)
+        if header.content["fingerprint"] != self._fingerprint:
+            raise DamagedFile("it is another model's")
+        if kind == BLOCKS and shared_stem(file.stem, header.digest) != file.stem:
+            raise DamagedFile("it is not what its name says")
+        container.check(read, header.entries.values())
+        return Arrival(kind, file.stem, header, data)
+
+    def trusts(self, kind: str, stem: str, signature: str | None) -> bool:
+        """Whether something without bytes, as a name, may be believed."""
+        return self._trust is None or self._trust.accepts(kind, stem, b"", signature)
+
+    # Here
+
+    def local(self, stem: str, digest: str) -> str | None:
+        """The stem that a block of this digest has in the store; None if it is not there."""
+        name = BlockName.parse(stem)
+        if name is None:
+            return None
+        for own in self._store.beginning(BLOCKS, str(name._replace(variant=""))):
+            with contextlib.suppress(PromptCacheError):
+                if headers.block_header(self._store, own).digest == digest:
+                    return own
+        return None
+
+    def has(self, stem: str) -> bool:
+        """Whether the block of a shared stem is in the store."""
+        name = BlockName.parse(stem)
+        if name is None:
+            return True
+        for own in self._store.beginning(BLOCKS, str(name._replace(variant=""))):
+            with contextlib.suppress(PromptCacheError):
+                if shared_stem(own, headers.block_header(self._store, own).digest) == stem:
+                    return True
+        return False
+
+    def add(self, blocks: Iterable[Arrival], kept: Iterable[str] = ()) -> dict[str, str]:
+        """Add blocks; return the stems that they have in the store by those that they came with.
+
+        Raises:
+            StoreError: there is no room within the budget, or the file system refuses.
+            CacheLocked: somebody adds or deletes, and does not come to an end.
+        """
+        came = list(blocks)
+        if not came:
+            return {}
+        needed = sum(len(block.data) + room.FILE_BYTES for block in came)
+        self._store.create()
+        with self._store.adding():
+            room.make(self._store, self._budget, needed, kept=list(kept), asked_for=False)
+            with self._store.shared():
+                writer = Writer(self._store, self._bad, sync=False)
+                stems = {block.stem: self._block(writer, block) for block in came}
+                self._count(writer, writer.written)
+        return stems
+
+    def _block(self, writer: Writer, block: Arrival) -> str:
+        name = BlockName.parse(block.stem)
+        assert name is not None  # noqa: S101 - the header was checked against it
+        packed = Packed([block.data], block.header.digest)
+        return writer.block(name._replace(variant=""), packed, record_of(block.header))
+
+    def complete(self, snapshot: Arrival, stems: Sequence[str]) -> str:
+        """Add a snapshot whose blocks have these stems in the store, and return its stem there.
+        Raises as `add` does.
+        """
+        stem, packed = _using(snapshot, stems)
+        with self._store.adding():
+            needed = packed.size + room.FILE_BYTES
+            room.make(self._store, self._budget, needed, kept=list(stems), asked_for=False)
+            with self._store.shared():
+                writer = Writer(self._store, self._bad, sync=False)
+                writer.snapshot(stem, packed)
+                self._count(writer, bool(writer.bytes))
+        return stem
+
+    def _count(self, writer: Writer, files: int) -> None:
+        self._store.record_write(writer.bytes)
+        self.files += files
+        self.bytes += writer.bytes
+
+
+def shared_stem(stem: str, digest: str) -> str:
+    """The stem that a block of this digest has where it is shared: its variant's.
+
+    Raises:
+        DamagedFile: it is no block's stem.
+    """
+    name = BlockName.parse(stem)
+    if name is None:
+        raise DamagedFile("it names a block that there cannot be")
+    variant = hashlib.sha256(digest.encode()).hexdigest()[:ID_DIGITS]
+    return str(name._replace(variant=variant))
+
+
+def _using(snapshot: Arrival, stems: Sequence[str]) -> tuple[str, Packed]:
+    """The file of a snapshot whose blocks have these stems, and its own stem. It is the very file
+    that came unless a block has another stem here.
+    """
+    header = snapshot.header
+    refs = header.content["refs"]
+    told = [[stem, *ref[1:]] for stem, ref in zip(stems, refs, strict=True)]
+    if told == refs:
+        return snapshot.stem, Packed([snapshot.data], header.digest)
+    content = {**header.content, "refs": told}
+    head = container.head_of(header.kind, content, header.notes, header.entries)
+    payload = snapshot.data[header.size - sum(e.stored_bytes for e in header.entries.values()) :]
+    stem = f"{snapshot.stem[:-ID_DIGITS]}{head.digest[:ID_DIGITS]}"
+    return stem, Packed([*head.chunks, payload], head.digest)
+
+
+def _whole(remote: Remote, file: RemoteFile) -> bytes:
+    """The bytes of a file, those first that came before. Raises RemoteError, DamagedFile."""
+    part = places.incoming() / hashlib.sha256(f"{remote.url} {file.path}".encode()).hexdigest()[:32]
+    try:
+        part.parent.mkdir(0o700, parents=True, exist_ok=True)
+        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError:  # then nothing is kept of what does not come whole
+        return b"".join(remote.read(file.path, 0, file.size))
+    with os.fdopen(fd, "r+b", buffering=0) as kept:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # another process fetches it, too
+            return b"".join(remote.read(file.path, 0, file.size))
+        offset = min(kept.seek(0, os.SEEK_END), file.size)
+        try:
+            for piece in remote.read(file.path, offset, file.size):
+                kept.write(piece)
+        except OSError as exc:
+            raise DamagedFile(f"it cannot be kept here until it is whole: {exc.strerror}") from exc
+        kept.seek(0)
+        data = kept.read(file.size)
+        part.unlink(missing_ok=True)
+    if len(data) != file.size:
+        raise DamagedFile("it is shorter there than it is said to be")
+    return data
+
+
+def forget_parts() -> None:
+    """Delete what did not come whole within a day. Failing is no matter."""
+    before = time.time() - FORGOTTEN_SECONDS
+    with contextlib.suppress(OSError):
+        for part in places.incoming().iterdir():
+            if part.lstat().st_mtime < before:
+                part.unlink(missing_ok=True)

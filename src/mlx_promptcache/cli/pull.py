@@ -1,0 +1,39 @@
+"""`pull`: bring states from a place that others share into the store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from mlx_promptcache import places
+from mlx_promptcache.cli import output, transfer
+from mlx_promptcache.cli.options import (
+    ModelChoice,
+    max_size_option,
+    model_options,
+    output_options,
+    take,
+)
+from mlx_promptcache.errors import StoreError
+
+
+@click.command(help=__doc__)
+@click.argument("url")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@model_options
+@click.option("--force", is_flag=True, help="Let names here stand for those states from now on.")
+@max_size_option
+@output_options
+def command(**options: Any) -> int:
+    """Parse, fetch, tell."""
+    choice, names = take(ModelChoice, options), options["names"]
+    if places.writing_is_off():
+        raise StoreError("this prompt cache is read-only")
+    sharing = transfer.sharing(choice, options["url"], max_bytes=options["max_size"])
+    with output.bar("pull", quiet=options["quiet"]) as progress:
+        moved = sharing.pull(names, replace=options["force"], progress=progress)
+    if moved.states:
+        places.remember_store(sharing.store.directory)
+    transfer.tell(moved, "fetched", as_json=options["as_json"])
+    return 0

@@ -1,0 +1,34 @@
+"""`push`: bring stored states to a place that others share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from mlx_promptcache.cli import output, transfer
+from mlx_promptcache.cli.options import (
+    ModelChoice,
+    model_options,
+    output_options,
+    sign_option,
+    signer,
+    take,
+)
+
+
+@click.command(help=__doc__)
+@click.argument("url")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@model_options
+@click.option("--force", is_flag=True, help="Let names there stand for these states from now on.")
+@sign_option
+@output_options
+def command(**options: Any) -> int:
+    """Parse, send, tell."""
+    choice, names = take(ModelChoice, options), options["names"]
+    sharing = transfer.sharing(choice, options["url"], signer=signer(options["sign"]))
+    with output.bar("push", quiet=options["quiet"]) as progress:
+        moved = sharing.push(names, replace=options["force"], progress=progress)
+    transfer.tell(moved, "sent", as_json=options["as_json"])
+    return 0

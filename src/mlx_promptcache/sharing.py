@@ -1,0 +1,384 @@
+"""A store and a remote: what one has and the other lacks goes there, and nothing else.
+
+The names of files are keys of what is in them, so a list of names says what is missing, and a
+transfer that was broken off goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from dataclasses import dataclass
+from dataclasses import replace as replace_
+from typing import TYPE_CHECKING, NamedTuple
+
+from mlx_promptcache import arrivals, catalog, container, exporter, headers, hub
+from mlx_promptcache.arrivals import Arrivals, shared_stem
+from mlx_promptcache.errors import CacheMiss, PromptCacheError, StoreError
+from mlx_promptcache.hub import HubRemote
+from mlx_promptcache.remote import Remote
+from mlx_promptcache.signatures import Trust
+from mlx_promptcache.store import BLOCKS, NAMES, SNAPSHOTS
+from mlx_promptcache.tree import SnapshotName
+from mlx_promptcache.writer import ID_DIGITS, check_free
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from mlx_promptcache.arrivals import Arrival
+    from mlx_promptcache.budget import Budget
+    from mlx_promptcache.quarantine import Quarantine
+    from mlx_promptcache.remote import RemoteFile
+    from mlx_promptcache.signatures import Signer
+    from mlx_promptcache.store import Store
+
+    Names = dict[str, tuple[str, str | None] | None]
+    Progress = Callable[[int, int], None]
+
+log = logging.getLogger("mlx_promptcache")
+
+BATCH_BYTES = 1 << 26  # of blocks that are fetched before they are added, all at once
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What went from a store to a remote, or back. `shared` files were there already; `refused`
+    says why others were not used.
+    """
+
+    states: int
+    files: int
+    bytes: int
+    shared: int
+    names: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+
+
+def remote_at(url: str, fingerprint: str) -> Remote:
+    """The remote of a URL."""
+    return (HubRemote if url.startswith(hub.SCHEME) else Remote)(url, fingerprint)
+
+
+class _File(NamedTuple):
+    """A file that is to be there: its kind, its stem there, and its bytes, checked."""
+
+    kind: str
+    stem: str
+    read: Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class _State:
+    """A snapshot as it is there, and the files that it needs."""
+
+    stem: str
+    files: list[_File]
+
+
+class Sharing:
+    """What goes between one store and one remote, for one fingerprint.
+
+    `signer` signs what goes there. What comes from there must be signed if the store has a file
+    `trusted_keys`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        bad: Quarantine,
+        fingerprint: str,
+        budget: Budget,
+        remote: Remote,
+        *,
+        signer: Signer | None = None,
+    ) -> None:
+        self.store, self._bad, self._fingerprint = store, bad, fingerprint
+        self._budget, self.remote, self._signer = budget, remote, signer
+
+    # There
+
+    def push(
+        self, names: Sequence[str] = (), *, replace: bool = False, progress: Progress | None = None
+    ) -> Moved:
+        """Bring the states of these names there, and the names; or all states of this fingerprint.
+
+        Of a block that other prompts use, too, only the rows of a state that was asked for go. A
+        name that stands for something else there is left alone unless `replace` is set.
+
+        Raises:
+            CacheMiss: there is no such state, or it is damaged.
+            RemoteError: the remote cannot be reached, or refuses; what is there by then stays.
+            CacheLocked, StoreError: the store cannot be read.
+        """
+        with self.store.shared():
+            named = self.store.names()
+            chosen = {n: catalog.find(self.store, n)[0] for n in names} or self._all(named)
+            states = {stem: self._state(stem, cut=bool(names)) for stem in set(chosen.values())}
+        self._check_ours(names, states, chosen)
+        moved = self._send([state for state in states.values() if state], progress)
+        told = []
+        for name, stem in chosen.items():
+            state = states[stem]
+            if state is not None and name in named and self._name(name, state.stem, replace):
+                told.append(name)
+        self.remote.flush()
+        return replace_(moved, names=tuple(sorted(told)))
+
+    def send(self, stems: Iterable[str]) -> Moved:
+        """Bring the states of these snapshots there, whole. Raises as `push` does."""
+        with self.store.shared():
+            states = [self._state(stem, cut=False) for stem in stems]
+        return self._send([state for state in states if state], None)
+
+    def _all(self, named: dict[str, str]) -> dict[str, str]:
+        """All snapshots of the store by their names, or by their own stems."""
+        by_stem = {stem: name for name, stem in named.items()}
+        return {by_stem.get(stem, stem): stem for stem in self.store.stems(SNAPSHOTS)}
+
+    def _check_ours(
+        self, names: Sequence[str], states: dict[str, _State | None], chosen: dict[str, str]
+    ) -> None:
+        for name in names:
+            if states[chosen[name]] is None:
+                raise CacheMiss(
+                    f"the state {name!r} was made by another model, or with other settings: push "
+                    "it with those"
+                )
+
+    def _state(self, stem: str, *, cut: bool) -> _State | None:
+        """What a state needs there; None if it is another model's, or not whole any more and was
+        not asked for.
+        """
+        try:
+            snapshot = headers.snapshot_header(self.store, stem)
+            if snapshot.content["fingerprint"] != self._fingerprint:
+                return None
+            pieces = exporter.pieces(self.store, snapshot, cut=cut)
+        except CacheMiss:
+            if cut:
+                raise
+            return None
+        named = exporter.naming(snapshot, pieces) if cut else snapshot
+        head = container.head_of(named.kind, named.content, named.notes, named.entries)
+        own = f"{stem[:-ID_DIGITS]}{head.digest[:ID_DIGITS]}"
+
+        def read() -> bytes:
+            data = exporter.file_of(self.store, SNAPSHOTS, stem, snapshot)
+            if own == stem:
+                return data
+            arrays = sum(entry.stored_bytes for entry in snapshot.entries.values())
+            return b"".join([*head.chunks, data[len(data) - arrays :]])
+
+        files = [
+            _File(
+                BLOCKS, shared_stem(p.stem, p.header.digest), functools.partial(p.data, self.store)
+            )
+            for p in pieces
+        ]
+        return _State(own, [*files, _File(SNAPSHOTS, own, read)])
+
+    def _send(self, states: Sequence[_State], progress: Progress | None) -> Moved:
+        """Write what is not there, blocks first."""
+        wanted = {(f.kind, f.stem): f for state in states for f in state.files}
+        there = {
+            (kind, file.stem)
+            for kind in (BLOCKS, SNAPSHOTS)
+            for file in self.remote.files(kind, {s[:2] for k, s in wanted if k == kind})
+            if self._signer is None or file.signature is not None
+        }
+        missing = [file for place, file in wanted.items() if place not in there]
+        done = 0
+        sizes: list[int] = []
+        for kind in (BLOCKS, SNAPSHOTS):  # a state is there when all that it needs is
+            for batch in _batches([file for file in missing if file.kind == kind]):
+                sizes += self.remote.each(self._write, batch)
+                self.remote.flush()
+                done += len(batch)
+                if progress is not None:
+                    progress(done, len(missing))
+        return Moved(len(states), len(missing), sum(sizes), len(wanted) - len(missing))
+
+    def _write(self, file: _File) -> int:
+        try:
+            data = file.read()
+        except CacheMiss as exc:  # deleted, or damaged: whoever fetches the state sees a miss
+            log.warning("a file is not shared: %s", exc)
+            return 0
+        self.remote.write(file.kind, file.stem, self._signature(file.kind, file.stem, data), data)
+        return len(data)
+
+    def _signature(self, kind: str, stem: str, data: bytes) -> str | None:
+        if self._signer is None:
+            return None
+        seal = container.read_seal(lambda at, count: data[at : at + count], len(data))
+        return self._signer.sign(kind, stem, seal)
+
+    def _name(self, name: str, stem: str, replace: bool) -> bool:
+        """Give the name to a state there, unless it is another's."""
+        before = self.remote.name(name)
+        signer = self._signer
+        signature = None if signer is None else signer.sign(NAMES, f"{name} {stem}", b"")
+        same = before is not None and before[0] == stem
+        if before is not None and same and not replace and (before[1] or not signature):
+            return True
+        if before is not None and not same and not replace:
+            log.warning(
+                "there is another state named %r at %s: it stays (replace it with --force)",
+                name, self.remote.shown,
+            )  # fmt: skip
+            return False
+        self.remote.write_name(name, stem, signature)
+        return True
+
+    # From there
+
+    def pull(
+        self, names: Sequence[str] = (), *, replace: bool = False, progress: Progress | None = None
+    ) -> Moved:
+        """Bring the states of these names here, and the names; or all that is there of this
+        fingerprint. A name that stands for other tokens here is left alone unless `replace` is
+        set; one that was asked for is an error then.
+
+        Raises:
+            CacheMiss: there is no such name there, or what it stands for cannot be used.
+            RemoteError: the remote cannot be reached; what is here by then stays.
+            StoreError, CacheLocked: as those of a save.
+        """
+        came = self.arrivals()
+        named: Names = {name: self.remote.name(name) for name in names} or {**self.remote.names()}
+        for name in names:
+            if named[name] is None:
+                raise CacheMiss(f"there is no state named {name!r} at {self.remote.shown}")
+        stems = {told[0] for told in named.values() if told is not None}
+        shards = {stem[:2] for stem in stems} if names else None
+        there = by_stem(self.remote.files(SNAPSHOTS, shards))
+        wanted = sorted(stems & there.keys()) if names else sorted(there)
+        here: dict[str, str] = {}
+        states = 0
+        for number, stem in enumerate(wanted):
+            if (own := self._bring(came, there[stem])) is not None:
+                here[stem] = own
+                states += 1
+            if progress is not None:
+                progress(number + 1, len(wanted))
+        arrivals.forget_parts()
+        told_names = tuple(self._take_names(came, named, here, names, replace=replace))
+        return Moved(states, came.files, came.bytes, 0, told_names, tuple(came.refused))
+
+    def arrivals(self) -> Arrivals:
+        """What files from there go through. Raises SignatureError if trusted keys are no keys."""
+        trust = Trust.of(self.store.directory)
+        return Arrivals(self.store, self._bad, self._fingerprint, self._budget, trust)
+
+    def _bring(self, came: Arrivals, candidates: Sequence[RemoteFile]) -> str | None:
+        """Bring a state here, unless it is; return its stem here, None if it cannot be used."""
+        stem = candidates[0].stem
+        if self.store.exists(SNAPSHOTS, stem) and self._is_whole(stem):
+            return stem
+        snapshot = came.fetch(self.remote, SNAPSHOTS, candidates)
+        return None if snapshot is None else self.complete(came, snapshot)
+
+    def _is_whole(self, stem: str) -> bool:
+        """Whether a snapshot and all its blocks are here."""
+        with contextlib.suppress(PromptCacheError):
+            refs = headers.snapshot_header(self.store, stem).content["refs"]
+            return all(self._has(*ref[:2]) for ref in refs)
+        return False
+
+    def _has(self, stem: str, digest: str) -> bool:
+        return headers.block_header(self.store, stem).digest == digest
+
+    def complete(self, came: Arrivals, snapshot: Arrival) -> str | None:
+        """Bring the blocks of a snapshot here, and then itself; return its stem here."""
+        refs = snapshot.header.content["refs"]
+        here = {ref[0]: came.local(ref[0], ref[1]) for ref in refs}
+        lacking = [ref for ref in refs if here[ref[0]] is None]
+        there = by_stem(self.remote.files(BLOCKS, {ref[0][:2] for ref in lacking}))
+        for batch in _sized([there.get(shared_stem(*ref[:2]), []) for ref in lacking]):
+            blocks = self.remote.each(lambda c: came.fetch(self.remote, BLOCKS, c), batch)
+            found = [block for block in blocks if block is not None]
+            kept = [stem for stem in here.values() if stem is not None]
+            here |= self._as_told(refs, came.add(found, kept))
+            if len(found) < len(batch):
+                return None
+        stems = [here[ref[0]] for ref in refs]
+        whole = [stem for stem in stems if stem is not None]
+        return came.complete(snapshot, whole) if len(whole) == len(refs) else None
+
+    def bring_blocks(self, came: Arrivals, files: Sequence[RemoteFile]) -> int:
+        """Bring blocks here that are not here yet, and return how many bytes those had."""
+        lacking = [[file] for file in files if not came.has(file.stem)]
+        for batch in _sized(lacking):
+            blocks = self.remote.each(lambda c: came.fetch(self.remote, BLOCKS, c), batch)
+            came.add([block for block in blocks if block is not None])
+        return sum(files[0].size for files in lacking)
+
+    def _as_told(self, refs: list[list[str]], added: dict[str, str]) -> dict[str, str]:
+        """The stems of what was added, by those that a snapshot uses."""
+        return {ref[0]: added[there] for ref in refs if (there := shared_stem(*ref[:2])) in added}
+
+    def _take_names(
+        self,
+        came: Arrivals,
+        named: Names,
+        here: dict[str, str],
+        asked: Sequence[str],
+        *,
+        replace: bool,
+    ) -> Iterator[str]:
+        for name, told in sorted(named.items()):
+            if told is None:
+                continue
+            stem, signature = told
+            wrong = None
+            if stem not in here:
+                wrong = "its state is not there, or cannot be used"
+            elif not came.trusts(NAMES, f"{name} {stem}", signature):
+                wrong = "nobody who is trusted signed it"
+            if wrong is None:
+                try:
+                    self._take_name(name, here[stem], replace=replace)
+                except StoreError as exc:
+                    wrong = str(exc)
+                else:
+                    yield name
+                    continue
+            if name in asked:
+                raise CacheMiss(f"the name {name!r} cannot be taken over: {wrong}")
+            came.refused.append(f"the name {name!r} was left out: {wrong}")
+            log.warning("%s", came.refused[-1])
+
+    def _take_name(self, name: str, stem: str, *, replace: bool) -> None:
+        snapshot = SnapshotName.parse(stem)
+        with self.store.adding(), self.store.shared():
+            if snapshot is not None and not replace:
+                check_free(self.store, name, snapshot.key)
+            self.store.write_name(name, stem, sync=True)
+
+
+def by_stem(files: Iterable[RemoteFile]) -> dict[str, list[RemoteFile]]:
+    """Files by their stems: other people sign the same file, too."""
+    found: dict[str, list[RemoteFile]] = {}
+    for file in files:
+        found.setdefault(file.stem, []).append(file)
+    return found
+
+
+def _batches(files: Sequence[_File], most: int = 64) -> Iterator[Sequence[_File]]:
+    for begin in range(0, len(files), most):
+        yield files[begin : begin + most]
+
+
+def _sized(candidates: Sequence[list[RemoteFile]]) -> Iterator[list[list[RemoteFile]]]:
+    """Blocks, as many at a time as are not too large together."""
+    batch: list[list[RemoteFile]] = []
+    size = 0
+    for files in candidates:
+        size += files[0].size if files else 0
+        batch.append(files)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
