@@ -33,8 +33,8 @@ def serving(kind: str, directory: Path) -> Iterator[int]:
         [sys.executable, __file__, kind, str(directory)], stdout=subprocess.PIPE, text=True,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
+    assert process.stdout is not None
     try:
-        assert process.stdout is not None
         yield int(process.stdout.readline())
     finally:
         process.kill()
@@ -55,7 +55,7 @@ def _s3() -> None:
 def _sftp(directory: str) -> None:
     import asyncssh
 
-    class Server(asyncssh.SSHServer):
+    class Server(asyncssh.SSHServer):  # type: ignore[misc]
         def begin_auth(self, username: str) -> bool:
             return True
 

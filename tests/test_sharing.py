@@ -480,7 +480,12 @@ def test_a_remote_is_not_asked_for_what_is_here(
     assert one.cache is not None
     one.cache.attach(f"file://{tmp_path}/shared")
     asked: list[Any] = []
-    monkeypatch.setattr(Remote, "files", lambda *a: asked.append(a) or [])
+
+    def listing(*arguments: Any) -> list[Any]:
+        asked.append(arguments)
+        return []
+
+    monkeypatch.setattr(Remote, "files", listing)
     assert one.start(PROMPT).prefilled_tokens == 0
     assert one.start([*PROMPT, 1, 2]).prefilled_tokens == 2
     assert not asked
