@@ -972,3 +972,12 @@ def test_exporting_and_importing_do_not_wait_for_mlx(program: Program, tmp_path:
     assert processes.python(source, "import", file, *chosen, tmp_path / "new") == [0, False]
     told = processes.python(source, "list", "--tree", *chosen, tmp_path / "new")
     assert told == [0, False]
+
+
+def test_show_says_why_runs_with_other_options_do_not_use_a_state(program: Program) -> None:
+    program("save", "few", "-p", PROMPT)
+    assert program("show", "few", "--json").json["reason"] is None
+    told = program("show", "few", "--salt", "mine", "--json").json
+    assert told["status"] == "ok"
+    assert told["reason"].startswith("it was made with another salt: runs with the options")
+    assert told["reason"] in program("show", "few", "--salt", "mine").out

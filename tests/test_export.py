@@ -155,6 +155,22 @@ def header_from(data: bytes) -> Header:
     return container.read_header(lambda offset, count: data[offset : offset + count], len(data))
 
 
+def test_a_block_is_cut_before_the_rows_of_its_windows_begin(tmp_path: Path) -> None:
+    cache = filled(tmp_path, "rotating")
+    store = Store(cache.directory)
+    stem = next(s for s in store.stems(BLOCKS) if block_header(store, s).content["start"] == 0)
+    with store.reader(BLOCKS, stem) as reader:
+        header, read = reader.header(), reader.read
+        late = replace(
+            header,
+            content={**header.content, "window": {**header.content["window"], "from": 100}},
+        )
+        cut = header_from(b"".join(map(bytes, cuts.first_rows(read, late, 40, "0" * 32).chunks)))
+    assert cut.content["window"]["from"] == 40
+    assert {label.partition("/")[0] for label in cut.entries} == {"keys", "values"}
+    assert {entry.shape[3] for entry in cut.entries.values()} == {40}
+
+
 # What is there already
 
 
@@ -288,7 +304,9 @@ def test_another_models_state_is_refused_with_the_reason(
 
 def test_parts_that_are_not_those_of_the_fingerprint_explain_nothing(tmp_path: Path) -> None:
     def other(content: Json, notes: Json) -> None:
-        notes["snapshot"]["fingerprint"]["text"] = "smallest"
+        notes["snapshot"]["fingerprint"] = {**mine.parts, "salt": "a lie"}
+
+    mine = elsewhere(tmp_path).fingerprint
 
     here = PromptCache(tmp_path / "here", "theirs")
     here.save("few", prefilled(None, "smallest", [1, 2, 3]), sync=False)
@@ -371,6 +389,27 @@ def nothing_at_all(content: Json, notes: Json) -> None:
 
 def numbers_for_parts(content: Json, notes: Json) -> None:
     content.update(snapshot=7, blocks=7)
+
+
+def test_parts_of_two_models_are_refused_however_well_they_are_sealed(tmp_path: Path) -> None:
+    path = tmp_path / "few.safetensors"
+    here = PromptCache(tmp_path / "here", "smallest")
+    here.save("few", prefilled(None, "smallest", [1, 2, 3]), sync=False)
+    here.export("few", path)
+    entries = {
+        label.removeprefix("blocks/0/"): entry
+        for label, entry in header_of(path).entries.items()
+        if label.startswith("blocks/0/")
+    }
+
+    def forge(content: Json, notes: Json) -> None:
+        content["blocks"][0]["fingerprint"] = "0f" * 16
+        head = container.head_of("block", content["blocks"][0], {}, entries)
+        content["snapshot"]["refs"][0][1] = head.digest
+
+    resealed(path, forge)
+    with pytest.raises(DamagedFile, match="not of one model"):
+        elsewhere(tmp_path).import_file(path)
 
 
 @pytest.mark.parametrize(

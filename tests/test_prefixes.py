@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,6 +105,24 @@ def test_branches_follow_one_another_and_fork_or_end(tmp_path: Path) -> None:
         ends = [state.tokens for state in branch.states]
         assert ends == sorted(ends)
         assert all(branch.start < end <= branch.end for end in ends)
+
+
+def test_what_goes_on_without_a_fork_is_one_branch(tmp_path: Path) -> None:
+    """A conversation of many turns is not a tree of that depth."""
+    (branch,) = trees(kept(tmp_path, [SHARED[:n] for n in (40, 41, 256, 299, 300)]))
+    assert [state.tokens for state in branch.states] == [40, 41, 256, 299, 300]
+    assert (branch.start, branch.end, branch.branches) == (0, 300, [])
+
+
+def test_cells_that_two_writers_cut_in_different_ways_are_the_same_cells(tmp_path: Path) -> None:
+    long = [*SHARED, *SHARED]
+    kept(tmp_path / "one", [long[:100], [*long, 1]])
+    other = PromptCache(tmp_path / "two", "smallest")
+    state = Runner(model_of("smallest"), None, other).prefill([*long, 2])
+    other.save("other", state, sync=False)
+    shutil.copytree(tmp_path / "two", tmp_path / "one", dirs_exist_ok=True)
+    found = shared_in(trees(Store(tmp_path / "one")))
+    assert found[frozenset(("1", "other"))] >= 512
 
 
 def test_hits_are_those_of_all_states_on_a_branch_and_beyond(tmp_path: Path) -> None:

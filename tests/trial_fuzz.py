@@ -26,9 +26,20 @@ if __name__ == "__main__":  # what leads has to see each line as it is imported
     import atheris
 
     with atheris.instrument_imports(include=["mlx_promptcache"]):
-        from mlx_promptcache import facts, finder, rates
+        from mlx_promptcache import facts, parcel, rates, writer
 
-from mlx_promptcache import codec, container, facts, finder, fingerprint, headers, places, rates
+from mlx_promptcache import (
+    codec,
+    container,
+    exporter,
+    facts,
+    fingerprint,
+    headers,
+    parcel,
+    places,
+    rates,
+    writer,
+)
 from mlx_promptcache.container import SEAL_BYTES, Header
 from mlx_promptcache.errors import PromptCacheError
 from mlx_promptcache.store import Store, check_name
@@ -151,7 +162,7 @@ def use(header: Header, data: bytes) -> None:
     with contextlib.suppress(PromptCacheError):
         headers.checked_block(header, block)
         headers.window_span(header)
-        finder.record_of(header)
+        writer.record_of(header)
         facts._block(header, block)
     with contextlib.suppress(PromptCacheError):
         headers.checked_snapshot(header, snapshot)
@@ -159,6 +170,8 @@ def use(header: Header, data: bytes) -> None:
         headers.has_window_rows(header)
         headers.root_of(header)
         facts._snapshot(header, snapshot)
+    with contextlib.suppress(PromptCacheError):
+        parcel.opened(header)
 
 
 def _into(data: bytes) -> container.ReadInto:
@@ -232,6 +245,7 @@ def seeds() -> list[bytes]:
         data = path.read_bytes()
         if len(data) <= SEED_BYTES:
             found += list(_of_file(data))
+    found += _of_file(_parcel())
     found.append(b"\x07" + (GOLDEN / "store" / "names" / "rows").read_bytes())
     found.append(b'\x07{"when": 1.5, "what": "ab", "rows": 7, "seconds": 0.1}\n')
     known = {"blocks": [["a", 1, 2, 3, 4, "d", 5]], "fingerprints": ["{}"], "used": [["a", "d"]]}
@@ -239,6 +253,14 @@ def seeds() -> list[bytes]:
     found.append(b"\x08" + json.dumps(known).encode())
     found.append(b'\x08{"read /x": 1.5, "compute y": 3, "/model": [1, 2, 3, 4, "ab"]}')
     return found
+
+
+def _parcel() -> bytes:
+    """A state in a file of its own."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "parcel"
+        exporter.export(Store(GOLDEN / "store", read_only=True), "rows", path)
+        return path.read_bytes()
 
 
 def _of_file(data: bytes) -> Iterator[bytes]:

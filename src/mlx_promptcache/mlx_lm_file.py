@@ -156,7 +156,7 @@ def _tensor(row: Any, base: int) -> _Tensor:
 
 def _told(metadata: dict[str, str]) -> tuple[list[str], dict[str, str]]:
     """The classes of the layers, and which arrays stand for something else."""
-    if metadata.get("2.0") != "" or "1.0" not in metadata:
+    if "1.0" not in metadata:  # older ones have a name there
         raise ForeignFile(
             "this release of mlx-lm did not write it: make it again with mlx-lm "
             f"{engine.version()}, or leave --format out if `export` wrote it"

@@ -159,8 +159,6 @@ def _blocks(header: Header, keys: Keys, entries: dict[str, dict[str, Entry]]) ->
         name = BlockName(shard(keys[cell_start(start)]), keys[start], first, keys[end])
         own = entries.pop(label_of(i, ""), {})
         part = _part(headers.BLOCK, content, notes[i], own)
-        if content["start"] != start:
-            raise DamagedFile("its blocks do not follow one another")
         yield Part(headers.checked_block(part, str(name)), str(name))
         start = end
 

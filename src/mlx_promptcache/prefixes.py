@@ -121,8 +121,6 @@ def _shared(a: Chain, b: Chain) -> int:
         if block != other:
             return shared
         shared -= max(rows, others)
-        if rows != others:
-            return shared
     return shared
 
 

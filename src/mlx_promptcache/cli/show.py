@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mlx_promptcache.container import Header
+    from mlx_promptcache.fingerprint import Fingerprint
     from mlx_promptcache.store import Store
 
 
@@ -33,12 +34,14 @@ def command(**options: Any) -> int:
     store = choice.store()
     with store.shared():
         stem, header = find(store, options["name"])
-        found = Catalog(store, choice.fingerprint(), memo_of(store)).entries([stem])
+        mine = choice.fingerprint()
+        found = Catalog(store, mine, memo_of(store)).entries([stem])
         entry = next((e for e in found if e.name == options["name"]), found[0])
         tokens = headers.tokens_of(store, header) if options["with_tokens"] else []
         arrays = _arrays(store, header)
     origin = header.content["origin"]
     answer = entry_json(entry) | {
+        "reason": entry.reason or _why_unused(mine, header),
         "fingerprint": dict(headers.fingerprint_parts(header)),
         "versions": _noted(header, "versions", dict),
         "boundaries": _noted(header, "boundaries", list),
@@ -59,6 +62,14 @@ def command(**options: Any) -> int:
     else:
         _print(answer)
     return 0
+
+
+def _why_unused(mine: Fingerprint | None, header: Header) -> str | None:
+    """Why runs with these options do not use a state that is sound."""
+    if mine is None or header.content["fingerprint"] == mine.digest:
+        return None
+    why = mine.explain(headers.fingerprint_parts(header))
+    return f"it was made with {why}: runs with the options that it was made with use it"
 
 
 def _noted(header: Header, name: str, kind: type[Any]) -> Any:
