@@ -21,6 +21,7 @@ COMMANDS = {
     "clear": "Delete stored states.",
     "verify": "Read every stored byte and check it.",
     "prune": "Make the store fit its budget.",
+    "report": "Write a page about the store.",
     "bench": "Measure what the cache is worth on this machine.",
 }
 

@@ -87,11 +87,8 @@ def _arrays(store: Store, snapshot: Header) -> list[dict[str, Any]]:
 
 
 def _text(origin: dict[str, Any]) -> str:
-    if origin.get("messages") is not None:
-        return "\n".join(f"{m.get('role')}: {m.get('content')}" for m in origin["messages"])
-    if origin.get("text") is None:
-        return "(this state was made from tokens: no text is known)"
-    return str(origin["text"])
+    text = headers.text_of(origin)
+    return "(this state was made from tokens: no text is known)" if text is None else text
 
 
 def _print(answer: dict[str, Any]) -> None:
