@@ -98,7 +98,10 @@ FLOORS = [
 ]
 
 WITHOUT_MLX = FLOORS[: FLOORS.index("engine")]
-COMMANDS_WITHOUT_MLX = ["cli.__init__", "cli.list", "cli.show", "cli.clear", "cli.verify"]
+COMMANDS_WITHOUT_MLX = [
+    "cli.__init__", "cli.list", "cli.show", "cli.clear", "cli.verify", "cli.prune", "cli.report",
+    "cli.completion",
+]  # fmt: skip
 VAGUE = {"utils", "util", "helpers", "common", "base", "manager", "misc", "core"}
 UNSAFE = {"pickle", "marshal", "shelve", "dill", "joblib", "torch"}  # what loads code from files
 

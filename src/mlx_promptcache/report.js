@@ -6,11 +6,11 @@
 const report = JSON.parse(document.getElementById("data").textContent);
 const ROW = 30; // the height of a row, as in the style sheet
 const SPARE = 10; // rows beyond what is in sight, on both sides
-const MOST_BARS = 60;
+const MOST_BARS = 100;
 const MOST_OPEN = 200; // a tree of more branches is closed at first
 const HOUR = 3600;
 const DAY = 24 * HOUR;
-const STEPS = [HOUR, 3 * HOUR, 6 * HOUR, 12 * HOUR, DAY, 7 * DAY, 28 * DAY];
+const STEPS = [HOUR, 3 * HOUR, 6 * HOUR, 12 * HOUR, DAY, 2 * DAY, 7 * DAY, 28 * DAY];
 const SVG = "http://www.w3.org/2000/svg";
 
 // Words and numbers

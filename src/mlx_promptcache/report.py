@@ -139,7 +139,7 @@ def _states(
     for _, identity, _, seconds in uses:
         saved[identity] += seconds
     models = _models(snapshots)
-    places = {row["id"]: i for i, row in enumerate(order) if row["kind"] == SNAPSHOTS}
+    places = {row["id"]: i for i, row in enumerate(order) if row["kind"] == "snapshot"}
     states = []
     for entry in entries:
         state = asdict(entry)
@@ -230,9 +230,9 @@ def _order(
     freed = accumulate(file.on_disk for _, _, file in order)
     return [
         {
-            "kind": kind,
+            "kind": kind.removesuffix("s"),
             "id": stem.rpartition("-")[2] if kind == SNAPSHOTS else stem.rpartition("/")[2],
-            "of": users.get(stem),
+            "of": stem.rpartition("-")[2] if kind == SNAPSHOTS else users.get(stem),
             "end": _end(facts, kind, stem, snapshots),
             "bytes": file.on_disk,
             "freed_bytes": so_far,
