@@ -78,6 +78,7 @@ FLOORS = [
     "plots",
     "benchmark",
     "cli.output",
+    "cli.names",
     "cli.__init__",
     "cli.interrupt",
     "cli.options",

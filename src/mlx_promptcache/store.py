@@ -471,6 +471,17 @@ class Store:
 
     # Names
 
+    def labels(self) -> list[str]:
+        """Every name, in order, whatever it stands for: for that its file would have to be read.
+
+        Raises:
+            ForeignStore: the store belongs to another user, and that is not allowed.
+            StoreError: the directory cannot be read.
+        """
+        self.allow()
+        with _told(f"the store {self.directory} cannot be read"):
+            return [name for name in sorted(self._all_names_in(NAMES)) if _is_name(name)]
+
     def names(self, *, certain: bool = False) -> dict[str, str]:
         """Every name and the stem that it stands for (empty if its file cannot be read).
 
@@ -481,11 +492,7 @@ class Store:
         with _told(f"the store {self.directory} cannot be read"):
             names = sorted(self._all_names_in(NAMES))
         found: dict[str, str] = {}
-        for name in names:
-            try:
-                check_name(name)
-            except StoreError:  # a leftover of a crash, or something that a file manager put there
-                continue
+        for name in filter(_is_name, names):
             try:
                 found[name] = self.read_name(name)
             except CacheMiss:
@@ -614,6 +621,15 @@ def check_name(name: str) -> str:
             "'_' and '-', and begin with a letter or a digit"
         )
     return name
+
+
+def _is_name(name: str) -> bool:
+    """Whether it is not a leftover of a crash, or something that a file manager put there."""
+    try:
+        check_name(name)
+    except StoreError:
+        return False
+    return True
 
 
 def _names(directory: str) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from mlx_promptcache.cli import output
-from mlx_promptcache.cli.options import model_path, only_model_option
+from mlx_promptcache.cli.options import examples, model_path, only_model_option
 from mlx_promptcache.errors import StoreError
 
 STANDARD_OUTPUT = "-"
@@ -31,7 +31,14 @@ def _lengths(
         raise click.BadParameter(str(exc), ctx, param) from exc
 
 
-@click.command(help=__doc__)
+@click.command(
+    help=__doc__,
+    epilog=examples(
+        "bench --short",
+        "bench --lengths 64,512 --runs 5 --json bench.json",
+        "bench --plot bench",
+    ),
+)
 @only_model_option
 @click.option(
     "--lengths",

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mlx_promptcache import models, places
+from mlx_promptcache import cli, models, places
 from mlx_promptcache.budget import MAX_SIZE, parse_size
 from mlx_promptcache.cli import output
+from mlx_promptcache.cli.names import complete_directories, complete_files
 from mlx_promptcache.errors import ForeignStore, ModelError, PromptError
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings, remembered
 from mlx_promptcache.headers import MOST_DRAFT_TOKENS
@@ -39,6 +40,11 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return decorate
 
 
+def examples(*lines: str) -> str:
+    """The end of a command's help: lines that anybody can type."""
+    return "\n".join(["\b", "Examples:", *(f"  {cli.PROGRAM} {line}" for line in lines)])
+
+
 def _notices(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:  # noqa: ARG001
     output.set_up_notices(quiet=quiet)
     return quiet
@@ -52,15 +58,20 @@ output_options = _options(
 only_model_option = _options(
     click.option(
         "-m", "--model", envvar="MLX_PROMPTCACHE_MODEL", metavar="PATH_OR_REPO",
+        shell_complete=complete_directories,
         help="A directory with an MLX model, or a Hugging Face repo; the demo model by default.",
     ),
 )  # fmt: skip
 
 model_options = _options(
     only_model_option,
-    click.option("--adapter-path", metavar="DIR", help="A LoRA or DoRA adapter of mlx-lm's."),
+    click.option(
+        "--adapter-path", metavar="DIR", shell_complete=complete_directories,
+        help="A LoRA or DoRA adapter of mlx-lm's.",
+    ),
     click.option(
         "--cache-dir", envvar="MLX_PROMPTCACHE_DIR", metavar="DIR",
+        shell_complete=complete_directories,
         help="The store; prompt_cache in the model's directory by default.",
     ),
     click.option(
@@ -68,10 +79,19 @@ model_options = _options(
         help="Use a store that belongs to another user, whom you trust.",
     ),
     click.option("--kv-bits", type=int, help="Quantise the KV cache to so many bits."),
-    click.option("--kv-group-size", type=int, default=64, show_default=True),
-    click.option("--quantized-kv-start", type=int, default=5000, show_default=True),
+    click.option(
+        "--kv-group-size", type=int, default=64, show_default=True,
+        help="How many numbers share a scale, with --kv-bits.",
+    ),
+    click.option(
+        "--quantized-kv-start", type=int, default=5000, show_default=True,
+        help="From which token on to quantise, with --kv-bits.",
+    ),
     click.option("--max-kv-size", type=int, help="Keep only so many tokens of K/V."),
-    click.option("--draft-model", metavar="PATH_OR_REPO", help="Proposes tokens (speculative)."),
+    click.option(
+        "--draft-model", metavar="PATH_OR_REPO", shell_complete=complete_directories,
+        help="A smaller model that proposes tokens (speculative decoding).",
+    ),
     click.option(
         "--num-draft-tokens", type=click.IntRange(1, MOST_DRAFT_TOKENS), default=3,
         show_default=True, help="How many tokens the draft model proposes at a time.",
@@ -101,12 +121,27 @@ max_size_option = click.option(
 prompt_options = _options(
     click.argument("words", nargs=-1, metavar="", expose_value=False, callback=_no_more),
     click.option("-p", "--prompt", help="The prompt; - reads standard input."),
-    click.option("--prompt-file", metavar="FILE", help="The prompt, from a file."),
+    click.option(
+        "--prompt-file",
+        metavar="FILE",
+        shell_complete=complete_files,
+        help="The prompt, from a file.",
+    ),
     click.option("--system-prompt", help="The system message of a chat."),
-    click.option("--messages", metavar="FILE.json", help="A chat: a JSON list of messages."),
+    click.option(
+        "--messages",
+        metavar="FILE.json",
+        shell_complete=complete_files,
+        help="A chat: a JSON list of messages.",
+    ),
     click.option("--ignore-chat-template", is_flag=True, help="Take the prompt as plain text."),
     click.option("--prefix", help="Text before the prompt, worth keeping by itself."),
-    click.option("--prefix-file", metavar="FILE", help="The same, from a file."),
+    click.option(
+        "--prefix-file",
+        metavar="FILE",
+        shell_complete=complete_files,
+        help="The same, from a file.",
+    ),
 )
 
 

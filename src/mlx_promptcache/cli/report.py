@@ -18,8 +18,10 @@ import click
 from mlx_promptcache import report
 from mlx_promptcache.budget import Budget
 from mlx_promptcache.cli import output
+from mlx_promptcache.cli.names import complete_files
 from mlx_promptcache.cli.options import (
     ModelChoice,
+    examples,
     max_size_option,
     model_options,
     output_options,
@@ -31,11 +33,19 @@ STANDARD_OUTPUT = "-"
 DEFAULT = "mlx-promptcache-report.html"
 
 
-@click.command(help=__doc__)
+@click.command(
+    help=__doc__,
+    epilog=examples(
+        "report --open",
+        "report --output store.html",
+        "report --json",
+    ),
+)
 @model_options
 @max_size_option
 @click.option(
     "--output", "file", metavar="FILE.html", default=DEFAULT, show_default=True,
+    shell_complete=complete_files,
     help="Where the page is written, in the place of an older one; - is standard output.",
 )  # fmt: skip
 @click.option("--open", "shown", is_flag=True, help="Open the page in the browser.")
