@@ -62,8 +62,8 @@ class Typed:
         own.pop("LD_PRELOAD", None)
         self._terminal, slave = pty.openpty()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", OWN_TERMINAL, *COMMANDS[shell]], stdin=slave, stdout=slave, stderr=slave, env=own, cwd=directory,
-            start_new_session=True,
+            [sys.executable, "-c", OWN_TERMINAL, *COMMANDS[shell]], stdin=slave, stdout=slave,
+            stderr=slave, env=own, cwd=directory, start_new_session=True,
         )  # fmt: skip
         os.close(slave)
         self.line(f"{SET_UP[shell]}; echo set''up")

@@ -32,7 +32,7 @@ def _duration(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 @click.command(
     help=__doc__,
     epilog=examples(
-        "clear shots",
+        "clear shots --yes",
         "clear --unnamed --older-than 30d --dry-run",
         "clear --stale --damaged --yes",
         "clear --all --yes",
