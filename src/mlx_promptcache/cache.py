@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlx_promptcache")
 
+READ_ONLY = (
+    "this prompt cache is read-only: unset MLX_PROMPTCACHE_READ_ONLY, or open it without read_only"
+)
 SLOWER = "it is stored, but here it is sooner computed than read"
 
 
@@ -367,11 +370,13 @@ class PromptCache:
     def _writing(self, state: State, *, asked_for: bool = False) -> Iterator[None]:
         self._store.allow()
         if self.read_only:
-            raise StoreError("this prompt cache is read-only")
+            raise StoreError(READ_ONLY)
         if not state.contents:
             raise StoreError("this state's rows are in layers: take the state from a run")
         if state.fingerprint not in {"", self.fingerprint.digest}:
-            raise StoreError("this state was computed by another model, or with other settings")
+            raise StoreError(
+                "this state was computed by another model, or with other settings: compute it again"
+            )
         self._store.create()
         with self._store.adding():
             kept = {ref.stem for ref in state.trail.refs}
@@ -472,7 +477,7 @@ class PromptCache:
             StoreError: the cache is read-only, or the file system refuses.
         """
         if self.read_only:
-            raise StoreError("this prompt cache is read-only")
+            raise StoreError(READ_ONLY)
         with self._store.exclusive():
             known = catalog.Catalog(self._store)
             plan = known.plan_clear(known.named(names))
@@ -495,7 +500,7 @@ class PromptCache:
             with self._store.shared():
                 return room.plan_prune(self._store, budget)
         if self.read_only:
-            raise StoreError("this prompt cache is read-only")
+            raise StoreError(READ_ONLY)
         with self._store.exclusive():
             plan = room.plan_prune(self._store, budget)
             execute(self._store, plan)

@@ -18,6 +18,7 @@ stems mean.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -64,6 +65,12 @@ OURS = {*KINDS, NAMES, QUARANTINE, USES, *LOCK_FILES}  # after a power cut any o
 SUFFIX = ".safetensors"
 APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 LARGEST_USES_BYTES = 1 << 26  # of the statistics, the last ones: more are not read
+ELSEWHERE = "choose a --cache-dir that you may use"
+ROOM = "make room there, or choose a --cache-dir on another drive"
+TO_DO = {
+    errno.EACCES: ELSEWHERE, errno.EPERM: ELSEWHERE, errno.EROFS: ELSEWHERE, errno.ENOSPC: ROOM,
+    errno.EDQUOT: ROOM, errno.EFBIG: ROOM, errno.ENOTDIR: ELSEWHERE,
+}  # fmt: skip
 SHARD = re.compile(r"[0-9a-f]{2}")
 STEM = re.compile(r"[0-9a-f]{2}/[0-9a-f-]{1,200}")
 LONGEST_NAME_BYTES = 200
@@ -120,9 +127,13 @@ class Store:
         except FileNotFoundError:
             return False
         except NotADirectoryError:
-            raise StoreError(f"{self.directory} is a file, not a store of prompt caches") from None
+            raise StoreError(
+                f"{self.directory} is a file, not a store of prompt caches: choose another "
+                "--cache-dir"
+            ) from None
         except OSError as exc:
-            raise StoreError(f"the store {self.directory} cannot be read: {exc.strerror}") from exc
+            what = f"the store {self.directory} cannot be read"
+            raise StoreError(_sentence(what, exc)) from exc
         foreign = [name for name in names if not name.startswith(".") and name not in OURS]
         if foreign and BLOCKS not in names and SNAPSHOTS not in names:
             raise StoreError(
@@ -518,9 +529,9 @@ class Store:
                 f"there is no state named {name!r}; `list` shows those that are"
             ) from None
         except UnicodeDecodeError:
-            raise DamagedFile(f"the name {name!r} is damaged") from None
+            raise _damaged(name) from None
         if not STEM.fullmatch(stem):
-            raise DamagedFile(f"the name {name!r} is damaged")
+            raise _damaged(name)
         return stem
 
     def write_name(self, name: str, stem: str, *, sync: bool = False) -> None:
@@ -632,6 +643,10 @@ def _is_name(name: str) -> bool:
     return True
 
 
+def _damaged(name: str) -> DamagedFile:
+    return DamagedFile(f"the name {name!r} is damaged: save it again, or delete it (`clear`)")
+
+
 def _names(directory: str) -> list[str]:
     """The names in a directory, none if there is no such directory. Raises OSError."""
     try:
@@ -657,9 +672,15 @@ def _sync_path(path: Path) -> None:
         os.close(fd)
 
 
+def _sentence(what: str, exc: OSError) -> str:
+    """What went wrong, and what to do where that is known."""
+    todo = TO_DO.get(exc.errno or 0)
+    return f"{what}: {exc.strerror}; {todo}" if todo else f"{what}: {exc.strerror}"
+
+
 @contextlib.contextmanager
 def _told(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise StoreError(f"{what}: {exc.strerror}") from exc
+        raise StoreError(_sentence(what, exc)) from exc

@@ -78,7 +78,9 @@ def command(**options: Any) -> int:
 
 def _check_directory(name: str | None) -> None:
     if name is not None and not Path(name).parent.is_dir():
-        raise StoreError(f"{name} cannot be written: there is no directory {Path(name).parent}")
+        raise StoreError(
+            f"{name} cannot be written: there is no directory {Path(name).parent}; make it first"
+        )
 
 
 def _settings(options: dict[str, Any]) -> Any:

@@ -109,7 +109,9 @@ def command(**options: Any) -> int:
 def _check(options: dict[str, Any], name: str | None) -> None:
     writes = options["save_as"] is not None or options["prompt_cache_all"]
     if options["no_prompt_cache"] and (writes or name is not None or options["prompt_cache_ro"]):
-        raise click.UsageError("--no-prompt-cache goes with no other option of the prompt cache")
+        raise click.UsageError(
+            "--no-prompt-cache goes with no other option of the prompt cache: leave it out, or them"
+        )
     if options["prompt_cache_ro"] and writes:
         raise click.UsageError("--prompt-cache-ro writes nothing: leave out what saves")
     if options["save_as"] is not None:

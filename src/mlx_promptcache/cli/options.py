@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+NO_TEXT = "is not UTF-8 text: convert it first, with iconv for example"
+MESSAGES = 'write it as [{"role": "user", "content": "..."}]'
+
 
 def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
@@ -200,7 +203,9 @@ def model_path(model: str | None, *, download: bool = True) -> Path:
         return models.find(model, download=download)
     demo = places.demo_model()
     if demo is None:
-        raise ModelError("no model is chosen: give one with --model PATH_OR_REPO")
+        raise ModelError(
+            "no model is chosen: give one with --model PATH_OR_REPO, or in MLX_PROMPTCACHE_MODEL"
+        )
     return demo
 
 
@@ -337,10 +342,12 @@ class PromptChoice:
                 flags = [f"--{name.replace('_', '-')}" for name in (one, other)]
                 raise click.UsageError(f"give {flags[0]} or {flags[1]}, not both")
         if self.messages is not None and (self.prefix is not None or self.prefix_file is not None):
-            raise click.UsageError("--prefix stands before a prompt of text, not before messages")
+            raise click.UsageError(
+                "--prefix stands before a prompt of text: put it into the messages instead"
+            )
         for text in (self.prompt, self.prefix, self.system_prompt):
             if text is not None and not _is_text(text):
-                raise click.UsageError("a prompt on the command line must be UTF-8 text")
+                raise click.UsageError(f"a prompt on the command line {NO_TEXT}")
 
     def text(self) -> str:
         """The prompt itself."""
@@ -348,7 +355,7 @@ class PromptChoice:
             try:
                 return sys.stdin.buffer.read().decode()
             except UnicodeDecodeError as exc:
-                raise PromptError("standard input is not UTF-8 text") from exc
+                raise PromptError(f"standard input {NO_TEXT}") from exc
         return self.prompt if self.prompt is not None else _file(self.prompt_file)
 
     def prefix_text(self) -> str:
@@ -362,11 +369,11 @@ class PromptChoice:
         try:
             chat = json.loads(_file(self.messages))
         except (ValueError, RecursionError) as exc:
-            raise PromptError(f"{self.messages} is not JSON: {exc}") from exc
+            raise PromptError(f"{self.messages} is not JSON ({exc}): {MESSAGES}") from exc
         if not isinstance(chat, list) or not all(
             isinstance(m, dict) and isinstance(m.get("role"), str) for m in chat
         ):
-            raise PromptError(f"{self.messages} must be a list of messages, each with a role")
+            raise PromptError(f"{self.messages} is no list of messages with roles: {MESSAGES}")
         if self.system_prompt is not None:
             chat.insert(0, {"role": "system", "content": self.system_prompt})
         if text := self.text():
@@ -429,9 +436,11 @@ def _file(name: str | None) -> str:
     try:
         return Path(name).expanduser().read_text("utf-8")
     except OSError as exc:
-        raise PromptError(f"{name} cannot be read: {exc.strerror}") from exc
+        raise PromptError(
+            f"{name} cannot be read: {exc.strerror}; give the path of a text file"
+        ) from exc
     except UnicodeDecodeError as exc:
-        raise PromptError(f"{name} is not UTF-8 text") from exc
+        raise PromptError(f"{name} {NO_TEXT}") from exc
 
 
 def take(kind: type[T], options: dict[str, Any]) -> T:
