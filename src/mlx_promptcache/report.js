@@ -7,6 +7,7 @@ const report = JSON.parse(document.getElementById("data").textContent);
 const ROW = 30; // the height of a row, as in the style sheet
 const SPARE = 10; // rows beyond what is in sight, on both sides
 const MOST_BARS = 100;
+const WIDEST = 40; // of a bar, where there are few
 const MOST_OPEN = 200; // a tree of more branches is closed at first
 const HOUR = 3600;
 const DAY = 24 * HOUR;
@@ -385,7 +386,7 @@ function chart(title, points, least, show) {
     viewBox: `0 0 ${width} ${height}`, role: "img",
     "aria-label": `${title}: ${total} from ${named(found[0])} to ${named(found.at(-1))}`,
   });
-  const each = (width - left) / found.length;
+  const each = Math.min(WIDEST, (width - left) / found.length);
   const floor = height - foot;
   found.forEach((bar, i) => {
     const tall = (bar.value / most) * (floor - 14);
@@ -399,8 +400,11 @@ function chart(title, points, least, show) {
     draw("line", { class: "axis", x1: left, x2: width, y1: floor, y2: floor }),
     draw("text", { x: left - 6, y: 22, "text-anchor": "end" }, show(most)),
     draw("text", { x: left, y: height - 5 }, named(found[0])),
-    draw("text", { x: width, y: height - 5, "text-anchor": "end" }, named(found.at(-1))),
   );
+  if (found.length > 1) {
+    const end = { x: Math.max(left + 240, left + each * found.length), y: height - 5 };
+    svg.append(draw("text", { ...end, "text-anchor": "end" }, named(found.at(-1))));
+  }
   const rows = found.filter((bar) => bar.value).map((bar) =>
     make("tr", {}, make("th", { scope: "row" }, named(bar)), make("td", {}, show(bar.value))));
   const table = make("table", { "aria-label": title }, make("tbody", {}, ...rows));
