@@ -41,10 +41,12 @@ FLOORS = [
     "quarantine",
     "headers",
     "facts",
+    "branches",
     "eviction",
     "room",
     "catalog",
     "prefixes",
+    "report",
     "verification",
     "writer",
     "finder",
@@ -91,6 +93,7 @@ FLOORS = [
     "plots",
     "benchmark",
     "cli.output",
+    "cli.names",
     "cli.__init__",
     "cli.interrupt",
     "cli.options",
@@ -108,6 +111,8 @@ FLOORS = [
     "cli.transfer",
     "cli.push",
     "cli.pull",
+    "cli.report",
+    "cli.completion",
     "cli.save",
     "cli.load",
     "cli.generate",
@@ -118,6 +123,7 @@ FLOORS = [
 WITHOUT_MLX = FLOORS[: FLOORS.index("engine")]
 COMMANDS_WITHOUT_MLX = [
     "cli.__init__", "cli.list", "cli.show", "cli.clear", "cli.verify", "cli.export", "cli.import_",
+    "cli.prune", "cli.report", "cli.completion", "cli.push", "cli.pull",
 ]  # fmt: skip
 VAGUE = {"utils", "util", "helpers", "common", "base", "manager", "misc", "core"}
 UNSAFE = {"pickle", "marshal", "shelve", "dill", "joblib", "torch"}  # what loads code from files

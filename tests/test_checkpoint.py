@@ -260,7 +260,7 @@ def test_what_fails_while_it_is_read_is_said_on_first_use_and_again(
     for use in uses:
         with pytest.raises(ModelError) as raised:
             use()
-        words = "cannot be read: [read] Unable to read so many bytes"
+        words = "cannot be read: [read] Unable to read so many bytes; bring the model again"
         assert str(raised.value) == f"the weights of {original} {words}"
         assert raised.value.__cause__ is failed
 

@@ -307,7 +307,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
         with pytest.raises(StoreError):
             store.write_name("prefix", STEM)
     assert one_sentence(caught.value)
-    assert str(caught.value).endswith(os.strerror(number))
+    assert os.strerror(number) in str(caught.value)
     assert files(store.directory) == []
     assert store.write(BLOCKS, STEM, packed())
 
@@ -349,7 +349,8 @@ except StoreError as exc:
 
 def test_a_real_limit_of_the_system_is_one_sentence_and_leaves_nothing(store: Store) -> None:
     said = processes.python(LIMITED, store.directory, STEM)
-    assert said == f"cannot write to the store {store.directory}: {os.strerror(errno.EFBIG)}"
+    wrong = f"cannot write to the store {store.directory}: {os.strerror(errno.EFBIG)}; "
+    assert said.startswith(wrong)
     assert files(store.directory) == []
 
 

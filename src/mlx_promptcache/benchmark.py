@@ -149,7 +149,9 @@ def _that_fit(model: Path, lengths: Sequence[int]) -> list[int]:
     context = models.context_length(models.config(model))
     fitting = [n for n in lengths if context is None or n + ROOM <= context]
     if not fitting:
-        raise MeasuringError(f"the model's context of {context} tokens has no room for a prefix")
+        raise MeasuringError(
+            f"the model's context of {context} tokens has no room for a prefix: take another model"
+        )
     return fitting
 
 

@@ -66,7 +66,6 @@ if TYPE_CHECKING:
     from mlx_promptcache.writer import Saved
 
 log = logging.getLogger("mlx_promptcache")
-
 SLOWER = "it is stored, but here it is sooner computed than read"
 
 
@@ -445,7 +444,9 @@ class PromptCache:
         if not state.contents:
             raise StoreError("this state's rows are in layers: take the state from a run")
         if state.fingerprint not in {"", self.fingerprint.digest}:
-            raise StoreError("this state was computed by another model, or with other settings")
+            raise StoreError(
+                "this state was computed by another model, or with other settings: compute it again"
+            )
         self._store.create()
         kept, made_for = {ref.stem for ref in state.trail.refs}, 0
         with self._store.adding(), contextlib.ExitStack() as stack:
@@ -488,8 +489,7 @@ class PromptCache:
                 not what was written.
             StoreError, CacheLocked: as `save` does.
         """
-        if self.read_only:
-            raise StoreError("this prompt cache is read-only")
+        self._store.check_writable()
         return importer.add(
             Path(path), self._store, self._bad, self.fingerprint, self.budget,
             name=name, replace=replace,

@@ -242,7 +242,10 @@ class Catalog:
     def _check_readable(self, doomed: set[str]) -> None:
         for stem, told in self._snapshots.items():
             if isinstance(told, StoreError) and stem not in doomed:
-                raise StoreError(f"nothing is deleted, since another state may be in use: {told}")
+                raise StoreError(
+                    f"nothing is deleted, since another state may use the same rows: {told}; make "
+                    "that file readable first"
+                )
 
     def _orphans(self, doomed: set[str]) -> dict[str, int]:
         """The blocks that only these snapshots use, and where they begin."""
@@ -324,7 +327,10 @@ def find(store: Store, name: str) -> tuple[str, Header]:
     except DamagedFile as exc:
         raise DamagedFile(f"the state {name!r} is damaged: {exc}; save it again") from exc
     except ForeignFile as exc:
-        raise ForeignFile(f"the state {name!r} cannot be read: {exc}") from exc
+        raise ForeignFile(
+            f"the state {name!r} cannot be read: {exc}; take the release that wrote it, or save it "
+            "again"
+        ) from exc
     except CacheMiss:
         raise DamagedFile(
             f"the state {name!r} is lost: its snapshot is not there; save it again"

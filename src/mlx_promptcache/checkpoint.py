@@ -63,7 +63,9 @@ class Weights:
             atexit.unregister(self._leave)
         if self._error is not None:
             why = " ".join(str(self._error).split())
-            raise ModelError(f"the weights of {self._path} cannot be read: {why}") from self._error
+            raise ModelError(
+                f"the weights of {self._path} cannot be read: {why}; bring the model again"
+            ) from self._error
 
 
 class Loaded(NamedTuple):
@@ -90,7 +92,10 @@ def load(path: Path, adapter: Path | None) -> Loaded:
                 model = engine.utils().load_adapters(model, str(adapter))
                 model.eval()
     except Exception as exc:
-        raise ModelError(f"mlx-lm cannot load {path}: {exc}") from exc
+        raise ModelError(
+            f"mlx-lm cannot load {path}: {_why(exc)}; take a model that the installed mlx-lm runs, "
+            "or another release of mlx-lm"
+        ) from exc
     _keep_in_memory()
     return Loaded(model, config, Weights(model, path, beside=stream is not None))
 
@@ -104,7 +109,13 @@ def load_tokenizer(path: Path, config: Mapping[str, Any]) -> Any:
     try:
         return _tokenizer(path, config.get("eos_token_id"))
     except Exception as exc:
-        raise ModelError(f"mlx-lm cannot load the tokenizer of {path}: {exc}") from exc
+        raise ModelError(
+            f"mlx-lm cannot load the tokenizer of {path}: {_why(exc)}; bring the model again"
+        ) from exc
+
+
+def _why(exc: Exception) -> str:
+    return " ".join(str(exc).split()).rstrip(".") or type(exc).__name__
 
 
 def _tokenizer(path: Path, ends: Any) -> Any:

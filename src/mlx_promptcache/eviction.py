@@ -24,7 +24,7 @@ from mlx_promptcache.store import BLOCKS, SNAPSHOTS, TOKENIZERS
 from mlx_promptcache.tree import BlockName
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Iterator
 
     from mlx_promptcache.facts import Block, Facts, Snapshot
     from mlx_promptcache.files import File
@@ -110,6 +110,24 @@ class Eviction:
 
     def plan(self, wanted_bytes: int) -> Deletion:
         """What to evict so that at least so many bytes on disk are freed, or as many as can be."""
+        gone: dict[str, list[str]] = {SNAPSHOTS: [], BLOCKS: [], TOKENIZERS: []}
+        freed = size = 0
+        for kind, stem, file in self.order():
+            if freed >= wanted_bytes:
+                break
+            gone[kind].append(stem)
+            freed += file.on_disk
+            size += file.size
+        return Deletion(
+            snapshots=tuple(gone[SNAPSHOTS]),
+            blocks=tuple(gone[BLOCKS]),
+            tokenizers=tuple(gone[TOKENIZERS]),
+            freed_bytes=size,
+            freed_on_disk=freed,
+        )
+
+    def order(self) -> Iterator[tuple[str, str, File]]:
+        """All that may be evicted, what goes first at the head: kinds, stems and files."""
         children: dict[Node, set[Node]] = defaultdict(set)
         nodes = [*((SNAPSHOTS, s) for s in self._snapshots), *((BLOCKS, b) for b in self._blocks)]
         nodes += [(TOKENIZERS, stem) for stem in self._facts.tokenizers.keys() - self._stays]
@@ -118,25 +136,14 @@ class Eviction:
                 children[parent].add(node)
         leaves = [(self._rank(node), node) for node in nodes if not children[node]]
         heapq.heapify(leaves)
-        gone: dict[str, list[str]] = {SNAPSHOTS: [], BLOCKS: [], TOKENIZERS: []}
-        freed = size = 0
         there = set(nodes)
-        while leaves and freed < wanted_bytes:
+        while leaves:
             _, node = heapq.heappop(leaves)
-            gone[node[0]].append(node[1])
-            freed += self._file(node).on_disk
-            size += self._file(node).size
+            yield *node, self._file(node)
             for parent in self._parents.get(node, ()):
                 children[parent].discard(node)
                 if not children[parent] and parent in there:
                     heapq.heappush(leaves, (self._rank(parent), parent))
-        return Deletion(
-            snapshots=tuple(gone[SNAPSHOTS]),
-            blocks=tuple(gone[BLOCKS]),
-            tokenizers=tuple(gone[TOKENIZERS]),
-            freed_bytes=size,
-            freed_on_disk=freed,
-        )
 
     def _rank(self, node: Node) -> tuple[float, int]:
         """Least first: its worth; of the same path the deeper one."""

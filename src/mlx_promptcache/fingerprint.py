@@ -63,7 +63,9 @@ class KVSettings:
         if self.group_size not in GROUP_SIZES:
             raise ValueError(f"groups of KV caches have {GROUP_SIZES} items, not {self.group_size}")
         if self.quantized_start < 0 or (self.max_size is not None and self.max_size < 1):
-            raise ValueError("numbers of tokens must be positive")
+            raise ValueError(
+                "numbers of tokens: --max-kv-size is 1 or more, and --quantized-kv-start 0 or more"
+            )
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -130,7 +132,9 @@ class Fingerprint:
             if draft is not None:
                 parts["draft"] = _hash(f"{_weights(draft, memo)} {_config(draft)}".encode())
         except OSError as exc:
-            raise ModelError(f"the model {model} cannot be read: {exc.strerror}") from exc
+            raise ModelError(
+                f"the model {model} cannot be read: {exc.strerror}; make its files readable"
+            ) from exc
         return cls(parts)
 
     def with_kv(self, kv: KVSettings) -> Fingerprint:
@@ -222,7 +226,10 @@ def _hash(data: bytes) -> str:
 def _weights(model: Path, memo: Memo) -> str:
     files = sorted(model.glob("model*.safetensors"))  # those that mlx-lm loads
     if not files:
-        raise ModelError(f"{model} holds no model: it has no model*.safetensors")
+        raise ModelError(
+            f"{model} holds no model: it has no model*.safetensors; give the directory of a model "
+            "in MLX's format"
+        )
     text = "\n".join(f"{path.name} {_file(path, memo)}" for path in files)
     return _hash(text.encode())
 
@@ -262,12 +269,19 @@ def _config(model: Path) -> str:
     return _hash(text)
 
 
+def _no_adapter(adapter: Path, lacking: str) -> ModelError:
+    return ModelError(
+        f"{adapter} holds no adapter: it has no {lacking}; give the directory that mlx_lm.lora "
+        "wrote"
+    )
+
+
 def _adapter(adapter: Path, memo: Memo) -> str:
     try:
         config = (adapter / "adapter_config.json").read_bytes()
     except OSError:
-        raise ModelError(f"{adapter} holds no adapter: it has no adapter_config.json") from None
+        raise _no_adapter(adapter, "adapter_config.json") from None
     weights = adapter / "adapters.safetensors"
     if not weights.is_file():
-        raise ModelError(f"{adapter} holds no adapter: it has no adapters.safetensors")
+        raise _no_adapter(adapter, "adapters.safetensors")
     return _hash(config + b"\0" + memo.identity(weights, _whole_file).encode())

@@ -297,6 +297,16 @@ def tokens_of(store: Store, snapshot: Header) -> list[int]:
     return tokens
 
 
+def text_of(origin: Mapping[str, Any]) -> str | None:
+    """The prompt that a snapshot tells: its text, or its messages; None if it was made from
+    tokens.
+    """
+    if origin.get("messages") is not None:
+        return "\n".join(f"{m.get('role')}: {m.get('content')}" for m in origin["messages"])
+    text: str | None = origin.get("text")
+    return text
+
+
 def root_of(snapshot: Header) -> str:
     """The key of position 0 of a snapshot's tokens."""
     return root_key(snapshot.content["fingerprint"], snapshot.content["phase"])

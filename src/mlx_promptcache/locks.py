@@ -116,7 +116,10 @@ class Locks:
             return privacy.open_file(self.directory / name, flags)
         except OSError as exc:
             if make:
-                raise StoreError(f"{self.directory} cannot be locked: {exc.strerror}") from exc
+                raise StoreError(
+                    f"the store {self.directory} cannot be locked: {exc.strerror}; choose another "
+                    "--cache-dir"
+                ) from exc
             return None
 
 

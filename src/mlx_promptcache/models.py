@@ -19,6 +19,7 @@ FILES = [
     "*.txt",
     "*.jinja",
 ]
+AGAIN = "bring the model again"
 CONTEXT_KEYS = (
     "max_position_embeddings",
     "n_positions",
@@ -41,7 +42,10 @@ def find(path_or_repo: str, *, download: bool = True) -> Path:
     if path.exists():
         raise ModelError(f"{path_or_repo} is a file: give the directory that holds the model")
     if path.is_absolute() or path_or_repo.startswith((".", "~")) or path_or_repo.count("/") != 1:
-        raise ModelError(f"there is no model directory {path_or_repo}")
+        raise ModelError(
+            f"there is no model directory {path_or_repo}: give one that is there, or a Hugging "
+            "Face repo as OWNER/NAME"
+        )
     return _from_hub(path_or_repo, download=download)
 
 
@@ -52,17 +56,23 @@ def _from_hub(repo: str, *, download: bool) -> Path:
     try:
         return Path(snapshot_download(repo, allow_patterns=FILES, local_files_only=True))
     except HFValidationError as exc:
-        raise ModelError(f"{repo!r} is neither a directory nor the name of a repo") from exc
+        raise ModelError(
+            f"{repo!r} is neither a directory nor the name of a repo: give a directory that is "
+            "there, or a Hugging Face repo as OWNER/NAME"
+        ) from exc
     except Exception:  # noqa: BLE001, S110 - not there yet, or not whole: whatever it is, download
         pass
     if not download:
-        raise ModelError(f"there is no directory {repo}, and no such repo has been downloaded yet")
+        raise ModelError(
+            f"there is no directory {repo}, and no such repo has been downloaded yet: `generate` "
+            "downloads it, and --cache-dir names a store without a model"
+        )
     try:
         return Path(snapshot_download(repo, allow_patterns=FILES))
     except Exception as exc:
         raise ModelError(
             f"there is no directory {repo}, and the Hugging Face repo of that name cannot be had: "
-            f"{type(exc).__name__}"
+            f"{type(exc).__name__}; check its name and the network"
         ) from exc
 
 
@@ -75,11 +85,14 @@ def config(model: Path) -> dict[str, Any]:
     try:
         value = json.loads((model / "config.json").read_bytes())
     except OSError:
-        raise ModelError(f"{model} holds no model: it has no config.json") from None
+        raise ModelError(
+            f"{model} holds no model: it has no config.json; give the directory of a model in "
+            "MLX's format"
+        ) from None
     except (ValueError, RecursionError):
-        raise ModelError(f"{model / 'config.json'} is not JSON") from None
+        raise ModelError(f"{model / 'config.json'} is not JSON: {AGAIN}") from None
     if not isinstance(value, dict):
-        raise ModelError(f"{model / 'config.json'} is not a JSON object")
+        raise ModelError(f"{model / 'config.json'} is not a JSON object: {AGAIN}")
     return value
 
 

@@ -19,6 +19,7 @@ stems mean.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -79,6 +80,12 @@ OURS = {
 SUFFIX = ".safetensors"
 APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 LARGEST_USES_BYTES = 1 << 26  # of the statistics, the last ones: more are not read
+ELSEWHERE = "choose a --cache-dir that you may use"
+ROOM = "make room there, or choose a --cache-dir on another drive"
+TO_DO = {
+    errno.EACCES: ELSEWHERE, errno.EPERM: ELSEWHERE, errno.EROFS: ELSEWHERE, errno.ENOSPC: ROOM,
+    errno.EDQUOT: ROOM, errno.EFBIG: ROOM, errno.ENOTDIR: ELSEWHERE,
+}  # fmt: skip
 SHARD = re.compile(r"[0-9a-f]{2}")
 STEM = re.compile(r"[0-9a-f]{2}/[0-9a-f-]{1,200}")
 LONGEST_NAME_BYTES = 200
@@ -139,7 +146,10 @@ class Store:
         except FileNotFoundError:
             return False
         except NotADirectoryError:
-            raise StoreError(f"{self.directory} is a file, not a store of prompt caches") from None
+            raise StoreError(
+                f"{self.directory} is a file, not a store of prompt caches: choose another "
+                "--cache-dir"
+            ) from None
         except OSError as exc:
             raise UnreadableStore(
                 f"the store {self.directory} cannot be read: {exc.strerror}; mend that, or choose "
@@ -508,6 +518,17 @@ class Store:
 
     # Names
 
+    def labels(self) -> list[str]:
+        """Every name, in order, whatever it stands for: for that its file would have to be read.
+
+        Raises:
+            ForeignStore: the store belongs to another user, and that is not allowed.
+            StoreError: the directory cannot be read.
+        """
+        self.allow()
+        with _told(f"the store {self.directory} cannot be read"):
+            return [name for name in sorted(self._all_names_in(NAMES)) if _is_name(name)]
+
     def names(self, *, certain: bool = False) -> dict[str, str]:
         """Every name and the stem that it stands for (empty if its file cannot be read).
 
@@ -685,6 +706,19 @@ def check_name(name: str) -> str:
     return name
 
 
+def _is_name(name: str) -> bool:
+    """Whether it is not a leftover of a crash, or something that a file manager put there."""
+    try:
+        check_name(name)
+    except StoreError:
+        return False
+    return True
+
+
+def _damaged(name: str) -> DamagedFile:
+    return DamagedFile(f"the name {name!r} is damaged: save it again, or delete it (`clear`)")
+
+
 def _names(directory: str) -> list[str]:
     """The names in a directory, none if there is no such directory. Raises OSError."""
     try:
@@ -710,9 +744,15 @@ def _sync_path(path: Path) -> None:
         os.close(fd)
 
 
+def _sentence(what: str, exc: OSError) -> str:
+    """What went wrong, and what to do where that is known."""
+    todo = TO_DO.get(exc.errno or 0)
+    return f"{what}: {exc.strerror}; {todo}" if todo else f"{what}: {exc.strerror}"
+
+
 @contextlib.contextmanager
 def _told(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise StoreError(f"{what}: {exc.strerror}") from exc
+        raise StoreError(_sentence(what, exc)) from exc

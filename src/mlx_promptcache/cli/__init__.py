@@ -8,6 +8,7 @@ import os
 import sys
 
 import click
+from click.shell_completion import CompletionItem
 
 from mlx_promptcache.cli import output
 from mlx_promptcache.errors import PromptCacheError
@@ -27,8 +28,12 @@ COMMANDS = {
     "prune": "Make the store fit its budget.",
     "push": "Bring stored states to a place that others share.",
     "pull": "Bring states from such a place.",
+    "report": "Write a page about the store.",
     "bench": "Measure what the cache is worth on this machine.",
+    "completion": "Print a script that lets a shell complete commands and names.",
 }
+PROGRAM = "mlx-promptcache"
+COMPLETING = "_MLX_PROMPTCACHE_COMPLETE"  # the variable that click's scripts set when they ask
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -45,13 +50,20 @@ class _Commands(click.Group):
         command: click.Command = module.command
         return command
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands, without importing any of them; options as ever."""
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        found = COMMANDS.items()
+        return [CompletionItem(c, help=told) for c, told in found if c.startswith(incomplete)]
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):  # without importing any of them
             formatter.write_dl(list(COMMANDS.items()))
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="mlx-promptcache")
+@click.version_option(__version__, prog_name=PROGRAM)
 def cli() -> None:
     """Run MLX language models, and never compute the same prompt twice."""
 
@@ -71,10 +83,22 @@ def _open_streams() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
 
 
+def _complete() -> None:
+    """If a shell's script asks what a line may go on with, let click know how our shells do."""
+    if COMPLETING in os.environ:
+        from click.shell_completion import add_completion_class
+
+        from mlx_promptcache.cli.names import SHELLS
+
+        for name, shell in SHELLS.items():
+            add_completion_class(shell, name)
+
+
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code. No traceback reaches a user."""
     try:
-        result = cli.main(arguments, prog_name="mlx-promptcache", standalone_mode=False)
+        _complete()
+        result = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)
         sys.stdout.flush()
     except click.UsageError as exc:
         exc.show()

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from mlx_promptcache.cli import output
-from mlx_promptcache.cli.options import model_path, only_model_option
+from mlx_promptcache.cli.options import examples, model_path, only_model_option
 from mlx_promptcache.errors import StoreError
 
 STANDARD_OUTPUT = "-"
@@ -31,7 +31,14 @@ def _lengths(
         raise click.BadParameter(str(exc), ctx, param) from exc
 
 
-@click.command(help=__doc__)
+@click.command(
+    help=__doc__,
+    epilog=examples(
+        "bench --short",
+        "bench --lengths 64,512 --runs 5 --json bench.json",
+        "bench --plot bench",
+    ),
+)
 @only_model_option
 @click.option(
     "--lengths",
@@ -71,7 +78,9 @@ def command(**options: Any) -> int:
 
 def _check_directory(name: str | None) -> None:
     if name is not None and not Path(name).parent.is_dir():
-        raise StoreError(f"{name} cannot be written: there is no directory {Path(name).parent}")
+        raise StoreError(
+            f"{name} cannot be written: there is no directory {Path(name).parent}; make it first"
+        )
 
 
 def _settings(options: dict[str, Any]) -> Any:

@@ -11,7 +11,8 @@ import click
 
 from mlx_promptcache.catalog import DAMAGED, STALE, Catalog, Entry
 from mlx_promptcache.cli import output
-from mlx_promptcache.cli.options import ModelChoice, model_options, output_options, take
+from mlx_promptcache.cli.names import complete_names
+from mlx_promptcache.cli.options import ModelChoice, examples, model_options, output_options, take
 from mlx_promptcache.deletion import Deletion, execute
 from mlx_promptcache.errors import PromptCacheError
 from mlx_promptcache.facts import forget, memo_of
@@ -29,8 +30,16 @@ def _duration(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     return float(match[1]) * UNITS[match[2]]
 
 
-@click.command(help=__doc__)
-@click.argument("names", nargs=-1)
+@click.command(
+    help=__doc__,
+    epilog=examples(
+        "clear shots --yes",
+        "clear --unnamed --older-than 30d --dry-run",
+        "clear --stale --damaged --yes",
+        "clear --all --yes",
+    ),
+)
+@click.argument("names", nargs=-1, shell_complete=complete_names)
 @model_options
 @click.option("--all", "everything", is_flag=True, help="Everything in the store.")
 @click.option("--stale", is_flag=True, help="States that other weights made.")

@@ -9,11 +9,13 @@ import click
 
 from mlx_promptcache import catalog, headers
 from mlx_promptcache.cli import output
+from mlx_promptcache.cli.names import complete_names
 from mlx_promptcache.cli.options import (
     ModelChoice,
     PromptChoice,
     RemoteChoice,
     SamplingChoice,
+    examples,
     max_size_option,
     model_options,
     output_options,
@@ -34,17 +36,29 @@ if TYPE_CHECKING:
     from mlx_promptcache.store import Store
 
 
-@click.command(help=__doc__)
+@click.command(
+    help=__doc__,
+    epilog=examples(
+        'generate -p "Why is the sky blue?"',
+        'generate --prefix-file few-shot.txt -p "Sentence: It rains." -n 3 --temp 0',
+        'generate --prompt-cache shots -p "Sentence: It rains."',
+        "generate --messages chat.json --save-as talk",
+    ),
+)
 @prompt_options
 @model_options
 @click.option(
     "--prompt-cache", is_flag=False, flag_value="", metavar="[NAME]",
+    shell_complete=complete_names,
     help="Reuse the longest stored prefix and keep this prompt (the default); with a name, go on "
     "after the stored prompt of that name.",
 )  # fmt: skip
 @click.option("--prompt-cache-ro", is_flag=True, help="Reuse, but write nothing.")
 @click.option("--prompt-cache-all", is_flag=True, help="Keep the generated tokens' state, too.")
-@click.option("--save-as", metavar="NAME", help="Name the state at the end of the run.")
+@click.option(
+    "--save-as", metavar="NAME", shell_complete=complete_names,
+    help="Name the state at the end of the run.",
+)  # fmt: skip
 @click.option("--no-prompt-cache", is_flag=True, help="Neither read nor write.")
 @click.option("--exact", is_flag=True, help="The very bits of a run without the cache.")
 @sampling_options
@@ -102,7 +116,9 @@ def command(**options: Any) -> int:
 def _check(options: dict[str, Any], name: str | None) -> None:
     writes = options["save_as"] is not None or options["prompt_cache_all"]
     if options["no_prompt_cache"] and (writes or name is not None or options["prompt_cache_ro"]):
-        raise click.UsageError("--no-prompt-cache goes with no other option of the prompt cache")
+        raise click.UsageError(
+            "--no-prompt-cache goes with no other option of the prompt cache: leave it out, or them"
+        )
     if options["prompt_cache_ro"] and writes:
         raise click.UsageError("--prompt-cache-ro writes nothing: leave out what saves")
     if options["save_as"] is not None:

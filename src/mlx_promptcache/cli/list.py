@@ -12,7 +12,7 @@ import click
 from mlx_promptcache import places
 from mlx_promptcache.catalog import Catalog, Entry
 from mlx_promptcache.cli import drawing, output
-from mlx_promptcache.cli.options import ModelChoice, model_options, output_options, take
+from mlx_promptcache.cli.options import ModelChoice, examples, model_options, output_options, take
 from mlx_promptcache.errors import ForeignStore
 from mlx_promptcache.facts import memo_of
 from mlx_promptcache.prefixes import tree_of
@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_promptcache")
 
 
-@click.command(help=__doc__)
+@click.command(
+    help=__doc__,
+    epilog=examples(
+        "list",
+        "list --all --json",
+    ),
+)
 @model_options
 @click.option("--all", "everywhere", is_flag=True, help="Every store that you have written to.")
 @click.option("--tree", "as_tree", is_flag=True, help="Draw which prefixes they share.")

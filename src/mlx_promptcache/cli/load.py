@@ -9,9 +9,11 @@ import click
 
 from mlx_promptcache import catalog
 from mlx_promptcache.cli import output
+from mlx_promptcache.cli.names import complete_names
 from mlx_promptcache.cli.options import (
     ModelChoice,
     SamplingChoice,
+    examples,
     max_size_option,
     model_options,
     output_options,
@@ -28,11 +30,21 @@ if TYPE_CHECKING:
 LIKELIEST = 5
 
 
-@click.command(help=__doc__)
-@click.argument("name")
+@click.command(
+    help=__doc__,
+    epilog=examples(
+        "load talk",
+        "load talk -n 100",
+        "load talk -n 50 --temp 0.8 --seed 1 --save-as longer",
+    ),
+)
+@click.argument("name", shell_complete=complete_names)
 @model_options
 @click.option("--prompt-cache-all", is_flag=True, help="Keep the generated tokens' state.")
-@click.option("--save-as", metavar="NAME", help="Name the state at the end of the run.")
+@click.option(
+    "--save-as", metavar="NAME", shell_complete=complete_names,
+    help="Name the state at the end of the run.",
+)  # fmt: skip
 @sampling_options
 @max_size_option
 @output_options

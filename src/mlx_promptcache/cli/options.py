@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mlx_promptcache import models, places
+from mlx_promptcache import cli, models, places
 from mlx_promptcache.budget import MAX_SIZE, parse_size
 from mlx_promptcache.cli import output
+from mlx_promptcache.cli.names import complete_directories, complete_files
 from mlx_promptcache.errors import ForeignStore, ModelError, PromptError, UnreadableStore
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings, remembered
 from mlx_promptcache.headers import MOST_DRAFT_TOKENS
@@ -33,6 +34,8 @@ T = TypeVar("T")
 
 OWN_FORMAT, MLX_LM = "own", "mlx-lm"
 FILE_FORMATS = (OWN_FORMAT, MLX_LM)
+NO_TEXT = "is not UTF-8 text: convert it first, with iconv for example"
+MESSAGES = 'write it as [{"role": "user", "content": "..."}]'
 
 
 def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -42,6 +45,11 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
         return command
 
     return decorate
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help: lines that anybody can type."""
+    return "\n".join(["\b", "Examples:", *(f"  {cli.PROGRAM} {line}" for line in lines)])
 
 
 def _notices(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:  # noqa: ARG001
@@ -57,15 +65,20 @@ output_options = _options(
 only_model_option = _options(
     click.option(
         "-m", "--model", envvar="MLX_PROMPTCACHE_MODEL", metavar="PATH_OR_REPO",
+        shell_complete=complete_directories,
         help="A directory with an MLX model, or a Hugging Face repo; the demo model by default.",
     ),
 )  # fmt: skip
 
 model_options = _options(
     only_model_option,
-    click.option("--adapter-path", metavar="DIR", help="A LoRA or DoRA adapter of mlx-lm's."),
+    click.option(
+        "--adapter-path", metavar="DIR", shell_complete=complete_directories,
+        help="A LoRA or DoRA adapter of mlx-lm's.",
+    ),
     click.option(
         "--cache-dir", envvar="MLX_PROMPTCACHE_DIR", metavar="DIR",
+        shell_complete=complete_directories,
         help="The store; prompt_cache in the model's directory by default.",
     ),
     click.option(
@@ -73,10 +86,19 @@ model_options = _options(
         help="Use a store that belongs to another user, whom you trust.",
     ),
     click.option("--kv-bits", type=int, help="Quantise the KV cache to so many bits."),
-    click.option("--kv-group-size", type=int, default=64, show_default=True),
-    click.option("--quantized-kv-start", type=int, default=5000, show_default=True),
+    click.option(
+        "--kv-group-size", type=int, default=64, show_default=True,
+        help="How many numbers share a scale, with --kv-bits.",
+    ),
+    click.option(
+        "--quantized-kv-start", type=int, default=5000, show_default=True,
+        help="From which token on to quantise, with --kv-bits.",
+    ),
     click.option("--max-kv-size", type=int, help="Keep only so many tokens of K/V."),
-    click.option("--draft-model", metavar="PATH_OR_REPO", help="Proposes tokens (speculative)."),
+    click.option(
+        "--draft-model", metavar="PATH_OR_REPO", shell_complete=complete_directories,
+        help="A smaller model that proposes tokens (speculative decoding).",
+    ),
     click.option(
         "--num-draft-tokens", type=click.IntRange(1, MOST_DRAFT_TOKENS), default=3,
         show_default=True, help="How many tokens the draft model proposes at a time.",
@@ -128,12 +150,27 @@ file_format_option = click.option(
 prompt_options = _options(
     click.argument("words", nargs=-1, metavar="", expose_value=False, callback=_no_more),
     click.option("-p", "--prompt", help="The prompt; - reads standard input."),
-    click.option("--prompt-file", metavar="FILE", help="The prompt, from a file."),
+    click.option(
+        "--prompt-file",
+        metavar="FILE",
+        shell_complete=complete_files,
+        help="The prompt, from a file.",
+    ),
     click.option("--system-prompt", help="The system message of a chat."),
-    click.option("--messages", metavar="FILE.json", help="A chat: a JSON list of messages."),
+    click.option(
+        "--messages",
+        metavar="FILE.json",
+        shell_complete=complete_files,
+        help="A chat: a JSON list of messages.",
+    ),
     click.option("--ignore-chat-template", is_flag=True, help="Take the prompt as plain text."),
     click.option("--prefix", help="Text before the prompt, worth keeping by itself."),
-    click.option("--prefix-file", metavar="FILE", help="The same, from a file."),
+    click.option(
+        "--prefix-file",
+        metavar="FILE",
+        shell_complete=complete_files,
+        help="The same, from a file.",
+    ),
 )
 
 
@@ -224,7 +261,9 @@ def model_path(model: str | None, *, download: bool = True) -> Path:
         return models.find(model, download=download)
     demo = places.demo_model()
     if demo is None:
-        raise ModelError("no model is chosen: give one with --model PATH_OR_REPO")
+        raise ModelError(
+            "no model is chosen: give one with --model PATH_OR_REPO, or in MLX_PROMPTCACHE_MODEL"
+        )
     return demo
 
 
@@ -381,10 +420,12 @@ class PromptChoice:
                 flags = [f"--{name.replace('_', '-')}" for name in (one, other)]
                 raise click.UsageError(f"give {flags[0]} or {flags[1]}, not both")
         if self.messages is not None and (self.prefix is not None or self.prefix_file is not None):
-            raise click.UsageError("--prefix stands before a prompt of text, not before messages")
+            raise click.UsageError(
+                "--prefix stands before a prompt of text: put it into the messages instead"
+            )
         for text in (self.prompt, self.prefix, self.system_prompt):
             if text is not None and not _is_text(text):
-                raise click.UsageError("a prompt on the command line must be UTF-8 text")
+                raise click.UsageError(f"a prompt on the command line {NO_TEXT}")
 
     @property
     def given(self) -> bool:
@@ -398,7 +439,7 @@ class PromptChoice:
             try:
                 return sys.stdin.buffer.read().decode()
             except UnicodeDecodeError as exc:
-                raise PromptError("standard input is not UTF-8 text") from exc
+                raise PromptError(f"standard input {NO_TEXT}") from exc
         return self.prompt if self.prompt is not None else _file(self.prompt_file)
 
     def prefix_text(self) -> str:
@@ -412,11 +453,11 @@ class PromptChoice:
         try:
             chat = json.loads(_file(self.messages))
         except (ValueError, RecursionError) as exc:
-            raise PromptError(f"{self.messages} is not JSON: {exc}") from exc
+            raise PromptError(f"{self.messages} is not JSON ({exc}): {MESSAGES}") from exc
         if not isinstance(chat, list) or not all(
             isinstance(m, dict) and isinstance(m.get("role"), str) for m in chat
         ):
-            raise PromptError(f"{self.messages} must be a list of messages, each with a role")
+            raise PromptError(f"{self.messages} is no list of messages with roles: {MESSAGES}")
         if self.system_prompt is not None:
             chat.insert(0, {"role": "system", "content": self.system_prompt})
         if text := self.text():
@@ -479,9 +520,11 @@ def _file(name: str | None) -> str:
     try:
         return places.expanded(name).read_text("utf-8")
     except OSError as exc:
-        raise PromptError(f"{name} cannot be read: {exc.strerror}") from exc
+        raise PromptError(
+            f"{name} cannot be read: {exc.strerror}; give the path of a text file"
+        ) from exc
     except UnicodeDecodeError as exc:
-        raise PromptError(f"{name} is not UTF-8 text") from exc
+        raise PromptError(f"{name} {NO_TEXT}") from exc
 
 
 def take(kind: type[T], options: dict[str, Any]) -> T:

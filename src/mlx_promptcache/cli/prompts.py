@@ -22,7 +22,8 @@ def origin_of(choice: PromptChoice, prompter: Prompter) -> tuple[Origin, Origin 
     template = prompter.has_template and not choice.ignore_chat_template
     if choice.system_prompt is not None and not template:
         raise PromptError(
-            "--system-prompt needs a chat template: this model has none, or it is ignored"
+            "--system-prompt needs a chat template, and this model has none, or it is ignored: put "
+            "it into the prompt"
         )
     prefix = choice.prefix_text()
     text = choice.text()

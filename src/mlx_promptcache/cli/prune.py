@@ -11,6 +11,7 @@ from mlx_promptcache.budget import Budget
 from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import (
     ModelChoice,
+    examples,
     max_size_option,
     model_options,
     output_options,
@@ -19,7 +20,13 @@ from mlx_promptcache.cli.options import (
 from mlx_promptcache.deletion import Deletion, execute
 
 
-@click.command(help=__doc__)
+@click.command(
+    help=__doc__,
+    epilog=examples(
+        "prune",
+        "prune --max-size 5GB --dry-run",
+    ),
+)
 @model_options
 @max_size_option
 @click.option("--dry-run", is_flag=True, help="Show the plan, delete nothing.")

@@ -7,10 +7,12 @@ from typing import Any
 import click
 
 from mlx_promptcache.cli import output
+from mlx_promptcache.cli.names import complete_names
 from mlx_promptcache.cli.options import (
     ModelChoice,
     PromptChoice,
     RemoteChoice,
+    examples,
     max_size_option,
     model_options,
     output_options,
@@ -22,8 +24,15 @@ from mlx_promptcache.errors import UnsupportedLayer
 from mlx_promptcache.store import check_name
 
 
-@click.command(help=__doc__)
-@click.argument("name")
+@click.command(
+    help=__doc__,
+    epilog=examples(
+        "save shots --prompt-file few-shot.txt",
+        "save shots --prompt-file other.txt --force",
+        "save talk --messages chat.json --json",
+    ),
+)
+@click.argument("name", shell_complete=complete_names)
 @prompt_options
 @model_options
 @click.option("--exact", is_flag=True, help="Reuse only the very bits of a run without the cache.")

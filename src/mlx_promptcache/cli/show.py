@@ -10,7 +10,8 @@ from mlx_promptcache import headers
 from mlx_promptcache.catalog import Catalog, find
 from mlx_promptcache.cli import output
 from mlx_promptcache.cli.list import entry_json
-from mlx_promptcache.cli.options import ModelChoice, model_options, output_options, take
+from mlx_promptcache.cli.names import complete_names
+from mlx_promptcache.cli.options import ModelChoice, examples, model_options, output_options, take
 from mlx_promptcache.errors import PromptCacheError
 from mlx_promptcache.facts import memo_of
 
@@ -22,8 +23,15 @@ if TYPE_CHECKING:
     from mlx_promptcache.store import Store
 
 
-@click.command(help=__doc__)
-@click.argument("name")
+@click.command(
+    help=__doc__,
+    epilog=examples(
+        "show shots",
+        "show shots --text",
+        "show shots --tokens --json",
+    ),
+)
+@click.argument("name", shell_complete=complete_names)
 @model_options
 @click.option("--tokens", "with_tokens", is_flag=True, help="Print the token ids alone.")
 @click.option("--text", "with_text", is_flag=True, help="Print the prompt's text alone.")
@@ -98,11 +106,8 @@ def _arrays(store: Store, snapshot: Header) -> list[dict[str, Any]]:
 
 
 def _text(origin: dict[str, Any]) -> str:
-    if origin.get("messages") is not None:
-        return "\n".join(f"{m.get('role')}: {m.get('content')}" for m in origin["messages"])
-    if origin.get("text") is None:
-        return "(this state was made from tokens: no text is known)"
-    return str(origin["text"])
+    text = headers.text_of(origin)
+    return "(this state was made from tokens: no text is known)" if text is None else text
 
 
 def _print(answer: dict[str, Any]) -> None:

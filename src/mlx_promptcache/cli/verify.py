@@ -8,13 +8,21 @@ import click
 
 from mlx_promptcache import verification
 from mlx_promptcache.cli import output
-from mlx_promptcache.cli.options import ModelChoice, model_options, output_options, take
+from mlx_promptcache.cli.names import complete_names
+from mlx_promptcache.cli.options import ModelChoice, examples, model_options, output_options, take
 
 DAMAGE_FOUND = 3
 
 
-@click.command(help=__doc__)
-@click.argument("names", nargs=-1)
+@click.command(
+    help=__doc__,
+    epilog=examples(
+        "verify",
+        "verify shots talk",
+        "verify --quarantine",
+    ),
+)
+@click.argument("names", nargs=-1, shell_complete=complete_names)
 @model_options
 @click.option("--quarantine", is_flag=True, help="Move the damaged files aside.")
 @click.option("--dry-run", is_flag=True, help="With --quarantine: show the plan, move nothing.")
