@@ -18,6 +18,7 @@ from mlx_promptcache.passes import next_end
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from mlx_promptcache.feeding import Fed
     from mlx_promptcache.fingerprint import KVSettings
 
 SETTLING = 4  # passes after which windows are full, and what three passes add can be compared
@@ -94,6 +95,15 @@ class Growth:
             yield self.at(position)
         yield from map(self.at, [last, tokens] if last else [tokens])
 
+    def layers_at(self, tokens: int) -> list[Any]:
+        """The layers after such a prompt, with nothing in them; new ones at each call."""
+        return self._fed(tokens).layers
+
+    @property
+    def settled(self) -> int:
+        """Where the straight line begins."""
+        return self._settled
+
     def _is_straight(self) -> bool:
         layouts = [self._measured(self._settled - i * self._step) for i in (2, 1, 0)]
         return all(
@@ -103,13 +113,18 @@ class Growth:
     def _measured(self, tokens: int) -> Layout:
         """What they hold after every pass of such a prompt was built; remembered on the way."""
         if tokens not in self._layouts:
-            fed, position = self._make(tokens), 0
-            while position < tokens:
-                end = next_end(position, tokens, self._step, ())
-                fed.feed(end - position)
-                position = end
-                self._layouts.setdefault(position, _layout(fed.layers, position))
+            self._fed(tokens)
         return self._layouts[tokens]
+
+    def _fed(self, tokens: int) -> Fed:
+        fed, position = self._make(tokens), 0
+        while position < tokens:
+            end = next_end(position, tokens, self._step, ())
+            fed.feed(end - position)
+            position = end
+            if position not in self._layouts:
+                self._layouts[position] = _layout(fed.layers, position)
+        return fed
 
 
 def _layout(layers: list[Any], tokens: int) -> Layout:

@@ -19,6 +19,7 @@ from mlx_promptcache.layers import live_arrays
 from mlx_promptcache.runner import Runner
 from mlx_promptcache.speculative import Pair
 from mlx_promptcache.window_rows import MOST_PASSED_BYTES
+from mlx_promptcache.working import working_bytes
 
 if TYPE_CHECKING:
     from mlx_promptcache.growth import Layout
@@ -79,8 +80,10 @@ class Memory:
         self.context_length: int | None = None
         """How many tokens the model was made for; None if that is not known."""
         self._growth = Growth(whole, kv, runner.prefill_step)
+        self._passes: dict[tuple[int, int], int | None] = {}
         self._besides: dict[int, _Beside] = {}
         self._every = runner.snapshot_every if runner.opaque else LONGEST
+        self._forward = runner.forward
         layers = runner.make_layers()
         logits, hidden = runner.forward(mx.zeros((1, 2), mx.int32), layers)
         self._head_bytes = sum(a[0, -1].nbytes for a in (logits, hidden) if a is not None)
@@ -125,13 +128,33 @@ class Memory:
             self._raw_bytes(tokens),
         )
 
+    def row_bytes(self, tokens: int) -> int:
+        """What a block has of each token of such a prompt."""
+        rows = sum(held.bytes.rows for held in self._growth.at(tokens))
+        return rows // tokens + self._window_row_bytes
+
+    def pass_bytes(self, tokens: int) -> int | None:
+        """About what the last pass of such a prompt takes while it is computed, beyond what the
+        layers hold after it; None if it cannot be said. Counted as a pass of `prefill_step` tokens,
+        or of as many as there are.
+        """
+        start, settled = (tokens - 1) // self.prefill_step * self.prefill_step, self._growth.settled
+        near = self._working(min(start, settled), min(tokens, self.prefill_step))
+        if start <= settled or near is None:
+            return near
+        before = self._working(settled - self.prefill_step, self.prefill_step)
+        assert before is not None  # noqa: S101 - what could be asked once can be asked again
+        return near + (start - settled) // self.prefill_step * (near - before)
+
     def bytes(self, tokens: int, conversations: int = 1) -> int:
-        """All that the model and so many conversations of that length take."""
-        return self.weights_bytes + conversations * self.context(tokens).bytes
+        """All that the model and so many conversations of that length take, of which one is fed."""
+        held = conversations * self.context(tokens).bytes
+        return self.weights_bytes + held + (self.pass_bytes(tokens) or 0)
 
     def conversations(self, tokens: int, limit_bytes: int) -> int:
         """How many conversations of that length fit beside the weights."""
-        return max(0, limit_bytes - self.weights_bytes) // self.context(tokens).bytes
+        room = limit_bytes - self.bytes(tokens, 0)
+        return max(0, room) // self.context(tokens).bytes
 
     def longest(self, limit_bytes: int, conversations: int = 1) -> int | None:
         """The longest context that fits for each of so many conversations, in whole passes; None if
@@ -141,7 +164,7 @@ class Memory:
         def fits(passes: int) -> bool:
             return self.bytes(passes * self.prefill_step, conversations) <= limit_bytes
 
-        low, high = 0, 1
+        low, high = 0, self._growth.settled // self.prefill_step + 1
         while fits(high):
             low, high = high, high * 2
             if high * self.prefill_step > LONGEST:
@@ -150,6 +173,12 @@ class Memory:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low * self.prefill_step
+
+    def _working(self, start: int, count: int) -> int | None:
+        if (start, count) not in self._passes:
+            layers = self._growth.layers_at(start)
+            self._passes[start, count] = working_bytes(self._forward, layers, count)
+        return self._passes[start, count]
 
     # What a run keeps for the store
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "clear": "Delete stored states.",
     "verify": "Read every stored byte and check it.",
     "prune": "Make the store fit its budget.",
+    "memory": "Tell what a context takes in memory and on disk, and what fits.",
     "bench": "Measure what the cache is worth on this machine.",
 }
 
