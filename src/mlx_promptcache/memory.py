@@ -106,18 +106,21 @@ class Memory:
             NotQuantisable: its layers cannot be quantised as `kv` asks for.
         """
         path = models.find(path_or_repo, download=False)
+        settings = models.config(path)
         model, _ = checkpoint.unread(path, None if adapter_path is None else Path(adapter_path))
         draft = None
         if draft_model is not None:
             draft, _ = checkpoint.unread(models.find(draft_model, download=False), None)
         for each in filter(None, (model, draft)):
-            _hollow(each)
+            hollow(each)
         memory = cls(model, kv, draft)
-        memory.context_length = models.context_length(models.config(path))
+        memory.context_length = models.context_length(settings)
         return memory
 
     def context(self, tokens: int) -> Context:
         """What one conversation takes after a prompt of so many tokens."""
+        if tokens < 1:
+            raise ValueError(f"a context has at least one token, not {tokens}")
         layout, later = self._growth.at(tokens), self._growth.at(tokens + self.prefill_step)
         return Context(
             tokens,
@@ -262,7 +265,7 @@ def _weights_bytes(model: Any) -> int:
     return sum(array.nbytes for array in {id(array): array for _, array in parameters}.values())
 
 
-def _hollow(model: Any) -> None:
+def hollow(model: Any) -> None:
     """Put zeros in the place of weights, without taking memory for them: should a model evaluate
     something while it is called, none of its weights is read.
     """
