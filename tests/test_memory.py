@@ -16,6 +16,7 @@ from mlx_promptcache.fingerprint import KVSettings
 from mlx_promptcache.layers import live_arrays
 from mlx_promptcache.memory import Limit, Memory
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
+from mlx_promptcache.working import working_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -186,6 +187,54 @@ def test_layers_that_cannot_be_quantised_are_refused(tmp_path: Path) -> None:
     path = tiny.on_disk(tmp_path, "rotating")
     with pytest.raises(NotQuantisable, match="leave --kv-bits out"):
         Memory.of(str(path), kv=KVSettings(8, 32))
+
+
+# A pass
+
+
+@pytest.mark.parametrize("kind", ["plain", "rotating", "hybrid", "nested", "chunked"])
+def test_what_a_pass_takes_grows_with_the_context_in_a_straight_line(kind: str) -> None:
+    found = Memory(tiny.KINDS[kind]())
+    near, far, farther = (found.pass_bytes(n * 512) for n in (6, 60, 114))
+    assert near is not None
+    assert far is not None
+    assert farther is not None
+    assert 0 < near < far
+    assert far - near == farther - far
+    assert found.pass_bytes(59 * 512 + 1) == far, "a part of a pass counts as a whole one"
+    assert (found.pass_bytes(10) or 0) < near
+
+
+def test_the_straight_line_of_a_pass_is_what_is_told_of_it() -> None:
+    """Beyond all windows it is not asked for, but added up."""
+    found = Memory(tiny.rotating())
+    layers = found._growth.layers_at(19 * 512)
+    assert found.pass_bytes(20 * 512) == working_bytes(found._forward, layers, 512)
+
+
+def test_a_pass_takes_about_what_is_said() -> None:
+    model, tokens = tiny.plain(), 4096
+    runner = Runner(model)
+    most = []
+
+    def measure(_held: int, _all: int) -> None:
+        most.append(mx.get_peak_memory())
+        mx.reset_peak_memory()
+
+    gc.collect()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    runner.start([1] * tokens, progress=measure)
+    taken = most[-1] - before - Memory(model).context(tokens).layers_bytes
+    said = Memory(model).pass_bytes(tokens)
+    assert said is not None
+    assert said / 3 < taken < said * 3
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba"])
+def test_where_a_pass_cannot_be_told_nothing_is_said(name: str) -> None:
+    """MLX cannot tell of one, and the other computes its tokens one by one."""
+    assert Memory(architectures.build(name)).pass_bytes(1000) is None
 
 
 # What fits

@@ -15,11 +15,11 @@ from mlx_promptcache import checkpoint, machine, models
 from mlx_promptcache.arrays import dtype_name
 from mlx_promptcache.fingerprint import KVSettings
 from mlx_promptcache.growth import Growth
-from mlx_promptcache.layers import live_arrays
+from mlx_promptcache.layers import leaves, live_arrays
 from mlx_promptcache.runner import Runner
 from mlx_promptcache.speculative import Pair
 from mlx_promptcache.window_rows import MOST_PASSED_BYTES
-from mlx_promptcache.working import working_bytes
+from mlx_promptcache.working import is_told, working_bytes
 
 if TYPE_CHECKING:
     from mlx_promptcache.growth import Layout
@@ -88,7 +88,7 @@ class Memory:
         logits, hidden = runner.forward(mx.zeros((1, 2), mx.int32), layers)
         self._head_bytes = sum(a[0, -1].nbytes for a in (logits, hidden) if a is not None)
         self.dtype = _dtype(layers)
-        """What most of the layers' bytes are, before they are quantised."""
+        """Of the rows, before they are quantised."""
 
     @classmethod
     def of(
@@ -178,10 +178,16 @@ class Memory:
         return low * self.prefill_step
 
     def _working(self, start: int, count: int) -> int | None:
+        if not self._is_told:
+            return None
         if (start, count) not in self._passes:
             layers = self._growth.layers_at(start)
             self._passes[start, count] = working_bytes(self._forward, layers, count)
         return self._passes[start, count]
+
+    @functools.cached_property
+    def _is_told(self) -> bool:
+        return is_told(self._forward, lambda: self._growth.layers_at(0))
 
     # What a run keeps for the store
 
@@ -254,8 +260,10 @@ def _kind(name: str, layout: Layout, later: Layout, tokens: int) -> Kind:
 
 
 def _dtype(layers: list[Any]) -> str:
+    """The dtype of most bytes of rows; where there are none, of all arrays."""
+    known = [layer for _, layer in leaves(layers) if getattr(layer, "keys", None) is not None]
     arrays = Counter[str]()
-    for array in live_arrays(layers):
+    for array in live_arrays(known or layers):
         arrays[dtype_name(array)] += array.nbytes
     return arrays.most_common(1)[0][0] if arrays else "float32"
 

@@ -35,6 +35,22 @@ def working_bytes(forward: Forward, layers: list[Any], count: int) -> int | None
 
     The layers are used up. None if MLX, or this model, cannot be asked.
     """
+    told = _told(forward, layers, count)
+    if told is None:
+        return None
+    return _most_bytes(told) - sum(map(_nbytes, _of(told, "outputs")))
+
+
+def is_told(forward: Forward, make_layers: Callable[[], list[Any]]) -> bool:
+    """Whether it is worth asking: short passes can be told of, and longer ones are no longer to
+    tell. Where a model computes its tokens one by one, a whole pass would take minutes.
+    """
+    short, longer = (_told(forward, make_layers(), count) for count in (2, 3))
+    return short is not None and longer is not None and len(short) == len(longer)
+
+
+def _told(forward: Forward, layers: list[Any], count: int) -> list[Told] | None:
+    """What MLX tells of a pass; None if there is something that it cannot tell of."""
     told: list[Told] = []
 
     def passing(*arrays: mx.array) -> list[mx.array]:
@@ -50,7 +66,7 @@ def working_bytes(forward: Forward, layers: list[Any], count: int) -> int | None
         return None
     finally:
         mx.enable_compile()
-    return _most_bytes(told) - sum(map(_nbytes, _of(told, "outputs")))
+    return told
 
 
 def _set(layers: list[Any], arrays: Iterator[mx.array]) -> None:

@@ -187,7 +187,7 @@ def _lines(answer: dict[str, Any]) -> Iterator[str]:
 
 
 def _pass(count: int | None) -> str:
-    return "not known" if count is None else f"about {output.size(count)}"
+    return "not known, and not counted" if count is None else f"about {output.size(count)}"
 
 
 def _of_memory(answer: dict[str, Any]) -> str:
