@@ -116,6 +116,14 @@ def test_quantised_layers_are_what_live_ones_hold(kind: str, tokens: int) -> Non
     assert said == live(model, QUANTISED, tokens)
 
 
+def test_a_late_start_of_quantising_is_not_passed_over() -> None:
+    """The line before it is straight, too."""
+    model, late = tiny.plain(), KVSettings(8, 32, 1500)
+    growth = Growth(model, late, STEP)
+    for tokens in (1300, 1499, 1500, 2600):
+        assert growth.at(tokens) == built(model, late, tokens)
+
+
 def test_rows_of_another_dtype_take_their_own_bytes() -> None:
     model = architectures.build("Qwen 3")
     single = Growth(model, PLAIN, STEP).at(300)
@@ -133,6 +141,12 @@ def test_the_way_passes_the_most_that_live_layers_ever_hold(kind: str) -> None:
     way = list(Growth(model, PLAIN, STEP).on_the_way(tokens))
     assert max(sum(held.bytes.live for held in layout) for layout in way) == most
     assert way[-1] == built(model, PLAIN, tokens)
+
+
+def test_the_way_passes_rows_that_are_not_yet_quantised() -> None:
+    way = list(Growth(tiny.plain(), KVSettings(4, 32, 700), STEP).on_the_way(800))
+    live_bytes = [sum(held.bytes.live for held in layout) for layout in way]
+    assert max(live_bytes) == live_bytes[1] == 512 * 512 > live_bytes[-1]
 
 
 def test_the_way_of_a_short_prompt_is_its_only_pass() -> None:
