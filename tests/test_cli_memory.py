@@ -89,6 +89,12 @@ def test_a_context_beyond_what_the_model_was_made_for_is_told(run: Command) -> N
     assert first.endswith("2,049 tokens, one conversation; the model was made for 2,048")
 
 
+def test_a_context_of_one_token_is_one(run: Command) -> None:
+    lines = run("--context", 1).out.splitlines()
+    assert lines[0].endswith("a context of one token, one conversation")
+    assert any(line.startswith("one pass of 1          about") for line in lines)
+
+
 def test_the_modes_are_one_a_few_and_as_many_as_fit(run: Command) -> None:
     ask = ("--json", "--context", 1000, "--memory", "60MB", "--mode")
     one, few, all_of_them = (run(*ask, m).json for m in ("interactive", "local", "server"))
@@ -194,6 +200,7 @@ def test_where_nothing_was_measured_a_byte_is_a_byte() -> None:
     ("arguments", "sentence"),
     [
         (("--context", 0), "--context"),
+        (("--context", 1 << 40), "--context"),
         (("--memory", "much"), "is not a size such as"),
         (("--mode", "batch"), "--mode"),
         (("--kv-bits", 7), "not to 7"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, KVCache
 
 import architectures
 import tiny
@@ -146,7 +146,7 @@ def test_the_way_passes_the_most_that_live_layers_ever_hold(kind: str) -> None:
 def test_the_way_passes_rows_that_are_not_yet_quantised() -> None:
     way = list(Growth(tiny.plain(), KVSettings(4, 32, 700), STEP).on_the_way(800))
     live_bytes = [sum(held.bytes.live for held in layout) for layout in way]
-    assert max(live_bytes) == live_bytes[1] == 512 * 512 > live_bytes[-1]
+    assert max(live_bytes) == live_bytes[1] == 512 * 1024 > live_bytes[-1]
 
 
 def test_the_way_of_a_short_prompt_is_its_only_pass() -> None:
@@ -160,11 +160,11 @@ def test_the_way_of_a_short_prompt_is_its_only_pass() -> None:
 class Odd:
     """A model of two layers; each pass it adds another number of rows to the second."""
 
-    def __init__(self, first: Any, rows: Any) -> None:
-        self.first, self.rows = first, rows
+    def __init__(self, first: Any, rows: Any, second: Any = ArraysCache) -> None:
+        self.first, self.rows, self.second = first, rows, second
 
     def make_cache(self) -> list[Any]:
-        return [self.first(), ArraysCache(1)]
+        return [self.first(), self.second(1)]
 
     def __call__(self, inputs: mx.array, cache: list[Any]) -> mx.array:
         rows = mx.zeros((1, 1, inputs.shape[1], 8))
@@ -190,11 +190,12 @@ def test_what_does_not_grow_in_a_straight_line_is_built_pass_by_pass() -> None:
 
 
 def test_a_class_that_is_not_known_makes_the_whole_model_be_fed() -> None:
-    class Other(RotatingKVCache):  # type: ignore[misc]
-        """It may do anything."""
+    class Other(ArraysCache):  # type: ignore[misc]
+        """It may do anything; this one adds a row for every 128 tokens, so none for a few."""
 
-    model = Odd(lambda: Other(40), lambda *_: 3)
+    model = Odd(KVCache, lambda held, count: held + count // 128, Other)
     assert not isinstance(feeder(model, PLAIN)(1000), FedAlone)
+    assert Growth(model, PLAIN, STEP).at(10 * STEP)[1].bytes.live == 4 * 20
 
 
 def test_what_cannot_be_taken_down_still_has_its_bytes() -> None:

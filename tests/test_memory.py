@@ -166,6 +166,16 @@ def test_a_model_that_computes_while_it_is_called_reads_no_weights() -> None:
     assert hollow.pass_bytes(1000) is None
 
 
+def test_zeros_stand_in_for_the_weights_of_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.plain()
+    monkeypatch.setattr(checkpoint, "unread", lambda *_: (model, {}))
+    Memory.of(str(tiny.on_disk(tmp_path)))
+    parameters: Any = model.parameters()
+    assert float(mx.abs(parameters["lm_head"]["weight"]).max()) == 0
+
+
 def test_a_draft_model_takes_its_own(tmp_path: Path) -> None:
     path, draft = tiny.on_disk(tmp_path / "a"), tiny.on_disk(tmp_path / "b")
     alone, both = Memory.of(str(path)), Memory.of(str(path), draft_model=str(draft))

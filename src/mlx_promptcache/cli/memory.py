@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mlx_promptcache.memory import Context, Limit, Memory
 
 UNKNOWN_LENGTH = 4096  # of a context, where a model does not say what it was made for
+MOST_TOKENS = 1 << 24  # snapshots on the way are added up one by one
 SEVERAL = 4
 INTERACTIVE, LOCAL, SERVER = "interactive", "local", "server"
 
@@ -39,7 +40,7 @@ INTERACTIVE, LOCAL, SERVER = "interactive", "local", "server"
 @model_options
 @click.option(
     "--context",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MOST_TOKENS),
     metavar="N",
     help="Tokens of a conversation; by default as many as the model was made for.",
 )
@@ -155,7 +156,8 @@ def _print(answer: dict[str, Any]) -> None:
 
 
 def _sentence(answer: dict[str, Any]) -> str:
-    tokens, count = f"{answer['context']:,} tokens", answer["conversations"]
+    count = answer["conversations"]
+    tokens = "one token" if answer["context"] == 1 else f"{answer['context']:,} tokens"
     several = "one conversation" if count == 1 else f"{count:,} conversations"
     beyond = f"; the model was made for {answer['trained_context']:,}"
     return f"{tokens}, {several}{beyond if answer['beyond_trained'] else ''}"
@@ -180,7 +182,8 @@ def _lines(answer: dict[str, Any]) -> Iterator[str]:
     if answer["most_layers_bytes"] > answer["layers_bytes"]:
         yield f"layers, at their most  {size(answer['most_layers_bytes'])}{each}"
     yield f"kept for the store     {size(answer['kept_bytes'])}{each}"
-    yield f"one pass of {answer['prefill_step']:<10} {_pass(answer['pass_bytes'])}"
+    count = min(answer["prefill_step"], answer["context"])
+    yield f"one pass of {count:<10} {_pass(answer['pass_bytes'])}"
     yield f"in all                 {size(answer['total_bytes'])}{_of_memory(answer)}"
     yield f"on disk                {_stored(answer['disk'])}"
     yield from _fitting(answer)
