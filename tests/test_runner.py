@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -617,6 +618,27 @@ def test_passes_end_on_the_grid_and_at_boundaries_in_cold_and_warm_runs(tmp_path
     with counted(runner.model) as widths:
         runner_of("plain", tmp_path, prefill_step=256).prefill(prompt)
     assert [w for w in widths if w != 2] == [100]  # but for the two tokens of the probes
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "hybrid", "nested"])
+def test_the_layers_and_marks_of_a_run_hold_no_memory_but_their_own(kind: str) -> None:
+    """A pass of 512 tokens goes through convolutions, which keep its last rows, and has 512 hidden
+    states, of which a mark keeps the last one: those of one pass there may be, not of all three.
+    """
+    runner, prompt = Runner(tiny.KINDS[kind](), snapshot_every=512), random_tokens(1536, 1)
+    runner.start(prompt[:2])
+    gc.collect()
+    before = mx.get_active_memory()
+    run = runner.start(prompt)
+    gc.collect()
+    held = sum(array.nbytes for array in live_arrays(run._layers))
+    state = run.state()
+    held += sum(layer.nbytes for mark in state.marks for layer in mark.layers)
+    assert state.logits is not None
+    assert state.embedding is not None
+    beside = 4 * state.logits.nbytes + 600 * state.embedding.nbytes
+    assert len(state.marks) == 2
+    assert 0 < held <= mx.get_active_memory() - before <= held + beside
 
 
 def test_no_pass_is_longer_than_the_grid() -> None:

@@ -85,19 +85,29 @@ def load(path: Path, adapter: Path | None) -> Loaded:
         ModelError: mlx-lm cannot load it.
     """
     stream = _reading()
+    with contextlib.nullcontext() if stream is None else mx.stream(stream):
+        model, config = unread(path, adapter)
+    _keep_in_memory()
+    return Loaded(model, config, Weights(model, path, beside=stream is not None))
+
+
+def unread(path: Path, adapter: Path | None) -> tuple[Any, Mapping[str, Any]]:
+    """A model and its configuration; of its weights only the headers are read.
+
+    Raises:
+        ModelError: mlx-lm cannot load it.
+    """
     try:
-        with contextlib.nullcontext() if stream is None else mx.stream(stream):
-            model, config = engine.utils().load_model(path, lazy=True)
-            if adapter is not None:
-                model = engine.utils().load_adapters(model, str(adapter))
-                model.eval()
+        model, config = engine.utils().load_model(path, lazy=True)
+        if adapter is not None:
+            model = engine.utils().load_adapters(model, str(adapter))
+            model.eval()
     except Exception as exc:
         raise ModelError(
             f"mlx-lm cannot load {path}: {_why(exc)}; take a model that the installed mlx-lm runs, "
             "or another release of mlx-lm"
         ) from exc
-    _keep_in_memory()
-    return Loaded(model, config, Weights(model, path, beside=stream is not None))
+    return model, config
 
 
 def load_tokenizer(path: Path, config: Mapping[str, Any]) -> Any:

@@ -163,6 +163,26 @@ def _collect(value: Any, found: list[mx.array]) -> None:
             _collect(item, found)
 
 
+def let_go(layers: Iterable[Any]) -> None:
+    """Let arrays that are parts of larger ones have memory of their own, once they are evaluated.
+
+    Many recurrent layers keep the last rows of what went through a pass: all of it would stay in
+    memory as long as these do, or a mark of them. Where mlx-lm knows rows it makes room itself.
+    """
+    for _, layer in leaves(layers):
+        if type(layer) not in {*SLICEABLE, mlx_cache.RotatingKVCache, mlx_cache.ChunkedKVCache}:
+            held = getattr(layer, "__dict__", {})
+            held.update({name: _apart(value) for name, value in held.items()})
+
+
+def _apart(value: Any) -> Any:
+    if isinstance(value, mx.array):
+        return mx.contiguous(value)  # copies only what is a small part of something
+    if type(value) in {list, tuple}:
+        return type(value)(_apart(item) for item in value)
+    return value
+
+
 def capture(layers: Iterable[Any], n_past: int) -> tuple[Layer, ...]:
     """Take down the content of live layers that hold `n_past` tokens.
 

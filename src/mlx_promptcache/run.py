@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlx_promptcache.errors import PromptError
-from mlx_promptcache.layers import capture, live_arrays, quantise, to_be_quantised
+from mlx_promptcache.layers import capture, let_go, live_arrays, quantise, to_be_quantised
 from mlx_promptcache.passes import Pass, extended, next_end
 from mlx_promptcache.prompt import TextStream, answered
 from mlx_promptcache.sampling import Sampling
@@ -141,6 +141,7 @@ class Run:
             self._broken = True
             self._tokens += tokens[start:end]
             self._forward(mx.array(list(tokens[start:end]))[None], end - start)
+            let_go(self._layers)
             arrays = live_arrays(self._layers) + self._keep_passed()
             if end == len(tokens) or end in boundaries or end in marks or self._due(start, end):
                 arrays += [a for a in (self._logits, self._embedding) if a is not None]
@@ -190,8 +191,8 @@ class Run:
         """One pass over `inputs`, `[1, count]`; nothing is evaluated."""
         self._broken = True
         logits, hidden = self._runner.forward(inputs, self._layers)
-        self._logits = logits[0, -1]
-        self._embedding = None if hidden is None else hidden[0, -1]
+        self._logits = mx.contiguous(logits[0, -1])  # and not what a whole pass made
+        self._embedding = None if hidden is None else mx.contiguous(hidden[0, -1])
         end = self._held + count
         self._passes.append(Pass(self._held, end, self._lineage))
         self._lineage = extended(self._lineage, self._held, end)

@@ -29,6 +29,7 @@ COMMANDS = {
     "push": "Bring stored states to a place that others share.",
     "pull": "Bring states from such a place.",
     "report": "Write a page about the store.",
+    "memory": "Tell what a context takes in memory and on disk, and what fits.",
     "bench": "Measure what the cache is worth on this machine.",
     "completion": "Print a script that lets a shell complete commands and names.",
 }

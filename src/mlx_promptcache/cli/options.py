@@ -113,7 +113,8 @@ def _no_more(ctx: click.Context, param: click.Parameter, words: tuple[str, ...])
         raise click.UsageError("give the prompt with -p, in quotes, or with --prompt-file")
 
 
-def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+def size_of(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """The bytes of an option that is a size; a callback of Click's."""
     try:
         return None if value is None else parse_size(value)
     except ValueError as exc:
@@ -121,7 +122,7 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
 
 
 max_size_option = click.option(
-    "--max-size", envvar=MAX_SIZE, callback=_bytes, metavar="20GB",
+    "--max-size", envvar=MAX_SIZE, callback=size_of, metavar="20GB",
     help="What the store may take on disk; 20 GB, or a tenth of what is free, by default.",
 )  # fmt: skip
 
