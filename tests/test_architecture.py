@@ -70,6 +70,7 @@ FLOORS = [
     "run",
     "speculative",
     "runner",
+    "conversation",
     "timing",
     "machine",
     "programs",

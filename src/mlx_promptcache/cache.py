@@ -36,9 +36,9 @@ from mlx_promptcache.loader import Loader
 from mlx_promptcache.passes import UNKNOWN
 from mlx_promptcache.quarantine import BadFile, Quarantine
 from mlx_promptcache.rates import Rates
-from mlx_promptcache.saver import Saved, Saver, most_bytes
-from mlx_promptcache.state import Ref, State, Trail
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
+from mlx_promptcache.saver import Saved, Saver, Synced, most_bytes
+from mlx_promptcache.state import Origin, Ref, State, Trail
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store, check_name
 from mlx_promptcache.tokenizer_store import TokenizerStore
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
+    from mlx_promptcache.container import Header
     from mlx_promptcache.finder import Found
     from mlx_promptcache.passes import Plan
 
@@ -118,6 +119,7 @@ class PromptCache:
         self._store = Store(directory, allow_foreign=allow_foreign, read_only=self.read_only)
         self._bad = Quarantine(self._store, read_only=self.read_only)
         self._finder = Finder(self._store, self.fingerprint, self.kv, self._bad)
+        self._synced = Synced(self._store)
         self._fetched: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
 
     def __repr__(self) -> str:
@@ -309,10 +311,7 @@ class PromptCache:
                 not fit the model's layers, or it is damaged; `.reason` says which.
         """
         with self._store.shared():
-            stem, header = catalog.find(self._store, name)
-            if header.content["fingerprint"] != self.fingerprint.digest:
-                other = self.fingerprint.explain(headers.fingerprint_parts(header))
-                raise CacheMiss(f"the state {name!r} was made with {other}; save it again")
+            stem, _ = self._own(name)
             try:
                 state = self._loader().snapshot(stem)
             except BadFile as exc:
@@ -323,6 +322,58 @@ class PromptCache:
                 raise DamagedFile(f"the state {name!r} is damaged: {exc}; save it again") from exc
             self._record_use(stem, stem, state)
             return state
+
+    def origin(self, name: str) -> Origin:
+        """How the state of a name, or of a snapshot's id, was made; reads one header.
+
+        Raises:
+            CacheMiss: there is none, it is damaged, or it was made by another model or with other
+                settings.
+        """
+        with self._store.shared():
+            return Origin.from_json(self._own(name)[1].content["origin"])
+
+    def snapshot(self, name: str) -> str | None:
+        """The id of the snapshot that a name stands for; None if the name is free.
+
+        Raises:
+            DamagedFile: the name is there, and cannot be read.
+        """
+        try:
+            return self._store.read_name(name).rpartition("-")[2]
+        except DamagedFile:
+            raise
+        except CacheMiss:
+            return None
+
+    def link(self, name: str, other: str, *, replace: bool = False) -> None:
+        """Let a name stand for the state of another name, or of a snapshot's id, from now on. No
+        row is read, and nothing but the name is written.
+
+        Raises:
+            CacheMiss: there is no such state of this model.
+            StoreError: the name is taken, and it is not to be replaced; or the file system refuses.
+            CacheLocked: somebody deletes, and does not come to an end.
+        """
+        self._store.allow()
+        if self.read_only:
+            raise StoreError("this prompt cache is read-only")
+        check_name(name)
+        with self._store.shared():
+            if not replace and self.snapshot(name) is not None:
+                raise StoreError(f"there is another state named {name!r}; choose another name")
+            stem, header = self._own(other)
+            blocks = [(BLOCKS, str(ref[0])) for ref in header.content["refs"]]
+            self._synced.sync([*blocks, (SNAPSHOTS, stem)])
+            self._store.write_name(name, stem, sync=True)
+
+    def _own(self, name: str) -> tuple[str, Header]:
+        """The snapshot of a name or of an id, if it is of this model. Raises CacheMiss."""
+        stem, header = catalog.find(self._store, name)
+        if header.content["fingerprint"] != self.fingerprint.digest:
+            other = self.fingerprint.explain(headers.fingerprint_parts(header))
+            raise CacheMiss(f"the state {name!r} was made with {other}; save it again")
+        return stem, header
 
     def save(
         self,
@@ -346,7 +397,10 @@ class PromptCache:
             CacheLocked: somebody adds to the store or deletes from it, and does not come to an end.
         """
         with self._writing(state, asked_for=True):
-            saver = Saver(self._finder, state, sync=sync, exact=exact or self._cuts_matter)
+            saver = Saver(
+                self._finder, state, sync=sync, exact=exact or self._cuts_matter,
+                synced=self._synced,
+            )  # fmt: skip
             return saver.save(name, replace=replace)
 
     def keep(self, state: State, *, exact: bool = False) -> Saved:

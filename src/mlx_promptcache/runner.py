@@ -355,6 +355,30 @@ class Runner:
             self.cache.rates.note_computed(run.prefilled_tokens, run.prefill_seconds)
         return run
 
+    def go_on(
+        self,
+        run: Run,
+        prompt: PromptLike,
+        *,
+        sampling: Sampling,
+        progress: Progress | None = None,
+    ) -> Run:
+        """Let a run go on with a longer prompt, which begins with the tokens that it holds; its key
+        goes on, too. Another run is started, as `start` does, if it does not begin so.
+
+        Raises:
+            PromptError: as `start` does.
+        """
+        made = self._prompt(prompt, ())
+        if not run.begins(made.tokens):
+            return self.start(made, sampling=sampling, progress=progress)
+        run.sampling = self._fitting(sampling)
+        self._run = run
+        run.go_on(made, progress=progress)
+        if self.cache is not None and not self.cache.read_only:
+            self.cache.rates.note_computed(run.prefilled_tokens, run.prefill_seconds)
+        return run
+
     def _anew(self, prompt: Prompt, *, exact: bool) -> Run:
         """A run at the end of a prompt whose state could not be read after all."""
         run = self._run

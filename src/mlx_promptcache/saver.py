@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache import arithmetic, container, headers
@@ -19,22 +19,24 @@ from mlx_promptcache.tree import BlockName, Keys, SnapshotName, cell_start, piec
 from mlx_promptcache.windows import Span, widest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from mlx_promptcache.finder import Finder
+    from mlx_promptcache.store import Store
 
 ID_DIGITS = 16
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a save wrote. `blocks_shared` were there already."""
+    """What a save wrote. `blocks_shared` were there already; `refs` are all blocks of the state."""
 
     name: str | None
     snapshot: str
     blocks_written: int
     blocks_shared: int
     bytes_written: int
+    refs: tuple[Ref, ...] = field(default=(), repr=False, compare=False)
 
     def __add__(self, later: Saved) -> Saved:
         """Two saves of one run, counted together, under the later one's name."""
@@ -44,7 +46,33 @@ class Saved:
             self.blocks_written + later.blocks_written,
             max(self.blocks_shared, later.blocks_shared - self.blocks_written),
             self.bytes_written + later.bytes_written,
+            later.refs,
         )
+
+
+class Synced:
+    """The files of a store that this process has brought to the drive.
+
+    One that goes on with a state again and again need not read and sync all of it each time. A file
+    that was replaced since has another inode.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._inodes: dict[tuple[str, str], int] = {}
+
+    def __contains__(self, one: tuple[str, str]) -> bool:
+        file = self._store.file(*one) if one in self._inodes else None
+        return file is not None and file.inode == self._inodes[one]
+
+    def sync(self, files: Iterable[tuple[str, str]]) -> None:
+        """Bring to the drive what has not been brought there yet. Raises as `Store.sync`."""
+        missing = [one for one in files if one not in self]
+        self._store.sync(missing)
+        for one in missing:
+            file = self._store.file(*one)
+            if file is not None:
+                self._inodes[one] = file.inode
 
 
 def most_bytes(state: State) -> int:
@@ -65,13 +93,23 @@ def most_bytes(state: State) -> int:
 class Saver:
     """One save of one state.
 
-    With `sync` everything is on the drive when it returns. With `exact` rows that are stored as
-    other passes computed them are stored again, as this state's own passes did.
+    With `sync` everything is on the drive when it returns; what `synced` has is there already. With
+    `exact` rows that are stored as other passes computed them are stored again, as this state's own
+    passes did.
     """
 
-    def __init__(self, finder: Finder, state: State, *, sync: bool, exact: bool) -> None:
+    def __init__(
+        self,
+        finder: Finder,
+        state: State,
+        *,
+        sync: bool,
+        exact: bool,
+        synced: Synced | None = None,
+    ) -> None:
         self._finder, self._store, self._bad = finder, finder.store, finder.bad
         self._state, self._sync, self._exact = state, sync, exact
+        self._synced = Synced(finder.store) if synced is None else synced
         self._keys = Keys(finder.root(state.phase), state.tokens)
         self._window_rows = known_window_rows(state)
         self._written = self._shared = self._bytes = 0
@@ -97,11 +135,12 @@ class Saver:
         if stem is None:
             stem = self._snapshot(state, refs)
         if self._sync:
-            self._store.sync([(BLOCKS, ref.stem) for ref in refs] + [(SNAPSHOTS, stem)])
+            self._synced.sync([*((BLOCKS, ref.stem) for ref in refs), (SNAPSHOTS, stem)])
         if name is not None:
             self._store.write_name(name, stem, sync=self._sync)
         self._store.record_write(self._bytes)
-        return Saved(name, stem.rpartition("-")[2], self._written, self._shared, self._bytes)
+        identity = stem.rpartition("-")[2]
+        return Saved(name, identity, self._written, self._shared, self._bytes, tuple(refs))
 
     def kept(self) -> Saved | None:
         """What there is if all of the state is stored already, for prompts to find; else None.
@@ -117,7 +156,7 @@ class Saver:
         if not all(self._snapshot_there(mark, list(refs)) for mark in marks):
             return None
         stem = self._snapshot_there(state, list(refs))
-        return Saved(None, stem.rpartition("-")[2], 0, len(refs), 0) if stem else None
+        return Saved(None, stem.rpartition("-")[2], 0, len(refs), 0, refs) if stem else None
 
     def _count(self, other: Saver) -> None:
         saved = other.save(None, share=True)
@@ -265,7 +304,7 @@ class Saver:
         header and not its rows: what is to be on the drive is read to the last byte. One that is
         damaged is moved aside.
         """
-        if not self._sync:
+        if not self._sync or (kind, stem) in self._synced:
             return True
         check = headers.checked_block if kind == BLOCKS else headers.checked_snapshot
         try:
