@@ -53,26 +53,26 @@ class Saved:
 class Synced:
     """The files of a store that this process has brought to the drive.
 
-    One that goes on with a state again and again need not read and sync all of it each time. A file
-    that was replaced since has another inode.
+    Whoever saves a state that grows, again and again, need not read and sync all of it each time.
+    A file that was replaced or written to since has another inode, size or mtime.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._inodes: dict[tuple[str, str], int] = {}
+        self._seen: dict[tuple[str, str], tuple[int, ...] | None] = {}
 
     def __contains__(self, one: tuple[str, str]) -> bool:
-        file = self._store.file(*one) if one in self._inodes else None
-        return file is not None and file.inode == self._inodes[one]
+        return one in self._seen and self._seen[one] == self._look(one) is not None
 
     def sync(self, files: Iterable[tuple[str, str]]) -> None:
         """Bring to the drive what has not been brought there yet. Raises as `Store.sync`."""
         missing = [one for one in files if one not in self]
         self._store.sync(missing)
-        for one in missing:
-            file = self._store.file(*one)
-            if file is not None:
-                self._inodes[one] = file.inode
+        self._seen.update((one, self._look(one)) for one in missing)
+
+    def _look(self, one: tuple[str, str]) -> tuple[int, ...] | None:
+        file = self._store.file(*one)
+        return file and (file.inode, file.size, file.mtime_ns)  # a ctime changes with each use
 
 
 def most_bytes(state: State) -> int:
