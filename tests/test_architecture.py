@@ -90,6 +90,9 @@ FLOORS = [
     "cli.save",
     "cli.load",
     "cli.generate",
+    "cli.terminal",
+    "cli.markdown",
+    "cli.chat",
     "cli.bench",
     "__main__",
 ]

@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": "Continue a prompt, and reuse what was computed before.",
     "save": "Compute a prompt and keep its state under a name.",
     "load": "Restore a state, and go on generating where it stopped.",
+    "chat": "Talk with a model, and go on tomorrow where it stopped.",
     "list": "List the stored states.",
     "show": "Show everything about one stored state.",
     "clear": "Delete stored states.",
