@@ -71,6 +71,7 @@ FLOORS = [
     "speculative",
     "runner",
     "conversation",
+    "batch",
     "timing",
     "machine",
     "programs",

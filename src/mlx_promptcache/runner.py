@@ -188,6 +188,17 @@ class Runner:
         return self._draft_model
 
     @property
+    def whole(self) -> Any:
+        """What is fed: the model, or the model and its draft model as one."""
+        self._wait_for_weights()
+        return self._whole
+
+    @property
+    def speculative(self) -> bool:
+        """Whether a draft model proposes tokens."""
+        return self._draft_model is not None
+
+    @property
     def embeds(self) -> bool:
         """Whether the final hidden state can be read from this architecture."""
         return self._trunk.found
