@@ -94,6 +94,8 @@ FLOORS = [
     "cli.terminal",
     "cli.markdown",
     "cli.chat",
+    "cli.jsonl",
+    "cli.batch",
     "cli.bench",
     "__main__",
 ]
