@@ -71,6 +71,7 @@ FLOORS = [
     "speculative",
     "runner",
     "conversation",
+    "wave",
     "batch",
     "timing",
     "machine",

@@ -1,8 +1,9 @@
 """Batch: many questions after one shared prefix, decoded together from one state.
 
 The state of the prefix is restored or computed once. mlx-lm's batch generator takes its layers for
-each question, copies them side by side, and feeds all questions in one forward call a token. What
-it cannot batch is answered one after another, from the same state.
+each question, copies them side by side, and feeds all questions in one forward call a token. Short
+answers after a long prefix are decoded in waves. What neither can do is answered one after another,
+from the same state.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlx_promptcache import engine
+from mlx_promptcache.engine import cache as mlx_cache
 from mlx_promptcache.errors import PromptError
 from mlx_promptcache.layers import leaves
 from mlx_promptcache.prompt import TextStream
 from mlx_promptcache.sampling import Sampling
+from mlx_promptcache.wave import MOST_TOKENS, Waves
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_promptcache")
 
 SIZE = 8
+LONGER = 16  # times that a prefix is longer than answers for which waves are worth while
 SEEDS = 1 << 64  # what there are
 MOST_PREFILLED_TOGETHER = 8  # as mlx-lm's batch generator
 
@@ -113,10 +117,71 @@ class Batch:
         waiting = iter(questions)
         if self.together:
             alone: list[Question] = []
+            short, waiting = self._short(waiting)
+            yield from self._in_waves(short, each_step)
             yield from self._together(waiting, alone, each_step)
             waiting = itertools.chain(alone, waiting)
         for question in waiting:
             yield self._alone(question, each_step)
+
+    def _short(self, waiting: Iterator[Question]) -> tuple[list[Question], Iterator[Question]]:
+        """The questions to be decoded in waves, and the others."""
+        if self._layers is None or any(type(x) is not mlx_cache.KVCache for x in self._layers):
+            return [], waiting
+        every = list(waiting)
+        short = [question for question in every if self._is_short(question)]
+        chosen = {question.index for question in short}
+        return short, (question for question in every if question.index not in chosen)
+
+    def _is_short(self, question: Question) -> bool:
+        shared = len(self._prefix)
+        fed = len(question.prompt.tokens) - shared
+        brief = question.max_tokens * LONGER <= shared and fed <= MOST_TOKENS
+        return brief and self._follows(question)
+
+    def _in_waves(
+        self, questions: list[Question], each_step: Callable[[], None]
+    ) -> Iterator[Answer]:
+        if not questions:
+            return
+        assert self._layers is not None  # noqa: S101 - `_short` has looked
+        shared = len(self._prefix)
+        size = min(self._size, len(questions))
+        longest = max(len(q.prompt.tokens) - shared for q in questions)
+        room = longest + max(q.max_tokens for q in questions)
+        waves = Waves(self._runner.model, self._layers, size=size, room=room)
+        for i in range(0, len(questions), size):
+            yield from self._wave(waves, questions[i : i + size], each_step)
+
+    def _wave(
+        self, waves: Waves, questions: list[Question], each_step: Callable[[], None]
+    ) -> Iterator[Answer]:
+        shared, ends = len(self._prefix), set(self._ends())
+        told = [
+            (q.prompt.tokens, q.prompt.tokens[shared:], self._sampling_of(q)) for q in questions
+        ]
+        going = dict(enumerate(map(self._going, questions)))
+        for tokens in waves.decode(told):
+            for row, one in list(going.items()):
+                reason = self._took(one, tokens[row], tokens[row] in ends)
+                if reason is not None:
+                    del going[row]
+                    yield self._answer(one, reason, shared)
+            each_step()
+            if not going:
+                return
+
+    def _ends(self) -> Iterable[int]:
+        tokenizer = self._runner.tokenizer
+        return () if tokenizer is None else tokenizer.eos_token_ids
+
+    def _took(self, one: _Going, token: int, ended: bool) -> str | None:
+        """Add a token to an answer; return why it ends there, if it does."""
+        one.tokens.append(token)
+        one.said += "" if ended else one.text.add(token)
+        if ended or one.text.stopped:
+            return "stop"
+        return "length" if len(one.tokens) >= one.question.max_tokens else None
 
     def _together(
         self, waiting: Iterator[Question], alone: list[Question], each_step: Callable[[], None]
@@ -124,6 +189,10 @@ class Batch:
         """Answer what begins with the prefix; put the others, and what is left where mlx-lm fails
         after all, into `alone`.
         """
+        first = next(waiting, None)
+        if first is None:
+            return
+        waiting = itertools.chain([first], waiting)
         decoder = _Decoder(self._runner, self._size)
         going: dict[int, _Going] = {}
         try:
@@ -168,10 +237,7 @@ class Batch:
             one = going.get(response.uid)
             if one is None:
                 continue
-            one.tokens.append(response.token)
-            ended = response.finish_reason == "stop"
-            one.said += "" if ended else one.text.add(response.token)
-            reason = "stop" if one.text.stopped else response.finish_reason
+            reason = self._took(one, response.token, response.finish_reason == "stop")
             if reason is None:
                 continue
             if (

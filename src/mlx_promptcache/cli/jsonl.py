@@ -133,7 +133,11 @@ class Written:
         self._waiting: dict[int, Row] = {}
         self._file = self._opened()
         self._next = 0
-        self._take_what_is_there()
+        try:
+            self._take_what_is_there()
+        except PromptError:
+            self._file.close()
+            raise
 
     def _opened(self) -> Any:
         try:
@@ -143,6 +147,7 @@ class Written:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            file.close()
             raise PromptError(f"somebody else is writing to {self._path}: wait for it") from None
         except OSError:  # a file system that knows no locks
             pass
