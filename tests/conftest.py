@@ -25,8 +25,8 @@ REAL_MODEL = places.demo_model()
 # Tests that start processes, then those that run the real model. The last are in so many parts that
 # workers end at about the same time.
 LAST = (
-    "test_adapters", "test_kv_settings", "test_engine", "test_benchmark", "test_cli", "test_kill",
-    "test_many", "test_scripts", "test_real", "test_conformance",
+    "test_adapters", "test_kv_settings", "test_engine", "test_benchmark", "test_cli", "test_chat",
+    "test_batch", "test_kill", "test_many", "test_scripts", "test_real", "test_conformance",
 )  # fmt: skip
 
 

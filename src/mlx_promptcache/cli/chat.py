@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -109,15 +110,17 @@ class Talk:
             output.print_json(self._told())
         return self._code
 
-    def _read(self) -> str | None:
+    def _read(self, typed: str = "") -> str | None:
         while True:
             try:
-                said = self._lines.read()
+                said = self._lines.read(typed)
             except KeyboardInterrupt:
                 if not self._lines.interactive:
                     raise
                 click.echo()
                 self._say("Ctrl-D or /quit ends")
+                if typed:  # it was not to be changed after all
+                    return None
                 continue
             except PromptError as exc:
                 output.error(str(exc))
@@ -149,7 +152,7 @@ class Talk:
     # Commands
 
     def _undo(self, rest: str) -> None:
-        if rest and not (rest.isascii() and rest.isdigit() and int(rest)):
+        if rest and not re.fullmatch("0*[1-9][0-9]{0,8}", rest):
             raise PromptError("/undo takes a number of exchanges, such as /undo 2")
         taken = self._conversation.undo(int(rest or 1))
         left = len(self._conversation.questions)
@@ -160,7 +163,7 @@ class Talk:
         if not questions:
             raise PromptError("nothing was asked yet")
         if not rest and self._lines.interactive:
-            rest = (self._lines.read(questions[-1]) or "").strip()
+            rest = (self._read(questions[-1]) or "").strip()
         if not rest:
             raise PromptError("nothing was changed: /edit TEXT asks this text instead")
         self._answer(lambda progress: self._conversation.edit(rest, progress=progress))
@@ -252,7 +255,8 @@ class Talk:
         talk = self._conversation
         if talk.messages and talk.session is not None and talk.questions:
             count = len(talk.questions)
-            self._say(f"session {talk.session}: {count} exchanges, {talk.n_past} tokens held")
+            exchanges = "1 exchange" if count == 1 else f"{count} exchanges"
+            self._say(f"session {talk.session}: {exchanges}, {talk.n_past} tokens held")
         if self._lines.interactive:
             self._say("/help tells the commands, Ctrl-D ends")
         if talk.unanswered:
