@@ -50,16 +50,18 @@ from mlx_promptcache.quarantine import BadFile, Quarantine
 from mlx_promptcache.rates import Rates
 from mlx_promptcache.saver import Saver, most_bytes
 from mlx_promptcache.sharing import Sharing, remote_at
-from mlx_promptcache.state import Ref, State, Trail
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
+from mlx_promptcache.state import Origin, Ref, State, Trail
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store, check_name
 from mlx_promptcache.supply import SECONDS, Supply
 from mlx_promptcache.tokenizer_store import TokenizerStore
+from mlx_promptcache.writer import Synced
 
 if TYPE_CHECKING:
     import builtins
     import os
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from mlx_promptcache.container import Header
     from mlx_promptcache.finder import Found
     from mlx_promptcache.passes import Plan
     from mlx_promptcache.signatures import Signer
@@ -141,6 +143,7 @@ class PromptCache:
         self.supply: Supply | None = None
         """A remote that is asked for what is not here, and gets what is kept; see `attach`."""
         self._attached: tuple[str, Signer | None, float] | None = None
+        self._synced = Synced(self._store)
         self._fetched: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
 
     def __repr__(self) -> str:
@@ -376,10 +379,7 @@ class PromptCache:
                 not fit the model's layers, or it is damaged; `.reason` says which.
         """
         with self._store.shared():
-            stem, header = catalog.find(self._store, name)
-            if header.content["fingerprint"] != self.fingerprint.digest:
-                other = self.fingerprint.explain(headers.fingerprint_parts(header))
-                raise CacheMiss(f"the state {name!r} was made with {other}; save it again")
+            stem, _ = self._own(name)
             try:
                 state = self._loader().snapshot(stem)
             except BadFile as exc:
@@ -390,6 +390,57 @@ class PromptCache:
                 raise DamagedFile(f"the state {name!r} is damaged: {exc}; save it again") from exc
             self._record_use(stem, stem, state)
             return state
+
+    def origin(self, name: str) -> Origin:
+        """How the state of a name, or of a snapshot's id, was made; reads one header.
+
+        Raises:
+            CacheMiss: there is none, it is damaged, or it was made by another model or with other
+                settings.
+        """
+        with self._store.shared():
+            return Origin.from_json(self._own(name)[1].content["origin"])
+
+    def snapshot(self, name: str) -> str | None:
+        """The id of the snapshot that a name stands for; None if the name is free.
+
+        Raises:
+            DamagedFile: the name is there, and cannot be read.
+        """
+        try:
+            return self._store.read_name(name).rpartition("-")[2]
+        except DamagedFile:
+            raise
+        except CacheMiss:
+            return None
+
+    def link(self, name: str, other: str, *, replace: bool = False) -> None:
+        """Let a name stand for the state of another name, or of a snapshot's id, from now on. No
+        row is read, and nothing but the name is written.
+
+        Raises:
+            CacheMiss: there is no such state of this model.
+            StoreError: the name is taken, and it is not to be replaced; or the file system refuses.
+            CacheLocked: somebody deletes, and does not come to an end.
+        """
+        self._store.allow()
+        self._store.check_writable()
+        check_name(name)
+        with self._store.shared():
+            if not replace and self.snapshot(name) is not None:
+                raise StoreError(f"there is another state named {name!r}; choose another name")
+            stem, header = self._own(other)
+            blocks = [(BLOCKS, str(ref[0])) for ref in header.content["refs"]]
+            self._synced.sync([*blocks, (SNAPSHOTS, stem)])
+            self._store.write_name(name, stem, sync=True)
+
+    def _own(self, name: str) -> tuple[str, Header]:
+        """The snapshot of a name or of an id, if it is of this model. Raises CacheMiss."""
+        stem, header = catalog.find(self._store, name)
+        if header.content["fingerprint"] != self.fingerprint.digest:
+            other = self.fingerprint.explain(headers.fingerprint_parts(header))
+            raise CacheMiss(f"the state {name!r} was made with {other}; save it again")
+        return stem, header
 
     def save(
         self,
@@ -413,7 +464,10 @@ class PromptCache:
             CacheLocked: somebody adds to the store or deletes from it, and does not come to an end.
         """
         with self._writing(state, asked_for=True):
-            saver = Saver(self._finder, state, sync=sync, exact=exact or self._cuts_matter)
+            saver = Saver(
+                self._finder, state, sync=sync, exact=exact or self._cuts_matter,
+                synced=self._synced,
+            )  # fmt: skip
             saved = saver.save(name, replace=replace)
         return self._sent(saved)
 

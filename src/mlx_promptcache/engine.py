@@ -148,6 +148,11 @@ class Renderer:
         raise NotImplementedError
 
 
+def generate() -> Any:
+    """`mlx_lm.generate`, which decodes in batches; it imports transformers."""
+    return importlib.import_module(f"{PACKAGE}.generate")
+
+
 def _without(later: Mapping[str, Mapping[str, Any]], name: str) -> Any:
     """A module of mlx-lm, where these modules (`.x` is one of its own) are not imported but have
     only these names.
@@ -194,4 +199,4 @@ _make_lazy()
 import mlx_lm.models.cache as cache  # noqa: E402
 import mlx_lm.sample_utils as sample_utils  # noqa: E402
 
-__all__ = ["Renderer", "cache", "sample_utils", "tokenizer_utils", "utils", "version"]
+__all__ = ["Renderer", "cache", "generate", "sample_utils", "tokenizer_utils", "utils", "version"]

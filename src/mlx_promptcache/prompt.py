@@ -105,7 +105,7 @@ class Prompter:
         if not _is_chat(origin):
             return tuple(self._encode(origin))
         try:
-            text = self._rendered(_messages(origin), answer=False, goes_on=True)
+            text = self._rendered(messages_of(origin), answer=False, goes_on=True)
         except Exception as exc:
             raise PromptError("the chat template leaves no message open") from exc
         return tuple(self.encode_text(text, special=False))
@@ -140,7 +140,7 @@ class Prompter:
         return self.encode_text(self._text(origin), special=not _is_chat(origin))
 
     def _text(self, origin: Origin, *, answer: bool = True) -> str:
-        return self._render(_messages(origin), answer) if _is_chat(origin) else origin.text or ""
+        return self._render(messages_of(origin), answer) if _is_chat(origin) else origin.text or ""
 
     def encode_text(self, text: str, *, special: bool) -> list[int]:
         """The tokens of a text; with `special` those that the tokenizer puts around text, too.
@@ -198,7 +198,8 @@ def _is_chat(origin: Origin) -> bool:
     return origin.messages is not None or origin.template
 
 
-def _messages(origin: Origin) -> list[Mapping[str, Any]]:
+def messages_of(origin: Origin) -> list[Mapping[str, Any]]:
+    """The messages of a chat, or of a text as one message."""
     if origin.messages is not None:
         return list(origin.messages)
     system = [] if origin.system is None else [{"role": "system", "content": origin.system}]
@@ -220,7 +221,7 @@ def answered(origin: Origin, text: str) -> Origin:
         return replace(origin, text=(origin.text or "") + text)
     if origin.open:
         return Origin()  # what was generated stands between the messages: no rendering gives it
-    messages = _messages(origin)
+    messages = messages_of(origin)
     if messages and messages[-1].get("role") == "assistant":
         last = {**messages[-1], "content": _lengthened(messages[-1].get("content"), text)}
         return Origin(messages=(*messages[:-1], last))

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
     from mlx_promptcache.cache import Match
+    from mlx_promptcache.prompt import Prompt
     from mlx_promptcache.runner import Runner
+    from mlx_promptcache.state import Ref
     from mlx_promptcache.window_rows import WindowRows
 
     Progress = Callable[[int, int], None]  # (tokens of the prompt that are held, all of them)
@@ -158,6 +160,39 @@ class Run:
             self._trail = replace(self._trail, seconds_per_token=rate)
         ended = self._marks and self._marks[-1].position == self._held
         self._end = self._marks[-1] if ended else self._mark()
+
+    def begins(self, tokens: Sequence[int]) -> bool:
+        """Whether the tokens held are the beginning of these: then the run can go on with them."""
+        if self._broken:
+            return False
+        self._settle()
+        return list(tokens[: self._held]) == self._tokens
+
+    def go_on(self, prompt: Prompt, *, progress: Progress | None = None) -> None:
+        """Feed what a prompt has more than the tokens held, which it begins with.
+
+        The passes are those of a run that resumes the state held here, and the key goes on.
+        """
+        self._settle()
+        self.origin, self._text = prompt.origin, ""
+        self.match, self.anew = None, None
+        self.cached_tokens, self.load_seconds = self._held, 0.0
+        self.prefill(prompt.tokens, prompt.boundaries, progress=progress)
+
+    def stored(self, refs: Sequence[Ref]) -> None:
+        """Note that the state held here is stored, in these blocks: it is not packed again."""
+        self._trail = replace(self._trail, refs=tuple(refs))
+        self._marks, self._passed, self._passed_until = [], [], self._held
+
+    @property
+    def n_past(self) -> int:
+        """How many tokens are held, those yielded included."""
+        return len(self._tokens) + (self._unfed is not None)
+
+    @property
+    def text(self) -> str:
+        """What was generated after the prompt, as it was shown."""
+        return self._text
 
     @property
     def prefilled_tokens(self) -> int:

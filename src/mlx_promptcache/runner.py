@@ -189,6 +189,17 @@ class Runner:
         return self._draft_model
 
     @property
+    def whole(self) -> Any:
+        """What is fed: the model, or the model and its draft model as one."""
+        self._wait_for_weights()
+        return self._whole
+
+    @property
+    def speculative(self) -> bool:
+        """Whether a draft model proposes tokens."""
+        return self._draft_model is not None
+
+    @property
     def embeds(self) -> bool:
         """Whether the final hidden state can be read from this architecture."""
         return self._trunk.found
@@ -357,6 +368,30 @@ class Runner:
         if run.cached_tokens < len(made.tokens):
             self._wait_for_weights()  # that is no part of computing the prompt
         run.prefill(made.tokens, cuts, marks=marks, progress=progress)
+        if self.cache is not None and not self.cache.read_only:
+            self.cache.rates.note_computed(run.prefilled_tokens, run.prefill_seconds)
+        return run
+
+    def go_on(
+        self,
+        run: Run,
+        prompt: PromptLike,
+        *,
+        sampling: Sampling,
+        progress: Progress | None = None,
+    ) -> Run:
+        """Let a run go on with a longer prompt, which begins with the tokens that it holds; its key
+        goes on, too. Another run is started, as `start` does, if it does not begin so.
+
+        Raises:
+            PromptError: as `start` does.
+        """
+        made = self._prompt(prompt, ())
+        if not run.begins(made.tokens):
+            return self.start(made, sampling=sampling, progress=progress)
+        run.sampling = self._fitting(sampling)
+        self._run = run
+        run.go_on(made, progress=progress)
         if self.cache is not None and not self.cache.read_only:
             self.cache.rates.note_computed(run.prefilled_tokens, run.prefill_seconds)
         return run

@@ -236,7 +236,15 @@ class Sampler:
         Raises:
             ValueError: a bias is for a token beyond the logits.
         """
-        logits = self.processed(logits, tokens)
+        return self.drawn(self.processed(logits, tokens), key)
+
+    @property
+    def processes(self) -> bool:
+        """Whether there are a bias or penalties."""
+        return bool(self._processors)
+
+    def drawn(self, logits: mx.array, key: mx.array) -> mx.array:
+        """Return a token, `[1]`, after logits `[1, vocab]` that were processed."""
         if self._sampling.temp == 0:
             return mx.argmax(logits, axis=-1)
         coin = key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace as replace_
 from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache import arithmetic, container, headers
@@ -14,7 +15,7 @@ from mlx_promptcache.state import Ref, State
 from mlx_promptcache.store import BLOCKS
 from mlx_promptcache.tree import BlockName, Keys, SnapshotName, cell_start, pieces, shard
 from mlx_promptcache.windows import Span, widest
-from mlx_promptcache.writer import ID_DIGITS, Saved, Writer, check_free
+from mlx_promptcache.writer import ID_DIGITS, Saved, Synced, Writer, check_free
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,14 +62,23 @@ def _json_bytes(value: Any) -> int:
 class Saver:
     """One save of one state.
 
-    With `sync` everything is on the drive when it returns. With `exact` rows that are stored as
-    other passes computed them are stored again, as this state's own passes did.
+    With `sync` everything is on the drive when it returns; what `synced` has is there already. With
+    `exact` rows that are stored as other passes computed them are stored again, as this state's own
+    passes did.
     """
 
-    def __init__(self, finder: Finder, state: State, *, sync: bool, exact: bool) -> None:
+    def __init__(
+        self,
+        finder: Finder,
+        state: State,
+        *,
+        sync: bool,
+        exact: bool,
+        synced: Synced | None = None,
+    ) -> None:
         self._finder, self._store = finder, finder.store
         self._state, self._sync, self._exact = state, sync, exact
-        self._writer = Writer(finder.store, finder.bad, sync=sync, exact=exact)
+        self._writer = Writer(finder.store, finder.bad, sync=sync, exact=exact, synced=synced)
         self._keys = Keys(finder.root(state.phase), state.tokens)
         self._window_rows = known_window_rows(state)
 
@@ -92,7 +102,8 @@ class Saver:
         stem = self._snapshot_there(state, refs) if share else None
         if stem is None:
             stem = self._snapshot(state, refs)
-        return self._writer.finish(name, stem, [ref.stem for ref in refs])
+        saved = self._writer.finish(name, stem, [ref.stem for ref in refs])
+        return replace_(saved, refs=tuple(refs))
 
     def kept(self) -> Saved | None:
         """What there is if all of the state is stored already, for prompts to find; else None.
@@ -108,7 +119,7 @@ class Saver:
         if not all(self._snapshot_there(mark, list(refs)) for mark in marks):
             return None
         stem = self._snapshot_there(state, list(refs))
-        return Saved(None, stem.rpartition("-")[2], 0, len(refs), 0) if stem else None
+        return Saved(None, stem.rpartition("-")[2], 0, len(refs), 0, refs) if stem else None
 
     def _count(self, other: Saver) -> None:
         saved = other.save(None, share=True)

@@ -90,6 +90,10 @@ class SpeculativeRun(Run):
         self._round: _Round | None = None
         self._following: int | None = None
 
+    def begins(self, tokens: Sequence[int]) -> bool:  # noqa: ARG002
+        """Never: rounds begin where a prompt ends, and are not taken up again live."""
+        return False
+
     def steps(self, max_tokens: int, stop: Sequence[str] = ()) -> Iterator[Step]:
         """Generate up to `max_tokens` tokens; see `Run.steps`."""
         tokenizer = self._runner.tokenizer

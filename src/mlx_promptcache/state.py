@@ -30,7 +30,8 @@ class Origin:
 
     `text` for a prompt that is text (inside a user message after `system` where `template` is
     set), else `messages`. Neither where only tokens were given. An `open` text has not been closed:
-    what comes next goes on with it, inside its message.
+    what comes next goes on with it, inside its message. `earlier` is the id of the snapshot where a
+    conversation stood before its last exchange.
     """
 
     text: str | None = None
@@ -38,16 +39,19 @@ class Origin:
     system: str | None = None
     template: bool = False
     open: bool = False
+    earlier: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The origin as JSON."""
         messages = None if self.messages is None else [dict(m) for m in self.messages]
+        earlier = {} if self.earlier is None else {"earlier": self.earlier}
         return {
             "text": self.text,
             "messages": messages,
             "system": self.system,
             "template": self.template,
             "open": self.open,
+            **earlier,
         }
 
     @classmethod
@@ -60,6 +64,7 @@ class Origin:
             value.get("system"),
             bool(value.get("template")),
             bool(value.get("open")),
+            value.get("earlier"),
         )
 
 

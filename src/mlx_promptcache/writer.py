@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache import container, headers
 from mlx_promptcache.errors import CacheMiss, PromptCacheError, StoreError
@@ -26,7 +26,7 @@ ID_DIGITS = 16
 @dataclass(frozen=True)
 class Saved:
     """What a save wrote. `blocks_shared` were there already; `snapshots` are the stems of all that
-    were written, those on the way, too.
+    were written, those on the way, too; `refs` are all blocks of the state, as a trail has them.
     """
 
     name: str | None
@@ -35,6 +35,7 @@ class Saved:
     blocks_shared: int
     bytes_written: int
     snapshots: tuple[str, ...] = field(default=(), repr=False)
+    refs: tuple[Any, ...] = field(default=(), repr=False, compare=False)
 
     def __add__(self, later: Saved) -> Saved:
         """Two saves of one run, counted together, under the later one's name."""
@@ -45,17 +46,52 @@ class Saved:
             max(self.blocks_shared, later.blocks_shared - self.blocks_written),
             self.bytes_written + later.bytes_written,
             (*self.snapshots, *later.snapshots),
+            later.refs,
         )
+
+
+class Synced:
+    """The files of a store that this process has brought to the drive.
+
+    Whoever saves a state that grows, again and again, need not read and sync all of it each time.
+    A file that was replaced or written to since has another inode, size or mtime.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._seen: dict[tuple[str, str], tuple[int, ...] | None] = {}
+
+    def __contains__(self, one: tuple[str, str]) -> bool:
+        return one in self._seen and self._seen[one] == self._look(one) is not None
+
+    def sync(self, files: Iterable[tuple[str, str]]) -> None:
+        """Bring to the drive what has not been brought there yet. Raises as `Store.sync`."""
+        missing = [one for one in files if one not in self]
+        self._store.sync(missing)
+        self._seen.update((one, self._look(one)) for one in missing)
+
+    def _look(self, one: tuple[str, str]) -> tuple[int, ...] | None:
+        file = self._store.file(*one)
+        return file and (file.inode, file.size, file.mtime_ns)  # a ctime changes with each use
 
 
 class Writer:
     """Writes what is not there yet, and counts. The caller holds the shared lock.
 
-    With `sync` everything is on the drive when `finish` returns. With `exact` a block that other
-    passes computed is another one, whatever its bits.
+    With `sync` everything is on the drive when `finish` returns; what `synced` has is there
+    already. With `exact` a block that other passes computed is another one, whatever its bits.
     """
 
-    def __init__(self, store: Store, bad: Quarantine, *, sync: bool, exact: bool = False) -> None:
+    def __init__(
+        self,
+        store: Store,
+        bad: Quarantine,
+        *,
+        sync: bool,
+        exact: bool = False,
+        synced: Synced | None = None,
+    ) -> None:
+        self._synced = Synced(store) if synced is None else synced
         self._store, self._bad, self._sync, self._exact = store, bad, sync, exact
         self.written = self.shared = self.bytes = 0
         self.snapshots: list[str] = []
@@ -110,7 +146,7 @@ class Writer:
         has been read by who asks). A power cut may have left that and not the rows: what is to be
         on the drive is read to the last byte. One that is damaged is moved aside.
         """
-        if not self._sync and kind == BLOCKS:
+        if (not self._sync and kind == BLOCKS) or (kind, stem) in self._synced:
             return True
         check = headers.checked_block if kind == BLOCKS else headers.checked_snapshot
         try:
@@ -130,7 +166,7 @@ class Writer:
             StoreError: the file system refuses.
         """
         if self._sync:
-            self._store.sync([*((BLOCKS, stem) for stem in blocks), (SNAPSHOTS, snapshot)])
+            self._synced.sync([*((BLOCKS, stem) for stem in blocks), (SNAPSHOTS, snapshot)])
         if name is not None:
             self._store.write_name(name, snapshot, sync=self._sync)
         self._store.record_write(self.bytes)

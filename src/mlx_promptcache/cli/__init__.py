@@ -18,6 +18,8 @@ COMMANDS = {
     "generate": "Continue a prompt, and reuse what was computed before.",
     "save": "Compute a prompt and keep its state under a name.",
     "load": "Restore a state, and go on generating where it stopped.",
+    "chat": "Talk with a model, and go on tomorrow where it stopped.",
+    "batch": "Answer a file of questions after one shared prefix, together.",
     "list": "List the stored states.",
     "show": "Show everything about one stored state.",
     "match": "Say how much of a prompt would be reused, and why not more.",

@@ -76,8 +76,13 @@ def bar(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
 
 def print_json(value: dict[str, Any]) -> None:
     """Print one JSON object."""
+    click.echo(json_text(value))
+
+
+def json_text(value: dict[str, Any]) -> str:
+    """One JSON object in one line that commands no terminal."""
     text = json.dumps(value, ensure_ascii=False)  # that escapes what is below a space, and no more
-    click.echo(CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
