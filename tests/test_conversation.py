@@ -322,6 +322,26 @@ def test_to_undo_is_to_stand_where_it_stood_before(kind: str, tmp_path: Path) ->
     assert ask(talk, QUESTIONS[1]).text == once.text
 
 
+def test_to_undo_keeps_the_sampling_that_was_chosen_since(tmp_path: Path) -> None:
+    talk = opened(tmp_path)
+    ask(talk, QUESTIONS[0])
+    talk.sample(SAMPLED)
+    ask(talk, QUESTIONS[1])
+    talk.undo()
+    assert talk.sampling.temp == SAMPLED.temp
+
+
+def test_to_undo_what_somebody_else_has_gone_on_with_leaves_theirs_alone(tmp_path: Path) -> None:
+    talk = opened(tmp_path)
+    ask(talk, QUESTIONS[0])
+    ask(talk, QUESTIONS[1])
+    theirs = opened(tmp_path)
+    ask(theirs, QUESTIONS[2])
+    talk.undo()
+    assert opened(tmp_path).questions == list(QUESTIONS)
+    assert opened(tmp_path, "s-2").questions == [QUESTIONS[0]]
+
+
 def test_several_exchanges_are_undone_at_once_and_no_more_than_there_are(tmp_path: Path) -> None:
     talk = opened(tmp_path)
     for question in QUESTIONS:

@@ -329,11 +329,12 @@ class Conversation:
         return None
 
     def _take_up(self, snapshot: str) -> None:
-        state = self._cache.load(snapshot)
+        state, sampling = self._cache.load(snapshot), self.sampling
         if self.session is not None:
-            self._cache.link(name_of(self.session), snapshot, replace=True)
+            self._cache.link(self._own_name(self._cache), snapshot, replace=True)
         self._complete = self._stored = snapshot
         self._go_on_from(state)
+        self.sampling = sampling  # chosen for this talk, not for that exchange
 
     def _compute(self, messages: Messages) -> None:
         """An earlier state that is not stored any more."""
@@ -347,7 +348,9 @@ class Conversation:
     def _begin_again(self) -> None:
         """Nothing is left: there is no state, and a session without one has no name."""
         if self.session is not None and self._stored is not None:
-            self._cache.clear((name_of(self.session),))
+            name = name_of(self.session)
+            if self._cache.snapshot(name) == self._stored:  # else it is somebody else's by now
+                self._cache.clear((name,))
         self._origin = Origin(messages=())
         self._run = self._stored = self._complete = None
 
