@@ -26,6 +26,8 @@ FLOORS = [
     "codec",
     "container",
     "memo",
+    "namespaces",
+    "connections",
     "privacy",
     "files",
     "locks",
@@ -70,6 +72,10 @@ FLOORS = [
     "run",
     "speculative",
     "runner",
+    "writer",
+    "tiers",
+    "host",
+    "server",
     "timing",
     "machine",
     "programs",
@@ -90,6 +96,7 @@ FLOORS = [
     "cli.load",
     "cli.generate",
     "cli.bench",
+    "cli.serve",
     "__main__",
 ]
 

@@ -151,6 +151,15 @@ class PromptCache:
             max_bytes=self.budget.max_bytes, allow_foreign=self._store.allow_foreign,
         )  # fmt: skip
 
+    def with_salt(self, salt: str) -> PromptCache:
+        """The same store for the same model in another private namespace."""
+        cache = PromptCache(
+            self.directory, self.fingerprint.with_salt(salt), kv=self.kv, read_only=self.read_only,
+            max_bytes=self.budget.max_bytes, allow_foreign=self._store.allow_foreign,
+        )  # fmt: skip
+        cache.blueprint = self.blueprint
+        return cache
+
     @property
     def rates(self) -> Rates:
         """How fast this machine reads this store, and computes this fingerprint's prompts."""
@@ -166,14 +175,17 @@ class PromptCache:
 
     # By longest prefix
 
-    def match(self, tokens: Sequence[int], *, plan: Plan | None = None) -> Match:
+    def match(
+        self, tokens: Sequence[int], *, plan: Plan | None = None, limit: int | None = None
+    ) -> Match:
         """Say how much of these tokens is stored; reads headers, no K/V.
 
-        With `plan` only what that run's own passes would have computed counts (`--exact`).
+        With `plan` only what that run's own passes would have computed counts (`--exact`); with
+        `limit` at most so many tokens.
         """
         try:
             with self._store.shared():
-                found = self._finder.find(tokens, plan)
+                found = self._finder.find(tokens, plan, limit)
                 return self._match(tokens, found, self._finder.source(tokens, found), None)
         except PromptCacheError as exc:
             return Match(0, False, None, str(exc))
@@ -418,8 +430,19 @@ class PromptCache:
             UnsupportedLayer: the objects hold another number of tokens, or cannot be taken down.
             StoreError: the file system refuses.
         """
-        tokens = tuple(int(token) for token in tokens)
         self.blueprint = Blueprint.of(model, self.kv)
+        state = self.take_down(model, tokens, prompt_cache)
+        with self._writing(state):
+            return Saver(self._finder, state, sync=False, exact=False).save(None)
+
+    def take_down(self, model: Any, tokens: Sequence[int], prompt_cache: Sequence[Any]) -> State:
+        """The state that mlx-lm cache objects hold, without logits; see `store`. Nothing is
+        evaluated, and the objects may go on.
+
+        Raises:
+            UnsupportedLayer: the objects hold another number of tokens, or cannot be taken down.
+        """
+        tokens = tuple(int(token) for token in tokens)
         expected = [path for path, _ in leaves(make_layers(model, self.kv))]
         if expected != [path for path, _ in leaves(prompt_cache)]:
             raise UnsupportedLayer("these layers are not those that the model makes")
@@ -433,7 +456,7 @@ class PromptCache:
         if not tokens:
             raise UnsupportedLayer("no tokens were given: give those that the layers hold")
         check_quantised(prompt_cache, len(tokens), self.kv)
-        state = State(
+        return State(
             tokens=tokens,
             contents=capture(prompt_cache, len(tokens)),
             logits=None,
@@ -443,6 +466,20 @@ class PromptCache:
             lineage=UNKNOWN,
             trail=Trail(self._refs_of(prompt_cache, tokens)),
         )
+
+    def add(self, state: State) -> Saved | None:
+        """Store a state for prompts to come, and only what no run has stored of its tokens: rows
+        that are there serve, even if they differ by rounding. None if all of it is there.
+
+        A program that answers many prompts after one prefix would else write the prefix once for
+        every width that it was computed in. Raises as `save` does.
+        """
+        with self._store.shared():
+            if self._finder.find(state.tokens, limit=state.n_past).position == state.n_past:
+                return None
+            rows = self._finder.rows(state.tokens, state.phase)
+        refs = tuple(Ref(step.stem, digest, step.start, step.rows) for step, digest in rows)
+        state = replace(state, trail=Trail(refs))
         with self._writing(state):
             return Saver(self._finder, state, sync=False, exact=False).save(None)
 

@@ -11,6 +11,7 @@ PromptCacheError
 │   └── NotQuantisable   a layer that mlx-lm cannot quantise as it was asked to
 ├── ModelError           no such model, or not one that mlx-lm can load
 ├── PromptError          a prompt that cannot be run: empty, or longer than the context
+├── ServingError         a server that cannot be started
 └── MeasuringError       a program that was to be measured did not do its work
 
 Each message is one sentence that says what is wrong and, where there is something, what to do.
@@ -66,6 +67,10 @@ class ModelError(PromptCacheError):
 
 class PromptError(PromptCacheError):
     """The prompt cannot be run as it is."""
+
+
+class ServingError(PromptCacheError):
+    """The server cannot be started: no address to listen at, another mlx-lm, no model."""
 
 
 class MeasuringError(PromptCacheError):

@@ -21,6 +21,7 @@ COMMANDS = {
     "clear": "Delete stored states.",
     "verify": "Read every stored byte and check it.",
     "prune": "Make the store fit its budget.",
+    "serve": "Serve the OpenAI API; what was computed survives a restart.",
     "bench": "Measure what the cache is worth on this machine.",
 }
 
