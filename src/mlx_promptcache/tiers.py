@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlx_promptcache")
 
+MOST_LACKING = 2  # tokens that layers may be behind those of an answer
+
 
 class Tokens(list[int]):
     """Tokens of a namespace. mlx-lm cuts and extends them on their way from a prompt to the states
@@ -145,13 +147,13 @@ class Tiers(mlx_cache.LRUPromptCache):  # type: ignore[misc]
         held, self._held = self._held, []
         state = None
         try:
-            if isinstance(tokens, Tokens):
-                tokens = _that_are_held(tokens, prompt_cache)
-                key = (model, tokens.namespace)
-                super().insert_cache(key, tokens, prompt_cache, cache_type=cache_type)
-                state = self._state(model, tokens, prompt_cache)
-            if state is not None and self.below is not None and isinstance(tokens, Tokens):
-                self._writer.write(self.below.of(tokens), state, lambda: _call(held))
+            known = _cut_to(tokens, prompt_cache) if isinstance(tokens, Tokens) else None
+            if known is not None:
+                key = (model, known.namespace)
+                super().insert_cache(key, known, prompt_cache, cache_type=cache_type)
+                state = self._state(model, known, prompt_cache)
+            if known is not None and state is not None and self.below is not None:
+                self._writer.write(self.below.of(known), state, lambda: _call(held))
         finally:
             if state is None:
                 _call(held)
@@ -189,19 +191,25 @@ def _arrays(layer: Any) -> list[mx.array]:
     return [*layer.rows.values(), *layer.arrays.values()]
 
 
-def _that_are_held(tokens: Tokens, layers: Layers) -> Tokens:
-    """Those of these tokens that the layers hold. After speculative decoding, layers may lack the
-    last token that was drawn, and those of a draft model one more: all are cut to the shortest.
+def _lengths(layers: Layers) -> set[int]:
+    """How many tokens layers hold, as far as they say so."""
+    said = {getattr(leaf, "offset", None) for _, leaf in leaves(layers)}
+    return {length for length in said if isinstance(length, int)} - {0}  # some are never used
+
+
+def _cut_to(tokens: Tokens, layers: Layers) -> Tokens | None:
+    """The tokens that these layers hold; None if that cannot be.
+
+    After speculative decoding, layers may lack the last token that was drawn, and those of a draft
+    model one more: all are cut to the shortest. Where mlx-lm could not let layers forget what was
+    proposed in vain, they hold something else.
     """
-    lengths = {leaf.offset for _, leaf in leaves(layers) if isinstance(_offset(leaf), int)}
-    lengths -= {0}  # a model may make layers that it never writes to
-    if not lengths or lengths == {len(tokens)} or not mlx_cache.can_trim_prompt_cache(layers):
+    lengths = _lengths(layers)
+    if lengths <= {len(tokens)}:
         return tokens
     shortest = min(*lengths, len(tokens))
+    if not mlx_cache.can_trim_prompt_cache(layers) or len(tokens) - shortest > MOST_LACKING:
+        return None
     for _, leaf in leaves(layers):
         leaf.trim(leaf.offset - shortest)
     return tokens[:shortest]
-
-
-def _offset(leaf: Any) -> Any:
-    return getattr(leaf, "offset", None)

@@ -52,7 +52,19 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 it cannot be done, 2 wrong usage, 3 damage found."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if "mlx_promptcache.server" in sys.modules:
+        _leave(code)
+    sys.exit(code)
+
+
+def _leave(code: int) -> None:
+    """End at once. MLX aborts many a process that computed in threads, when it is taken down: its
+    exit code would then say nothing.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def run(arguments: list[str]) -> int:
