@@ -256,6 +256,38 @@ def test_a_match_says_how_far_and_from_where(tmp_path: Path) -> None:
     assert told(cache.match(whole[:100])) == (100, True, source)
 
 
+def test_with_a_limit_no_more_is_matched(tmp_path: Path) -> None:
+    runner = with_store("plain", tmp_path / "store")
+    prompt = random_tokens(300, 1)
+    keep_with(runner, prompt)
+    assert runner.cache is not None
+    assert runner.cache.match(prompt, limit=120).position == 120
+    assert runner.cache.match(prompt).exact
+
+
+@pytest.mark.parametrize("kind", ["plain", "rotating", "hybrid"])
+def test_what_is_added_twice_is_written_once_whatever_its_bits(kind: str, tmp_path: Path) -> None:
+    state = cold(kind, random_tokens(300, 1))
+    cache = with_store(kind, tmp_path / "store").cache
+    assert cache is not None
+    first = cache.add(state)
+    assert first is not None
+    assert first.blocks_written == 2
+    before = written_once(cache.directory)
+    assert cache.add(with_other_bits(state)) is None
+    assert written_once(cache.directory) == before
+
+
+def test_a_cache_with_another_salt_is_the_one_that_has_it_from_the_beginning(
+    tmp_path: Path,
+) -> None:
+    model = tiny.on_disk(tmp_path / "model")
+    plain, salted = (Fingerprint.of_model(model, salt=salt) for salt in ("", "s"))
+    cache = PromptCache(tmp_path / "store", plain)
+    assert cache.with_salt("s").fingerprint.digest == salted.digest
+    assert cache.with_salt("s").with_salt("").fingerprint.digest == plain.digest
+
+
 def test_with_a_limit_no_more_is_resumed(tmp_path: Path) -> None:
     whole = random_tokens(300, seed=2)
     for kind, expected in (("plain", [299, 300, 10, 0]), ("hybrid", [200, 300, 0, 0])):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 COMMON = ""
 """The namespace of everybody who has none of their own."""
 NAME_BYTES = 32
-BEARER = "bearer "
+BEARER = "bearer"
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,5 @@ class Namespaces:
 def _key(authorization: str | None) -> str | None:
     """The key of an `Authorization: Bearer KEY`; whatever else stands there is taken whole."""
     text = (authorization or "").strip()
-    if text[: len(BEARER)].lower() == BEARER:
-        text = text[len(BEARER) :].strip()
-    return text or None
+    scheme, _, key = text.partition(" ")
+    return (key.strip() if scheme.lower() == BEARER else text) or None

@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
-import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,9 +143,6 @@ def _stop(generator: Generator, writer: Writer) -> None:
     left = writer.close(LAST_SECONDS)
     if left:
         log.warning("%d states could not be written in time, and are lost", left)
-    if ending.is_alive():  # in the middle of a pass: MLX would abort a process that ends so
-        sys.stdout.flush()
-        os._exit(0)
 
 
 class Provider(mlx_server.ModelProvider):  # type: ignore[misc]

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, overload
 import mlx.core as mx
 
 from mlx_promptcache.engine import cache as mlx_cache
-from mlx_promptcache.errors import UnsupportedLayer
 from mlx_promptcache.layers import leaves
 from mlx_promptcache.namespaces import COMMON
 
@@ -81,6 +80,7 @@ class Tiers(mlx_cache.LRUPromptCache):  # type: ignore[misc]
         self.below: Below | None = None
         self._writer = writer
         self._held: list[Callable[[], None]] = []
+        self._told = False
 
     # Found
 
@@ -120,7 +120,7 @@ class Tiers(mlx_cache.LRUPromptCache):  # type: ignore[misc]
                 return None
             state, layers, _ = cache.resume(tokens, self.below.model, limit=last)
         except Exception as exc:  # noqa: BLE001 - a cache that fails is a miss, whatever it is
-            log.warning("the prompt cache is not used: %s: %s", type(exc).__name__, exc)
+            self._tell(f"the prompt cache is not used: {type(exc).__name__}: {exc}")
             return None
         if state is None or not isinstance(layers, list) or state.n_past <= held:
             return None
@@ -129,6 +129,12 @@ class Tiers(mlx_cache.LRUPromptCache):  # type: ignore[misc]
     def _may_be_kept(self, model: Any, tokens: Tokens) -> bool:
         """Whether a store can have these tokens: not if some stand for an image of the prompt."""
         return self.below is not None and self.below.key == model and min(tokens, default=-1) >= 0
+
+    def _tell(self, sentence: str) -> None:
+        """Say it, and nothing else of the kind: a model that it is true of makes it true always."""
+        if not self._told:
+            log.warning("%s", sentence)
+        self._told = True
 
     # Kept
 
@@ -167,8 +173,8 @@ class Tiers(mlx_cache.LRUPromptCache):  # type: ignore[misc]
         try:
             state = self.below.cache.take_down(self.below.model, tokens, prompt_cache)
             mx.eval([array for layer in state.contents for array in _arrays(layer)], state.rng)
-        except UnsupportedLayer as exc:
-            log.warning("a state is not kept: %s", exc)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, answers must go on
+            self._tell(f"a state is not kept: {exc}")
             return None
         return state
 
