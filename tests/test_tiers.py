@@ -11,7 +11,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import tiny
 from known import model_of
-from mlx_promptcache import PromptCache
+from mlx_promptcache import Match, PromptCache
 from mlx_promptcache.blueprint import Blueprint
 from mlx_promptcache.fingerprint import KVSettings
 from mlx_promptcache.layers import live_arrays, quantise
@@ -113,6 +113,36 @@ def test_the_deeper_of_memory_and_disk_wins(tmp_path: Path, writer: Writer) -> N
     assert found(second, LONG[:150]) == 149
 
 
+def test_nothing_is_read_that_memory_has_as_well(
+    tmp_path: Path, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiers = tiers_of("plain", tmp_path / "store", writer)
+    insert(tiers, LONG[:100])
+    asked: list[int] = []
+    resume = PromptCache.resume
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        asked.append(1)
+        return resume(*args, **kwargs)
+
+    monkeypatch.setattr(PromptCache, "resume", counted)
+    assert (found(tiers, LONG), asked) == (100, [])
+    assert found(tiers_of("plain", tmp_path / "store", writer), LONG) == 100
+    assert asked == [1]
+
+
+def test_memory_serves_where_the_disk_does_not_keep_its_word(
+    tmp_path: Path, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiers = tiers_of("plain", tmp_path / "store", writer)
+    insert(tiers, LONG[:50])
+    tiers.below, below = None, tiers.below
+    tiers.insert_cache(KEY, Tokens(LONG[:100]), fed(model_of("plain"), LONG[:100]))
+    tiers.below = below
+    monkeypatch.setattr(PromptCache, "match", lambda *_, **__: Match(200, False, None, None))
+    assert found(tiers, LONG) == 100
+
+
 def test_what_memory_let_go_of_is_still_on_disk(tmp_path: Path, writer: Writer) -> None:
     tiers = tiers_of("plain", tmp_path / "store", writer, max_size=1)
     for seed in (1, 2):
@@ -140,6 +170,9 @@ def test_namespaces_find_nothing_of_each_other_in_memory_or_on_disk(
     for each in (tiers, fresh):
         assert found(each, LONG, "one") == 90
         assert found(each, LONG, "other") == found(each, LONG) == 0
+    tiers.below = None  # what is in memory
+    assert found(tiers, LONG, "one") == 90
+    assert found(tiers, LONG, "other") == found(tiers, LONG) == 0
 
 
 def test_tokens_keep_their_namespace_however_they_are_cut() -> None:
