@@ -298,10 +298,7 @@ class PromptCache:
     def _record_use(self, source: str | None, snapshot: str | None, state: State) -> None:
         if self.read_only:
             return
-        if snapshot is not None:
-            self._store.touch(SNAPSHOTS, snapshot)
-        for ref in state.trail.refs:
-            self._store.touch(BLOCKS, ref.stem)
+        self._touch(snapshot, state.trail.refs)
         self._store.record_use(
             {
                 "when": round(time.time(), 3),
@@ -310,6 +307,12 @@ class PromptCache:
                 "seconds": round(state.trail.seconds_per_token * state.n_past, 3),
             }
         )
+
+    def _touch(self, snapshot: str | None, refs: Sequence[Ref]) -> None:
+        if snapshot is not None:
+            self._store.touch(SNAPSHOTS, snapshot)
+        for ref in refs:
+            self._store.touch(BLOCKS, ref.stem)
 
     # By name
 
@@ -472,13 +475,17 @@ class PromptCache:
         that are there serve, even if they differ by rounding. None if all of it is there.
 
         A program that answers many prompts after one prefix would else write the prefix once for
-        every width that it was computed in. Raises as `save` does.
+        every width that it was computed in. What serves was used now: it was in somebody's memory.
+        Raises as `save` does.
         """
         with self._store.shared():
-            if self._finder.find(state.tokens, limit=state.n_past).position == state.n_past:
-                return None
+            found = self._finder.find(state.tokens, limit=state.n_past)
             rows = self._finder.rows(state.tokens, state.phase)
-        refs = tuple(Ref(step.stem, digest, step.start, step.rows) for step, digest in rows)
+            refs = tuple(Ref(step.stem, digest, step.start, step.rows) for step, digest in rows)
+            if not self.read_only:
+                self._touch(found.snapshot, refs)
+        if found.position == state.n_past:
+            return None
         state = replace(state, trail=Trail(refs))
         with self._writing(state):
             return Saver(self._finder, state, sync=False, exact=False).save(None)
