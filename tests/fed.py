@@ -1,14 +1,18 @@
 """The program, with a count: how many tokens are fed to its models, a line for each forward call.
 
 python fed.py COUNT-FILE COMMAND ...
+
+Where SLOW says so every write of a state takes so many seconds more.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
-from mlx_promptcache import cli, server
+from mlx_promptcache import PromptCache, cli, server
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +45,13 @@ def main() -> None:
         watch(self.model, file.write)
 
     server.Provider._load = watched  # type: ignore[method-assign]
+    add = PromptCache.add
+
+    def slow(self: Any, state: Any) -> Any:
+        time.sleep(float(os.environ.get("SLOW", "0")))
+        return add(self, state)
+
+    PromptCache.add = slow  # type: ignore[method-assign]
     sys.argv[1:] = sys.argv[2:]
     cli.main()
 

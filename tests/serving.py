@@ -41,7 +41,9 @@ class Answer:
 class Server:
     """A server that listens; `fed` is how many tokens went into its models since it was asked."""
 
-    def __init__(self, *arguments: str | Path, limit_bytes: int | None = None) -> None:
+    def __init__(
+        self, *arguments: str | Path, limit_bytes: int | None = None, slow: str = "0"
+    ) -> None:
         self._directory = tempfile.TemporaryDirectory()
         self._count = Path(self._directory.name, "fed")
         self._errors = Path(self._directory.name, "errors")
@@ -56,7 +58,7 @@ class Server:
                 [sys.executable, FED, self._count, "serve", "--port", "0", "--json",
                  *map(str, arguments)],
                 stdout=subprocess.PIPE, stderr=errors, text=True,
-                env=processes.environment(**COLD), preexec_fn=limited,
+                env=processes.environment(**COLD, SLOW=slow), preexec_fn=limited,
             )  # fmt: skip
         assert self.process.stdout is not None
         line = self.process.stdout.readline()

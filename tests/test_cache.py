@@ -275,7 +275,7 @@ def test_what_is_added_twice_is_written_once_whatever_its_bits(kind: str, tmp_pa
     assert first.blocks_written == 2
     before = written_once(cache.directory)
     for path in before:
-        os.utime(path, (0, path.stat().st_mtime))
+        os.utime(path, ns=(0, path.stat().st_mtime_ns))
     assert cache.add(with_other_bits(state)) is None
     assert written_once(cache.directory) == before
     assert all(path.stat().st_atime > 0 for path in files(cache.directory / BLOCKS))

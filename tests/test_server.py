@@ -10,14 +10,17 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import mlx_lm
+import mlx_lm.server
 import openai
 import pytest
 
 import processes
 import tiny
+from mlx_promptcache import server as server_module
 from serving import Server, serving
 
 if TYPE_CHECKING:
@@ -138,7 +141,7 @@ def test_what_was_answered_survives_a_kill_whatever_the_model(
     asked["with a draft"] = {"extra_body": {"draft_model": str(models[DRAFT])}}
     asked["drawn with a seed"] = {"seed": 3, "temperature": 1.0, "model": str(models["plain"])}
     asked["with a letter"] = {**letter, "key": "another secret"}
-    with serving(*chosen) as server:
+    with serving(*chosen, slow="0.2") as server:
         cold = {
             name: server.ask(PROMPT, stream=True, **{"key": f"secret {name}", **options})
             for name, options in asked.items()
@@ -249,6 +252,15 @@ def test_the_real_model_goes_on_after_a_kill(real_model: Path, tmp_path: Path) -
         warm = server.ask(question, max_tokens=6)
         assert warm.text == cold.text
         assert warm.cached_tokens == reused(server, warm) == warm.prompt_tokens - 1
+
+
+def test_a_prompt_with_images_says_whose_it_is_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = ([1, 9, 2], [[1, 9, 2]], ["assistant"], "normal", SimpleNamespace(cache_key=[1, -5, 2]))
+    monkeypatch.setattr(mlx_lm.server.ResponseGenerator, "_tokenize", lambda *_: told)
+    generator = server_module.Generator.__new__(server_module.Generator)
+    prompt, *_, vision = generator._tokenize(None, SimpleNamespace(namespace="one"), None)
+    assert (prompt, prompt.namespace) == ([1, 9, 2], "one")
+    assert (vision.cache_key, vision.cache_key.namespace) == ([1, -5, 2], "one")
 
 
 # What cannot be served
