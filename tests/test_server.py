@@ -5,6 +5,7 @@ How many tokens were really fed to its models is counted beside what it says.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import socket
@@ -75,7 +76,8 @@ def knock_until_refused(server: Server) -> None:
     address = urllib.parse.urlsplit(server.url)
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
-        socket.create_connection((address.hostname, address.port), timeout=1).close()
+        with contextlib.suppress(ConnectionResetError):  # the door closes at this very moment
+            socket.create_connection((address.hostname, address.port or 0), timeout=1).close()
         time.sleep(0.05)
 
 
