@@ -274,6 +274,14 @@ def test_a_prompt_with_images_says_whose_it_is_as_well(monkeypatch: pytest.Monke
     assert (vision.cache_key, vision.cache_key.namespace) == ([1, -5, 2], "one")
 
 
+def test_an_empty_prompt_is_refused_and_the_next_one_answered(shared: tuple[Server, Path]) -> None:
+    server, _ = shared
+    with pytest.raises(openai.NotFoundError) as refused:
+        server.client().completions.create(model="default_model", prompt="")
+    assert "the prompt is empty" in refused.value.response.text
+    assert server.ask("two plus two").tokens == 8
+
+
 # What cannot be served
 
 

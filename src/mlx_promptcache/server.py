@@ -20,7 +20,7 @@ from mlx_promptcache import host, models, places
 from mlx_promptcache.blueprint import Blueprint
 from mlx_promptcache.cache import PromptCache
 from mlx_promptcache.connections import Connections, Ending
-from mlx_promptcache.errors import PromptCacheError, ServingError, StoreError
+from mlx_promptcache.errors import PromptCacheError, PromptError, ServingError, StoreError
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings, remembered
 from mlx_promptcache.namespaces import COMMON, Namespaces
 from mlx_promptcache.speculative import Pair
@@ -251,6 +251,8 @@ class Generator(mlx_server.ResponseGenerator):  # type: ignore[misc]
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         namespace: str = getattr(request, "namespace", COMMON)
         prompt, *rest = super()._tokenize(tokenizer, request, args)
+        if not prompt:  # mlx-lm's generators would stop for good
+            raise PromptError("the prompt is empty")
         for part in rest:
             if hasattr(part, "cache_key"):  # the prompt again, with images in it
                 part.cache_key = Tokens(part.cache_key, namespace)
