@@ -6,6 +6,7 @@ How many tokens were really fed to its models is counted beside what it says.
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ import pytest
 
 import processes
 import tiny
+from mlx_promptcache import cli
 from mlx_promptcache import server as server_module
 from serving import Server, serving
 
@@ -299,13 +301,45 @@ def test_an_empty_prompt_is_refused_and_the_next_one_answered(shared: tuple[Serv
 def test_what_makes_no_sense_is_told_in_a_sentence(
     arguments: tuple[str, ...], code: int, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mlx_promptcache import cli
-
     assert cli.run(["serve", *arguments]) == code
     out, err = capsys.readouterr()
     assert out == ""
     assert told in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("host", "told"),
+    [("0.0.0.0", True), ("::", True), ("example.org", True), ("127.0.0.2", False), ("::1", False)],
+)
+def test_listening_to_other_machines_is_told(
+    host: str, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["serve", "--host", host, "--model", "/no/such/model"]) == 1
+    assert ("everybody who can reach this machine" in capsys.readouterr().err) == told
+
+
+def test_all_options_of_the_server_of_mlx_lm_are_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.run(["serve", "--help"]) == 0
+    ours = capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["mlx_lm.server", "--help"])
+    with pytest.raises(SystemExit):
+        mlx_lm.server.main()
+    options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    assert len(options) > 20
+    assert options <= set(re.findall(r"--[a-z-]+", ours))
+
+
+def test_a_port_that_is_taken_is_told_in_a_sentence() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = processes.run("serve", "--port", str(port), "--quiet")
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err.splitlines()[-1] == (
+        f"mlx-promptcache: cannot listen at 127.0.0.1:{port}: Address already in use"
+    )
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(

@@ -131,16 +131,16 @@ def _check(found: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
         error("--stop-seconds must not be negative")
     if not 0 <= found.port < 1 << 16:
         error(f"there is no port {found.port}")
-    if found.model is not None:
-        models.config(models.find(found.model))
-    if found.draft_model is not None:
-        models.config(models.find(found.draft_model))
     if not _is_loopback(found.host):
         log.warning(
             "listening at %s: everybody who can reach this machine can ask the model, and without "
             "--salt-per-key or --salt-per-user tell by the time what others asked",
             found.host,
         )
+    if found.model is not None:
+        models.config(models.find(found.model))
+    if found.draft_model is not None:
+        models.config(models.find(found.draft_model))
     if found.quiet:
         found.log_level = "ERROR"
         warnings.simplefilter("ignore")
