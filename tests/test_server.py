@@ -196,6 +196,7 @@ def test_a_signal_lets_an_answer_end_and_nobody_else_in(
         server.process.send_signal(signal.SIGTERM)
         with pytest.raises(ConnectionRefusedError):
             knock_until_refused(server)
+        assert server.process.poll() is None
         for piece in pieces:
             text += piece.choices[0].delta.content or ""
         assert text == "z" * 400
