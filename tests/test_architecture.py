@@ -26,6 +26,8 @@ FLOORS = [
     "codec",
     "container",
     "memo",
+    "namespaces",
+    "connections",
     "privacy",
     "files",
     "locks",
@@ -94,6 +96,10 @@ FLOORS = [
     "conversation",
     "wave",
     "batch",
+    "backlog",
+    "tiers",
+    "host",
+    "server",
     "timing",
     "machine",
     "memory",
@@ -131,6 +137,7 @@ FLOORS = [
     "cli.jsonl",
     "cli.batch",
     "cli.bench",
+    "cli.serve",
     "__main__",
 ]
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -254,6 +255,42 @@ def test_a_match_says_how_far_and_from_where(tmp_path: Path) -> None:
     assert source not in {None, "part", unnamed}
     assert told(cache.match([*whole[:40], 256, 2, 3])) == (40, False, None)
     assert told(cache.match(whole[:100])) == (100, True, source)
+
+
+def test_with_a_limit_no_more_is_matched(tmp_path: Path) -> None:
+    runner = with_store("plain", tmp_path / "store")
+    prompt = random_tokens(300, 1)
+    keep_with(runner, prompt)
+    assert runner.cache is not None
+    assert runner.cache.match(prompt, limit=120).position == 120
+    assert runner.cache.match(prompt).exact
+
+
+@pytest.mark.parametrize("kind", ["plain", "rotating", "hybrid"])
+def test_what_is_added_twice_is_written_once_whatever_its_bits(kind: str, tmp_path: Path) -> None:
+    state = cold(kind, random_tokens(300, 1))
+    cache = with_store(kind, tmp_path / "store").cache
+    assert cache is not None
+    first = cache.add(state)
+    assert first is not None
+    assert first.blocks_written == 2
+    before = written_once(cache.directory)
+    later = time.time_ns() + 10**12  # what was read would else be of now by the system's own doing
+    for path in before:
+        os.utime(path, ns=(later, path.stat().st_mtime_ns))
+    assert cache.add(with_other_bits(state)) is None
+    assert all(path.stat().st_atime_ns < later for path in files(cache.directory / BLOCKS))
+    assert written_once(cache.directory) == before
+
+
+def test_a_cache_with_another_salt_is_the_one_that_has_it_from_the_beginning(
+    tmp_path: Path,
+) -> None:
+    model = tiny.on_disk(tmp_path / "model")
+    plain, salted = (Fingerprint.of_model(model, salt=salt) for salt in ("", "s"))
+    cache = PromptCache(tmp_path / "store", plain)
+    assert cache.with_salt("s").fingerprint.digest == salted.digest
+    assert cache.with_salt("s").with_salt("").fingerprint.digest == plain.digest
 
 
 def test_with_a_limit_no_more_is_resumed(tmp_path: Path) -> None:

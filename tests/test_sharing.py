@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import servers
 
 import processes
+import servers
 import tiny
 from mlx_promptcache import CacheMiss, PromptCache, Runner, Sampling
 from mlx_promptcache.errors import RemoteError, SignatureError

@@ -176,6 +176,19 @@ class PromptCache:
             self.directory, self.fingerprint, kv=kv, read_only=self.read_only,
             max_bytes=self.budget.max_bytes, allow_foreign=self._store.allow_foreign,
         )  # fmt: skip
+        return self._like(other)
+
+    def with_salt(self, salt: str) -> PromptCache:
+        """The same store for the same model in another private namespace."""
+        cache = PromptCache(
+            self.directory, self.fingerprint.with_salt(salt), kv=self.kv, read_only=self.read_only,
+            max_bytes=self.budget.max_bytes, allow_foreign=self._store.allow_foreign,
+        )  # fmt: skip
+        cache.blueprint = self.blueprint
+        return self._like(cache)
+
+    def _like(self, other: PromptCache) -> PromptCache:
+        """Another cache, with the remote of this one."""
         if self._attached is not None:
             url, signer, seconds = self._attached
             other.attach(url, signer=signer, seconds=seconds)
@@ -196,12 +209,15 @@ class PromptCache:
 
     # By longest prefix
 
-    def match(self, tokens: Sequence[int], *, plan: Plan | None = None) -> Match:
+    def match(
+        self, tokens: Sequence[int], *, plan: Plan | None = None, limit: int | None = None
+    ) -> Match:
         """Say how much of these tokens is stored; reads headers, no K/V.
 
-        With `plan` only what that run's own passes would have computed counts (`--exact`).
+        With `plan` only what that run's own passes would have computed counts (`--exact`); with
+        `limit` at most so many tokens.
         """
-        return self._look_up(tokens, plan)[0]
+        return self._look_up(tokens, plan, limit)[0]
 
     def explain(self, tokens: Sequence[int], *, plan: Plan | None = None) -> Match:
         """As `match`, with a reason that names the stored state which agrees for the longest: for
@@ -221,11 +237,13 @@ class PromptCache:
                 return replace(match, reason=reasons.differs(label, match.stored, ends=ends))
         return match
 
-    def _look_up(self, tokens: Sequence[int], plan: Plan | None) -> tuple[Match, Found | None]:
+    def _look_up(
+        self, tokens: Sequence[int], plan: Plan | None, limit: int | None = None
+    ) -> tuple[Match, Found | None]:
         try:
             with self._store.shared():
                 before = len(self._bad.told)
-                found = self._finder.find(tokens, plan)
+                found = self._finder.find(tokens, plan, limit)
                 refused = None if found.exact else next(iter(self._bad.told[before:]), None)
                 source = self._finder.source(tokens, found)
                 return self._match(tokens, found, source, refused, plan), found
@@ -356,10 +374,7 @@ class PromptCache:
     def _record_use(self, source: str | None, snapshot: str | None, state: State) -> None:
         if self.read_only:
             return
-        if snapshot is not None:
-            self._store.touch(SNAPSHOTS, snapshot)
-        for ref in state.trail.refs:
-            self._store.touch(BLOCKS, ref.stem)
+        self._touch(snapshot, state.trail.refs)
         self._store.record_use(
             {
                 "when": round(time.time(), 3),
@@ -368,6 +383,12 @@ class PromptCache:
                 "seconds": round(state.trail.seconds_per_token * state.n_past, 3),
             }
         )
+
+    def _touch(self, snapshot: str | None, refs: Sequence[Ref]) -> None:
+        if snapshot is not None:
+            self._store.touch(SNAPSHOTS, snapshot)
+        for ref in refs:
+            self._store.touch(BLOCKS, ref.stem)
 
     # By name
 
@@ -604,8 +625,19 @@ class PromptCache:
             UnsupportedLayer: the objects hold another number of tokens, or cannot be taken down.
             StoreError: the file system refuses.
         """
-        tokens = tuple(int(token) for token in tokens)
         self.blueprint = Blueprint.of(model, self.kv)
+        state = self.take_down(model, tokens, prompt_cache)
+        with self._writing(state):
+            return Saver(self._finder, state, sync=False, exact=False).save(None)
+
+    def take_down(self, model: Any, tokens: Sequence[int], prompt_cache: Sequence[Any]) -> State:
+        """The state that mlx-lm cache objects hold, without logits; see `store`. Nothing is
+        evaluated, and the objects may go on.
+
+        Raises:
+            UnsupportedLayer: the objects hold another number of tokens, or cannot be taken down.
+        """
+        tokens = tuple(int(token) for token in tokens)
         expected = [path for path, _ in leaves(make_layers(model, self.kv))]
         if expected != [path for path, _ in leaves(prompt_cache)]:
             raise UnsupportedLayer("these layers are not those that the model makes")
@@ -619,7 +651,7 @@ class PromptCache:
         if not tokens:
             raise UnsupportedLayer("no tokens were given: give those that the layers hold")
         check_quantised(prompt_cache, len(tokens), self.kv)
-        state = State(
+        return State(
             tokens=tokens,
             contents=capture(prompt_cache, len(tokens)),
             logits=None,
@@ -629,6 +661,24 @@ class PromptCache:
             lineage=UNKNOWN,
             trail=Trail(self._refs_of(prompt_cache, tokens)),
         )
+
+    def add(self, state: State) -> Saved | None:
+        """Store a state for prompts to come, and only what no run has stored of its tokens: rows
+        that are there serve, even if they differ by rounding. None if all of it is there.
+
+        A program that answers many prompts after one prefix would else write the prefix once for
+        every width that it was computed in. What serves was used now: it was in somebody's memory.
+        Raises as `save` does.
+        """
+        with self._store.shared():
+            found = self._finder.find(state.tokens, limit=state.n_past)
+            rows = self._finder.rows(state.tokens, state.phase)
+            refs = tuple(Ref(step.stem, digest, step.start, step.rows) for step, digest in rows)
+            if not self.read_only:
+                self._touch(found.snapshot, refs)
+        if found.position == state.n_past:
+            return None
+        state = replace(state, trail=Trail(refs))
         with self._writing(state):
             return Saver(self._finder, state, sync=False, exact=False).save(None)
 

@@ -14,6 +14,7 @@ PromptCacheError
 ├── RemoteError          a place that is shared cannot be reached, or says no
 ├── SignatureError       a key that cannot be read, or a state that nobody signed who is trusted
 ├── PromptError          a prompt that cannot be run: empty, or longer than the context
+├── ServingError         a server that cannot be started
 └── MeasuringError       a program that was to be measured did not do its work
 
 Each message is one sentence that says what is wrong and, where there is something, what to do.
@@ -81,6 +82,10 @@ class SignatureError(PromptCacheError):
 
 class PromptError(PromptCacheError):
     """The prompt cannot be run as it is."""
+
+
+class ServingError(PromptCacheError):
+    """The server cannot be started: no address to listen at, another mlx-lm, no model."""
 
 
 class MeasuringError(PromptCacheError):

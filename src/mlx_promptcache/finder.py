@@ -128,6 +128,14 @@ class Finder:
                 return at, stem
         return position, None
 
+    def rows(self, tokens: Sequence[int], phase: str) -> list[tuple[Stretch, str]]:
+        """The blocks that hold the rows of as many of these tokens as are stored, each with its
+        digest, whether a model can go on from there or not.
+        """
+        walk = _Walk(self, Keys(self.root(phase), tokens), None)
+        steps = longest_match(walk.ways_on, goal=len(tokens))
+        return [(step, walk.digests[step.stem]) for step in steps]
+
     def snapshots(self, keys: Keys, position: int) -> Iterator[tuple[int, str]]:
         """Snapshots of these tokens at or before a position, deepest first: one listing a cell."""
         start = cell_start(position)

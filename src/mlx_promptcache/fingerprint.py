@@ -126,7 +126,7 @@ class Fingerprint:
                 "adapter": _adapter(adapter, memo) if adapter else "none",
                 "kv": str(kv or KVSettings()),
                 "shard": "whole",
-                "salt": _hash(salt.encode()) if salt else "none",
+                "salt": _salt(salt),
                 "format": FORMAT,
             }
             if draft is not None:
@@ -140,6 +140,10 @@ class Fingerprint:
     def with_kv(self, kv: KVSettings) -> Fingerprint:
         """The same model with other KV settings."""
         return Fingerprint({**self.parts, "kv": str(kv)})
+
+    def with_salt(self, salt: str) -> Fingerprint:
+        """The same model in another private namespace."""
+        return Fingerprint({**self.parts, "salt": _salt(salt)})
 
     def differences(self, parts: Mapping[str, Any]) -> list[str]:
         """The names of the parts that differ from `parts`."""
@@ -221,6 +225,10 @@ def remembered(
 
 def _hash(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=KEY_BYTES).hexdigest()
+
+
+def _salt(salt: str) -> str:
+    return _hash(salt.encode()) if salt else "none"
 
 
 def _weights(model: Path, memo: Memo) -> str:

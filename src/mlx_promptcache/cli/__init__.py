@@ -32,6 +32,7 @@ COMMANDS = {
     "pull": "Bring states from such a place.",
     "report": "Write a page about the store.",
     "memory": "Tell what a context takes in memory and on disk, and what fits.",
+    "serve": "Serve the OpenAI API; what was computed survives a restart.",
     "bench": "Measure what the cache is worth on this machine.",
     "completion": "Print a script that lets a shell complete commands and names.",
 }
@@ -74,7 +75,19 @@ def cli() -> None:
 def main() -> None:
     """Run the command line and exit: 0 done, 1 it cannot be done, 2 wrong usage, 3 damage found."""
     _open_streams()
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if "mlx_promptcache.server" in sys.modules:
+        _leave(code)
+    sys.exit(code)
+
+
+def _leave(code: int) -> None:
+    """End at once. MLX aborts many a process that computed in threads, when it is taken down: its
+    exit code would then say nothing.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def _open_streams() -> None:

@@ -1,0 +1,355 @@
+"""The server: mlx-lm's own, in processes of their own, asked by OpenAI's client.
+
+How many tokens were really fed to its models is counted beside what it says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import signal
+import socket
+import time
+import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import mlx_lm
+import mlx_lm.server
+import openai
+import pytest
+
+import processes
+import tiny
+from mlx_promptcache import cli
+from mlx_promptcache import server as server_module
+from serving import Server, serving
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from serving import Answer
+
+PROMPT = "The cat sat on the mat, and the dog sat on the cat. " * 20
+KINDS = ("plain", "rotating", "hybrid")
+DRAFT = "bare"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("models")
+    return {kind: tiny.on_disk(directory / kind, kind) for kind in (*KINDS, DRAFT)}
+
+
+@pytest.fixture(scope="module")
+def shared(
+    models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Server, Path]]:
+    store = tmp_path_factory.mktemp("shared") / "store"
+    chosen = ("--model", models["plain"], "--cache-dir", store, "--salt-per-user")
+    with serving(*chosen) as server:
+        yield server, store
+
+
+@pytest.fixture(scope="module")
+def letter(models: dict[str, Path]) -> dict[str, Any]:
+    """Options with which a model says nothing but one letter: text that is encoded as it was."""
+    _, tokenizer, *_ = mlx_lm.load(str(models["plain"]))
+    return {"logit_bias": {str(tokenizer.encode("z")[-1]): 100.0}}
+
+
+def states(store: Path) -> list[int]:
+    """How many tokens each state of a store holds, in order."""
+    ended = processes.run("list", "--cache-dir", store, "--json").json
+    return sorted(entry["tokens"] for entry in ended["entries"])
+
+
+def reused(server: Server, answer: Answer) -> int:
+    """How much of a prompt was reused, by what was fed: every other token of it and every token of
+    the answer went through the model once.
+    """
+    return answer.prompt_tokens + answer.tokens - server.fed()
+
+
+def knock_until_refused(server: Server) -> None:
+    address = urllib.parse.urlsplit(server.url)
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ConnectionResetError):  # the door closes at this very moment
+            socket.create_connection((address.hostname, address.port or 0), timeout=1).close()
+        time.sleep(0.05)
+
+
+def test_an_answer_is_the_same_streamed_and_whole_and_what_is_fed_is_counted(
+    shared: tuple[Server, Path],
+) -> None:
+    server, _ = shared
+    server.fed()
+    cold = server.ask(PROMPT)
+    assert (cold.cached_tokens, reused(server, cold)) == (0, 0)
+    warm = server.ask(PROMPT, stream=True)
+    assert (warm.text, warm.reason) == (cold.text, "length")
+    assert warm.cached_tokens == reused(server, warm) == warm.prompt_tokens - 1
+
+
+def test_every_turn_of_a_chat_goes_on_where_the_last_answer_ended(
+    shared: tuple[Server, Path], letter: dict[str, Any]
+) -> None:
+    server, _ = shared
+    turns = ["Hello " * 30]
+    before = server.ask(*turns, **letter)
+    for question in ("and then", "and after that"):
+        turns += [before.text, question]
+        server.fed()
+        answer = server.ask(*turns, **letter)
+        assert answer.cached_tokens == before.prompt_tokens + before.tokens
+        assert reused(server, answer) == answer.cached_tokens
+        before = answer
+
+
+def test_a_crowd_is_answered_as_each_of_it_is_alone(shared: tuple[Server, Path]) -> None:
+    server, _ = shared
+    prompts = [f"{PROMPT[: 40 * i]} what is {i}?" for i in range(16)]
+    alone = [server.ask(text, user=f"alone {i}") for i, text in enumerate(prompts)]
+
+    def ask(i: int) -> Answer:
+        return server.ask(prompts[i % 16], user=f"crowd {i % 4}")
+
+    with ThreadPoolExecutor(32) as pool:
+        crowd = list(pool.map(ask, range(32)))
+    for i, answer in enumerate(crowd):
+        expected = alone[i % 16]
+        assert (answer.prompt_tokens, answer.tokens) == (expected.prompt_tokens, expected.tokens)
+        both = min(len(answer.sure), len(expected.sure))
+        assert answer.sure[:both] == expected.sure[:both]
+    assert sum(len(answer.sure) for answer in alone) > 64
+    for i in range(0, 32, 5):
+        assert ask(i).cached_tokens == crowd[i].prompt_tokens - 1
+
+
+def test_a_user_finds_what_the_same_user_asked_and_nothing_else(
+    shared: tuple[Server, Path],
+) -> None:
+    server, store = shared
+    text = "two plus two " * 30
+    first = server.ask(text, user="Ann Example")
+    assert first.cached_tokens == 0
+    assert server.ask(text, user="Ann Example").cached_tokens == first.prompt_tokens - 1
+    assert server.ask(text, user="Bob Example").cached_tokens < 8  # what Bob's template begins with
+    assert server.ask(text).cached_tokens < 8
+    assert b"Example" not in b"".join(p.read_bytes() for p in store.rglob("*") if p.is_file())
+    assert "Example" not in server.told
+    with pytest.raises(openai.BadRequestError) as refused:
+        server.ask(text, extra_body={"user": 7})
+    assert "user must be of type str" in refused.value.response.text
+
+
+def test_what_was_answered_survives_a_kill_whatever_the_model(
+    models: dict[str, Path], tmp_path: Path, letter: dict[str, Any]
+) -> None:
+    chosen = ("--model", models["plain"], "--cache-dir", tmp_path / "store", "--salt-per-key")
+    asked: dict[str, dict[str, Any]] = {kind: {"model": str(models[kind])} for kind in KINDS}
+    asked["with a draft"] = {"extra_body": {"draft_model": str(models[DRAFT])}}
+    asked["drawn with a seed"] = {"seed": 3, "temperature": 1.0, "model": str(models["plain"])}
+    asked["with a letter"] = {**letter, "key": "another secret"}
+    with serving(*chosen, slow="0.2") as server:
+        cold = {
+            name: server.ask(PROMPT, stream=True, **{"key": f"secret {name}", **options})
+            for name, options in asked.items()
+        }
+        server.end(signal.SIGKILL)
+        assert server.notices == []
+    assert [answer.cached_tokens for answer in cold.values()] == [0] * len(cold)
+    with serving(*chosen) as server:
+        for name, options in asked.items():
+            other = server.ask(PROMPT, **{**options, "key": "somebody else's"})
+            assert other.cached_tokens == 0 or name != "plain"
+            server.fed()
+            warm = server.ask(PROMPT, stream=True, **{"key": f"secret {name}", **options})
+            assert (warm.text, warm.reason) == (cold[name].text, cold[name].reason), name
+            assert warm.cached_tokens == warm.prompt_tokens - 1, name
+            if name != "with a draft":  # the draft model is fed as well
+                assert reused(server, warm) == warm.cached_tokens, name
+        said = cold["with a letter"]
+        more = server.ask(PROMPT, said.text, "more", **letter, key="another secret")
+        assert more.cached_tokens == said.prompt_tokens + said.tokens
+        told = server.told
+        assert server.notices == []
+    files = [p.read_bytes() for p in (tmp_path / "store").rglob("*") if p.is_file()]
+    assert b"secret" not in b"".join(files)
+    assert "secret" not in told
+
+
+def test_a_signal_lets_an_answer_end_and_nobody_else_in(
+    models: dict[str, Path], tmp_path: Path, letter: dict[str, Any]
+) -> None:
+    store = tmp_path / "store"
+    with serving("--model", models["plain"], "--cache-dir", store) as server:
+        pieces = server.client().chat.completions.create(
+            model="default_model", stream=True, max_tokens=400, extra_body=letter,
+            messages=[{"role": "user", "content": PROMPT}],
+        )  # fmt: skip
+        text = next(pieces).choices[0].delta.content
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(ConnectionRefusedError):
+            knock_until_refused(server)
+        assert server.process.poll() is None
+        for piece in pieces:
+            text += piece.choices[0].delta.content or ""
+        assert text == "z" * 400
+        assert server.gone() == 0
+    assert states(store)[-1] > 400
+
+
+def test_an_answer_that_takes_too_long_is_broken_off_and_its_prompt_is_kept(
+    models: dict[str, Path], tmp_path: Path, letter: dict[str, Any]
+) -> None:
+    store = tmp_path / "store"
+    chosen = ("--cache-dir", store, "--stop-seconds", "0.3")
+    with serving("--model", models["plain"], *chosen) as server:
+        pieces = server.client().chat.completions.create(
+            model="default_model", stream=True, max_tokens=10**6, extra_body=letter,
+            messages=[{"role": "user", "content": PROMPT}],
+        )  # fmt: skip
+        next(pieces)
+        began = time.monotonic()
+        assert server.end(signal.SIGINT) == 0
+        assert time.monotonic() - began < 10
+        assert "1 answers were broken off" in server.notices[-1]
+    (held,) = states(store)
+    assert held > 100
+
+
+def test_answers_go_on_when_the_store_cannot_be_written_and_it_is_told_once(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    store, aside = tmp_path / "store", tmp_path / "aside"
+    chosen = ("--model", models["plain"], "--cache-dir", store, "--log-level", "ERROR")
+    with serving(*chosen) as server:
+        server.ask(PROMPT + "one")
+        store.rename(aside)
+        store.write_text("no store")
+        for text in ("two", "three"):
+            assert server.ask(PROMPT + text).tokens == 8
+        (notice,) = server.notices
+        assert "answers go on" in notice
+        store.unlink()
+        aside.rename(store)
+        written = len(states(store))
+        answer = server.ask(PROMPT + "four")
+        assert len(states(store)) > written
+        assert answer.tokens == 8
+
+
+def test_a_full_drive_is_told_once(models: dict[str, Path], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    chosen = ("--model", models["plain"], "--cache-dir", store, "--log-level", "ERROR")
+    with serving(*chosen, limit_bytes=8192) as server:
+        assert [server.ask(f"{PROMPT} {i}").tokens for i in range(3)] == [8, 8, 8]
+        (notice,) = server.notices
+        assert "answers go on" in notice
+        assert server.end() == 0
+    assert [p for p in store.rglob("*") if p.name.startswith(".") or p.suffix == ".tmp"] == []
+
+
+@pytest.mark.real
+def test_the_real_model_goes_on_after_a_kill(real_model: Path, tmp_path: Path) -> None:
+    chosen = ("--model", real_model, "--cache-dir", tmp_path / "store")
+    question = "Name three animals, and say where each of them lives. Be brief."
+    with serving(*chosen) as server:
+        cold = server.ask(question, max_tokens=6)
+        server.end(signal.SIGKILL)
+    with serving(*chosen) as server:
+        warm = server.ask(question, max_tokens=6)
+        assert warm.text == cold.text
+        assert warm.cached_tokens == reused(server, warm) == warm.prompt_tokens - 1
+
+
+def test_a_prompt_with_images_says_whose_it_is_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = ([1, 9, 2], [[1, 9, 2]], ["assistant"], "normal", SimpleNamespace(cache_key=[1, -5, 2]))
+    monkeypatch.setattr(mlx_lm.server.ResponseGenerator, "_tokenize", lambda *_: told)
+    generator = server_module.Generator.__new__(server_module.Generator)
+    prompt, *_, vision = generator._tokenize(None, SimpleNamespace(namespace="one"), None)
+    assert (prompt, prompt.namespace) == ([1, 9, 2], "one")
+    assert (vision.cache_key, vision.cache_key.namespace) == ([1, -5, 2], "one")
+
+
+def test_an_empty_prompt_is_refused_and_the_next_one_answered(shared: tuple[Server, Path]) -> None:
+    server, _ = shared
+    with pytest.raises(openai.NotFoundError) as refused:
+        server.client().completions.create(model="default_model", prompt="")
+    assert "the prompt is empty" in refused.value.response.text
+    assert server.ask("two plus two").tokens == 8
+
+
+# What cannot be served
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (("--model", "/no/such/model"), 1, "there is no model directory /no/such/model"),
+        (("--port", "no"), 2, "argument --port: invalid int value: 'no'"),
+        (("--port", "70000"), 2, "there is no port 70000"),
+        (("--kv-bits", "7"), 2, "not to 7"),
+        (("--max-size", "huge"), 2, "huge"),
+        (("--no-such-option",), 2, "unrecognized arguments: --no-such-option"),
+    ],
+)
+def test_what_makes_no_sense_is_told_in_a_sentence(
+    arguments: tuple[str, ...], code: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["serve", *arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert told in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("host", "told"),
+    [("0.0.0.0", True), ("::", True), ("example.org", True), ("127.0.0.2", False), ("::1", False)],
+)
+def test_listening_to_other_machines_is_told(
+    host: str, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["serve", "--host", host, "--model", "/no/such/model"]) == 1
+    assert ("everybody who can reach this machine" in capsys.readouterr().err) == told
+
+
+def test_all_options_of_the_server_of_mlx_lm_are_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.run(["serve", "--help"]) == 0
+    ours = capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["mlx_lm.server", "--help"])
+    with pytest.raises(SystemExit):
+        mlx_lm.server.main()
+    options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    assert len(options) > 20
+    assert options <= set(re.findall(r"--[a-z-]+", ours))
+
+
+def test_a_port_that_is_taken_is_told_in_a_sentence() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = processes.run("serve", "--port", str(port), "--quiet")
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err.splitlines()[-1] == (
+        f"mlx-promptcache: cannot listen at 127.0.0.1:{port}: Address already in use"
+    )
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    model = shutil.copytree(models["plain"], tmp_path / "model")
+    (model / "config.json").write_text('{"model_type": "nonsense"}')
+    ended = processes.run("serve", "--model", model, "--port", "0", "--quiet")
+    assert (ended.code, ended.out) == (1, "")
+    (line,) = [line for line in ended.err.splitlines() if "mlx-lm cannot load the model" in line]
+    assert "Traceback" not in ended.err
+    assert line.startswith("mlx-promptcache: ")
