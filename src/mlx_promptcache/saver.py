@@ -119,7 +119,7 @@ class Saver:
         if not all(self._snapshot_there(mark, list(refs)) for mark in marks):
             return None
         stem = self._snapshot_there(state, list(refs))
-        return Saved(None, stem.rpartition("-")[2], 0, len(refs), 0, refs) if stem else None
+        return Saved(None, stem.rpartition("-")[2], 0, len(refs), 0, refs=refs) if stem else None
 
     def _count(self, other: Saver) -> None:
         saved = other.save(None, share=True)
