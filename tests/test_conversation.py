@@ -12,7 +12,7 @@ import pytest
 
 import tiny
 from families import FAMILIES
-from mlx_promptcache import PromptCache, Runner, Sampling
+from mlx_promptcache import PromptCache, Runner, Sampling, saver
 from mlx_promptcache.conversation import SESSIONS, Conversation
 from mlx_promptcache.errors import CacheMiss, PromptError, StoreError
 from mlx_promptcache.headers import block_header
@@ -197,6 +197,25 @@ def test_what_is_on_the_drive_is_not_read_and_synced_again_each_time(
     ask(talk, QUESTIONS[1])
     assert len(files(tmp_path)[BLOCKS]) > 3
     assert synced == [2, 2]  # the question's block and snapshot, the answer's
+
+
+def test_what_is_stored_is_not_packed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = opened(tmp_path)
+    talk.sample(only(talk, "Z"))
+    ask(talk, QUESTIONS[0] * 40)
+    held, begun = talk.n_past, []
+    block = saver.Saver._block
+
+    def count(self: saver.Saver, begin: int, end: int) -> Any:
+        begun.append(begin)
+        return block(self, begin, end)
+
+    monkeypatch.setattr(saver.Saver, "_block", count)
+    ask(talk, QUESTIONS[1])
+    assert begun
+    assert min(begun) == held
 
 
 def test_a_session_is_listed_under_its_name_and_can_be_cleared(tmp_path: Path) -> None:
