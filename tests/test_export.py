@@ -223,6 +223,12 @@ def test_a_name_comes_with_the_file_unless_another_is_given(tmp_path: Path) -> N
     assert there.import_file(tmp_path / "unnamed.safetensors").name is None
 
 
+def test_a_name_is_the_same_however_its_letters_are_composed(tmp_path: Path) -> None:
+    here = filled(tmp_path, name="Gr\u00fc\u00dfe")
+    here.export("Gru\u0308\u00dfe", tmp_path / "few.safetensors")
+    assert elsewhere(tmp_path).import_file(tmp_path / "few.safetensors").name == "Gr\u00fc\u00dfe"
+
+
 def test_a_name_that_stands_for_another_state_is_replaced_only_on_request(tmp_path: Path) -> None:
     here, there = filled(tmp_path), elsewhere(tmp_path)
     there.save("few", prefilled(None, "smallest", [1, 2, 3]), sync=False)
