@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import safetensors
 
+import stored
 import tiny
 from known import model_of
 from mlx_promptcache import PromptCache, Runner, container, cuts
@@ -106,6 +107,31 @@ def test_arrays_are_passed_on_as_they_are_stored(tmp_path: Path) -> None:
     ]
     sums = {entry.sha256 for header in stored for entry in header.entries.values()}
     assert {e.sha256 for e in header_of(tmp_path / "few.safetensors").entries.values()} == sums
+
+
+def test_the_page_of_the_format_is_enough_to_read_a_parcel(tmp_path: Path) -> None:
+    """By the reader that knows nothing of the package."""
+    here = filled(tmp_path)
+    here.export("few", tmp_path / "few.safetensors")
+    theirs = stored.container((tmp_path / "few.safetensors").read_bytes())
+    store = Store(here.directory)
+    files = {
+        one.content["start"]: one
+        for one in (
+            stored.container(store.path(BLOCKS, stem).read_bytes()) for stem in store.stems(BLOCKS)
+        )
+    }
+    assert theirs.kind == "state"
+    for i, content in enumerate(theirs.content["blocks"]):
+        block = files[content["start"]]
+        assert content == block.content
+        assert {name: array.bits for name, array in block.arrays.items()} == {
+            name.removeprefix(f"blocks/{i}/"): array.bits
+            for name, array in theirs.arrays.items()
+            if name.startswith(f"blocks/{i}/")
+        }
+    digests = [ref[1] for ref in theirs.content["snapshot"]["refs"]]
+    assert digests == [files[start].digest for start in sorted(files)]
 
 
 def test_only_its_owner_may_read_the_file(tmp_path: Path) -> None:
@@ -221,6 +247,12 @@ def test_a_name_comes_with_the_file_unless_another_is_given(tmp_path: Path) -> N
     identity = here.list()[0].snapshot
     here.export(identity, tmp_path / "unnamed.safetensors")
     assert there.import_file(tmp_path / "unnamed.safetensors").name is None
+
+
+def test_a_name_is_the_same_however_its_letters_are_composed(tmp_path: Path) -> None:
+    here = filled(tmp_path, name="Gr\u00fc\u00dfe")
+    here.export("Gru\u0308\u00dfe", tmp_path / "few.safetensors")
+    assert elsewhere(tmp_path).import_file(tmp_path / "few.safetensors").name == "Gr\u00fc\u00dfe"
 
 
 def test_a_name_that_stands_for_another_state_is_replaced_only_on_request(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mlx_promptcache import catalog, container, cuts, headers, parcel
-from mlx_promptcache.errors import DamagedFile, StoreError
+from mlx_promptcache.errors import CacheMiss, DamagedFile, StoreError
 from mlx_promptcache.files import write_once
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store, check_name
 from mlx_promptcache.tree import BlockName, Keys
 from mlx_promptcache.version import __version__
 
@@ -64,7 +64,7 @@ def export(store: Store, name: str, path: Path, *, replace_file: bool = False) -
         try:
             own = pieces(store, snapshot)
             snapshot = naming(snapshot, own)
-            named = name if name in store.names() else None
+            named = name_of(store, name)
             notes = {"made": round(time.time(), 3), "version": __version__}
             head = parcel.head_of(named, snapshot, [piece.header for piece in own], notes)
             _write(path, head, _arrays(store, stem, snapshot, own), replace_file=replace_file)
@@ -73,6 +73,15 @@ def export(store: Store, name: str, path: Path, *, replace_file: bool = False) -
     size = path.stat().st_size
     n_past = snapshot.content["n_past"]
     return Exported(named, stem.rpartition("-")[2], n_past, len(own), size)
+
+
+def name_of(store: Store, name: str) -> str | None:
+    """A name as it is stored; None if it is the id of a snapshot."""
+    try:
+        store.read_name(name)
+    except CacheMiss:
+        return None
+    return check_name(name)
 
 
 def check_free(path: Path) -> None:

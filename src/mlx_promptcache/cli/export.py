@@ -62,7 +62,8 @@ def _exported(choice: ModelChoice, path: Path, options: dict[str, Any]) -> expor
 
     model = choice.model or str(choice.path())
     found = hand_over(choice.runner(read_only=True), name, path, model, replace_file=force)
-    return replace(found, snapshot=stem.rpartition("-")[2])
+    named = exporter.name_of(store, name)
+    return replace(found, name=named, snapshot=stem.rpartition("-")[2])
 
 
 def _path(file: str) -> Path:
