@@ -132,6 +132,7 @@ def test_names_are_those_of_the_store_that_the_words_before_choose(
     assert completed(chosen, MLX_PROMPTCACHE_DIR=str(store)) == ["plain,elsewhere"]
     chosen[3] = str(tmp_path / "none")
     assert completed(chosen) == []
+    assert not (tmp_path / "none").exists()
     assert completed(["mlx-promptcache", "show", "-m", "no/such", ""]) == []
     assert completed(["mlx-promptcache", "report", "--output", "pag"]) == ["file,pag"]
     assert completed(["mlx-promptcache", "list", "--cache-dir", "a"]) == ["dir,a"]

@@ -148,7 +148,7 @@ def test_the_filter_finds_names_ids_and_reasons_in_every_table(show: Open) -> No
     found["states"][7] |= {"status": STALE, "reason": "made by Other weights"}
     page = show(found)
     box = page.tab.locator("#filter")
-    box.fill("STALE other")
+    box.fill("STALE other state")  # all of the words
     assert names(page) == names(page, "problems") == ["state 7"]
     assert [row[0] for row in page.rows("tree")] == ["▾state 0", "state 7"]  # and what leads to it
     assert page.tab.inner_text("#found") == "1 states"
