@@ -146,8 +146,8 @@ class Memory:
         if start <= settled or near is None:
             return near
         before = self._working(settled - self.prefill_step, self.prefill_step)
-        assert before is not None  # noqa: S101 - what could be asked once can be asked again
-        return near + (start - settled) // self.prefill_step * (near - before)
+        passes = (start - settled) // self.prefill_step
+        return None if before is None else near + passes * (near - before)
 
     def bytes(self, tokens: int, conversations: int = 1) -> int:
         """All that the model and so many conversations of that length take, of which one is fed."""
