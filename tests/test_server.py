@@ -183,6 +183,17 @@ def test_what_was_answered_survives_a_kill_whatever_the_model(
     assert "secret" not in told
 
 
+def test_what_one_server_answered_another_one_finds_at_a_place_that_they_share(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    remote = ("--model", models["plain"], "--remote", f"file://{tmp_path}/shared")
+    for store, cached in (("one", False), ("two", True)):
+        with serving(*remote, "--cache-dir", tmp_path / store) as server:
+            answer = server.ask(PROMPT)
+            assert (answer.cached_tokens == answer.prompt_tokens - 1) == cached
+            server.end(signal.SIGTERM)
+
+
 def test_a_signal_lets_an_answer_end_and_nobody_else_in(
     models: dict[str, Path], tmp_path: Path, letter: dict[str, Any]
 ) -> None:

@@ -291,23 +291,27 @@ class PromptCache:
         What is damaged, locked, cannot be read or does not fit the model is a miss with a notice.
         """
         try:
-            if self.supply is not None:
-                self._bring(self.supply, tokens, plan, limit)
+            self.bring(tokens, plan=plan, limit=limit)
             with self._store.shared():
                 return self._resume(tokens, model, plan, limit, later=later)
         except PromptCacheError as exc:
             log.warning("the prompt cache is not used: %s", exc)
             return Resumed(None, None, Match(0, False, None, str(exc)))
 
-    def _bring(
-        self, supply: Supply, tokens: Sequence[int], plan: Plan | None, limit: int | None
+    def bring(
+        self, tokens: Sequence[int], *, plan: Plan | None = None, limit: int | None = None
     ) -> None:
+        """Bring what these tokens could use from a remote that is attached, in bounded time; what
+        cannot be had is a notice. Raises StoreError, CacheLocked: the store cannot be read.
+        """
+        if self.supply is None:
+            return
         with self._store.shared():
             found = self._finder.find(tokens, plan, limit)
         goal = tokens if limit is None else tokens[:limit]
         if not found.exact and found.position < len(goal):
             for phase in self.kv.phases:
-                supply.bring(self._finder.root(phase), goal, found.position)
+                self.supply.bring(self._finder.root(phase), goal, found.position)
 
     def _resume(
         self,
@@ -628,7 +632,8 @@ class PromptCache:
         self.blueprint = Blueprint.of(model, self.kv)
         state = self.take_down(model, tokens, prompt_cache)
         with self._writing(state):
-            return Saver(self._finder, state, sync=False, exact=False).save(None)
+            saved = Saver(self._finder, state, sync=False, exact=False).save(None)
+        return self._sent(saved)
 
     def take_down(self, model: Any, tokens: Sequence[int], prompt_cache: Sequence[Any]) -> State:
         """The state that mlx-lm cache objects hold, without logits; see `store`. Nothing is
@@ -680,7 +685,8 @@ class PromptCache:
             return None
         state = replace(state, trail=Trail(refs))
         with self._writing(state):
-            return Saver(self._finder, state, sync=False, exact=False).save(None)
+            saved = Saver(self._finder, state, sync=False, exact=False).save(None)
+        return self._sent(saved)
 
     def _refs_of(self, prompt_cache: Sequence[Any], tokens: tuple[int, ...]) -> tuple[Ref, ...]:
         """The blocks that these objects came from, if `fetch` made them."""

@@ -49,6 +49,7 @@ class Serving:
     namespaces: Namespaces = field(default_factory=Namespaces)
     stop_seconds: float = STOP_SECONDS
     quiet: bool = False
+    attach: Callable[[PromptCache], None] = field(default=lambda _cache: None, repr=False)
     announce: Callable[[str, int], None] = field(default=lambda _host, _port: None, repr=False)
 
     def check(self) -> None:
@@ -68,10 +69,12 @@ class Serving:
         """
         directory = places.store_directory(model, self.cache_dir)
         self._store(directory).check()
-        return PromptCache(
+        cache = PromptCache(
             directory, fingerprint, kv=kv, max_bytes=self.max_bytes,
             allow_foreign=self.allow_foreign,
         )  # fmt: skip
+        self.attach(cache)
+        return cache
 
 
 def main(options: Callable[[argparse.ArgumentParser], tuple[argparse.Namespace, Serving]]) -> None:

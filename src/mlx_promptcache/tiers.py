@@ -116,6 +116,7 @@ class Tiers(mlx_cache.LRUPromptCache):  # type: ignore[misc]
             return None
         cache = self.below.of(tokens)
         try:
+            cache.bring(tokens, limit=last)
             if held and cache.match(tokens, limit=last).position <= held:
                 return None
             state, layers, _ = cache.resume(tokens, self.below.model, limit=last)

@@ -20,6 +20,7 @@ from mlx_promptcache.cli.options import (
     ModelChoice,
     PromptChoice,
     SamplingChoice,
+    examples,
     max_size_option,
     model_options,
     output_options,
@@ -42,7 +43,13 @@ KEY_DIGITS = 16
 NO_PROMPT = {"prompt": None, "prompt_file": None}
 
 
-@click.command(help=__doc__)
+@click.command(
+    help=__doc__,
+    epilog=examples(
+        "batch --prefix-file few-shot.txt questions.jsonl --output answers.jsonl",
+        "batch --prompt-cache shots questions.jsonl --batch-size 16 > answers.jsonl",
+    ),
+)
 @click.argument("file", metavar="FILE.jsonl")
 @click.option("--output", metavar="OUT.jsonl", help="Where answers go; a later run goes on there.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True,

@@ -13,6 +13,7 @@ from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import (
     ModelChoice,
     SamplingChoice,
+    examples,
     max_size_option,
     model_options,
     output_options,
@@ -47,7 +48,13 @@ A line that ends with \\ goes on, and so does a block that begins and ends with 
 // begins a question with a slash."""
 
 
-@click.command(help=__doc__)
+@click.command(
+    help=__doc__,
+    epilog=examples(
+        "chat --session holiday",
+        'chat --session holiday --temp 0.7 --system-prompt "Answer in one sentence."',
+    ),
+)
 @click.option("--session", metavar="NAME", help="Go on with this conversation, or begin it.")
 @click.option("--system-prompt", help="The system message of a new conversation.")
 @model_options

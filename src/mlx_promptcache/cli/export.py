@@ -13,6 +13,7 @@ from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import (
     OWN_FORMAT,
     ModelChoice,
+    examples,
     file_format_option,
     model_options,
     output_options,
@@ -22,7 +23,13 @@ from mlx_promptcache.cli.options import (
 STANDARD = "-"
 
 
-@click.command(help=__doc__)
+@click.command(
+    help=__doc__,
+    epilog=examples(
+        "export shots shots.safetensors",
+        "export shots shots.safetensors --format mlx-lm --force",
+    ),
+)
 @click.argument("name")
 @click.argument("file")
 @file_format_option

@@ -14,6 +14,7 @@ from mlx_promptcache.cli.options import (
     OWN_FORMAT,
     ModelChoice,
     PromptChoice,
+    examples,
     file_format_option,
     max_size_option,
     model_options,
@@ -29,7 +30,13 @@ if TYPE_CHECKING:
     from mlx_promptcache.writer import Saved
 
 
-@click.command(help=__doc__)
+@click.command(
+    help=__doc__,
+    epilog=examples(
+        "import shots.safetensors",
+        "import shots.safetensors --name other --force",
+    ),
+)
 @click.argument("file")
 @prompt_options
 @click.option("--name", metavar="NAME", help="Its name here; that in the file by default.")

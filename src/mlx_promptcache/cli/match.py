@@ -11,6 +11,7 @@ from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import (
     ModelChoice,
     PromptChoice,
+    examples,
     model_options,
     output_options,
     prompt_options,
@@ -24,7 +25,13 @@ if TYPE_CHECKING:
 BEFORE, AFTER = 8, 8  # tokens that are shown around the place where a prompt leaves what is stored
 
 
-@click.command(help=__doc__)
+@click.command(
+    help=__doc__,
+    epilog=examples(
+        'match -p "Why is the sky blue?"',
+        'match --prefix-file few-shot.txt -p "Sentence: ..." --json',
+    ),
+)
 @prompt_options
 @model_options
 @click.option("--exact", is_flag=True, help="As a run with --exact would.")

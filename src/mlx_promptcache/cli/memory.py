@@ -16,6 +16,7 @@ from mlx_promptcache import compression
 from mlx_promptcache.cli import output
 from mlx_promptcache.cli.options import (
     ModelChoice,
+    examples,
     model_options,
     output_options,
     size_of,
@@ -36,7 +37,13 @@ SEVERAL = 4
 INTERACTIVE, LOCAL, SERVER = "interactive", "local", "server"
 
 
-@click.command(help=__doc__)
+@click.command(
+    help=__doc__,
+    epilog=examples(
+        "memory --context 8192",
+        "memory --context 32768 --kv-bits 8 --mode server --memory 16GB",
+    ),
+)
 @model_options
 @click.option(
     "--context",

@@ -10,6 +10,7 @@ from mlx_promptcache import places
 from mlx_promptcache.cli import output, transfer
 from mlx_promptcache.cli.options import (
     ModelChoice,
+    examples,
     max_size_option,
     model_options,
     output_options,
@@ -18,7 +19,13 @@ from mlx_promptcache.cli.options import (
 from mlx_promptcache.errors import StoreError
 
 
-@click.command(help=__doc__)
+@click.command(
+    help=__doc__,
+    epilog=examples(
+        "pull s3://team/caches shots",
+        "pull s3://team/caches",
+    ),
+)
 @click.argument("url")
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @model_options

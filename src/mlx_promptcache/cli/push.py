@@ -9,6 +9,7 @@ import click
 from mlx_promptcache.cli import output, transfer
 from mlx_promptcache.cli.options import (
     ModelChoice,
+    examples,
     model_options,
     output_options,
     sign_option,
@@ -17,7 +18,13 @@ from mlx_promptcache.cli.options import (
 )
 
 
-@click.command(help=__doc__)
+@click.command(
+    help=__doc__,
+    epilog=examples(
+        "push s3://team/caches shots",
+        "push s3://team/caches --sign team",
+    ),
+)
 @click.argument("url")
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @model_options

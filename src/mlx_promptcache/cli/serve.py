@@ -15,6 +15,7 @@ import click
 from mlx_promptcache import models, places
 from mlx_promptcache.budget import MAX_SIZE, parse_size
 from mlx_promptcache.cli import output
+from mlx_promptcache.cli.options import RemoteChoice, examples
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,10 @@ DESCRIPTION = (
 
 @click.command(
     help=__doc__,
+    epilog=examples(
+        "serve --port 8081",
+        "serve --salt-per-key --max-size 20GB",
+    ),
     add_help_option=False,  # the options are mlx-lm's: its parser tells of them
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )
@@ -49,6 +54,7 @@ def _parsed(
 ) -> tuple[argparse.Namespace, Serving]:
     """mlx-lm's arguments, and ours."""
     parser.prog, parser.description = "mlx-promptcache serve", DESCRIPTION
+    parser.epilog = "Example: mlx-promptcache serve --port 8081"
     _let_errors_be_told(parser)
     _add_options(parser)
     found = parser.parse_args_of(arguments)  # type: ignore[attr-defined]
@@ -85,6 +91,18 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="What the store may take on disk; what is in memory is limited by --prompt-cache-*.",
     )  # fmt: skip
     group.add_argument("--salt", default="", help="A private namespace inside the store.")
+    group.add_argument(
+        "--remote", metavar="URL", default=environment.get("MLX_PROMPTCACHE_REMOTE"),
+        help="Ask there for what is not stored here, and send what is kept there.",
+    )  # fmt: skip
+    group.add_argument(
+        "--remote-seconds", type=float, default=5.0, metavar="N",
+        help="How long to wait for it at the most (default: 5).",
+    )  # fmt: skip
+    group.add_argument(
+        "--sign", metavar="KEYFILE", default=environment.get("MLX_PROMPTCACHE_SIGN"),
+        help="Sign what is sent with this Ed25519 key, as ssh-keygen makes it.",
+    )  # fmt: skip
     group.add_argument(
         "--salt-per-key", action="store_true",
         help="A private namespace for each API key (Authorization: Bearer KEY).",
@@ -162,6 +180,7 @@ def _serving(found: argparse.Namespace) -> Serving:
         salt=found.salt,
         max_bytes=found.max_size,
         allow_foreign=found.allow_foreign_store,
+        attach=RemoteChoice(found.remote, found.remote_seconds, found.sign).attach,
         namespaces=Namespaces(found.salt, found.salt_per_key, found.salt_per_user),
         stop_seconds=found.stop_seconds,
         quiet=found.quiet,
