@@ -219,12 +219,12 @@ def test_another_look_at_memory_takes_none_and_keeps_it() -> None:
     """16 bytes, a view of them, 16 more made of that: the first may go then, and 8 more come."""
     a, b, c, d = (
         (name, shape, mx.float32)
-        for name, shape in zip("abcd", [(4,), (4, 1), (4,), (2,)], strict=True)
+        for name, shape in zip("abcd", [(4,), (10, 4), (4,), (2,)], strict=True)
     )
     told = [
         {"type": "inputs", "inputs": [a]},
         {"type": "outputs", "outputs": [d]},
-        {"type": "primitive", "name": "Reshape", "inputs": [a], "outputs": [b]},
+        {"type": "primitive", "name": "Broadcast", "inputs": [a], "outputs": [b]},
         {"type": "primitive", "name": "Exp", "inputs": [b], "outputs": [c]},
         {"type": "primitive", "name": "Slice of its own", "inputs": [c], "outputs": [d]},
     ]
