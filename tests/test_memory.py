@@ -10,7 +10,7 @@ import pytest
 
 import architectures
 import tiny
-from mlx_promptcache import ModelError, PromptCache, Runner, checkpoint, machine, memory
+from mlx_promptcache import ModelError, PromptCache, Runner, checkpoint, machine, memory, working
 from mlx_promptcache.errors import NotQuantisable
 from mlx_promptcache.fingerprint import KVSettings
 from mlx_promptcache.layers import live_arrays
@@ -215,6 +215,22 @@ def test_what_a_pass_takes_grows_with_the_context_in_a_straight_line(kind: str) 
     assert (found.pass_bytes(10) or 0) < near
 
 
+def test_another_look_at_memory_takes_none_and_keeps_it() -> None:
+    """16 bytes, a view of them, 16 more made of that: the first may go then, and 8 more come."""
+    a, b, c, d = (
+        (name, shape, mx.float32)
+        for name, shape in zip("abcd", [(4,), (10, 4), (4,), (2,)], strict=True)
+    )
+    told = [
+        {"type": "inputs", "inputs": [a]},
+        {"type": "outputs", "outputs": [d]},
+        {"type": "primitive", "name": "Broadcast", "inputs": [a], "outputs": [b]},
+        {"type": "primitive", "name": "Exp", "inputs": [b], "outputs": [c]},
+        {"type": "primitive", "name": "Slice of its own", "inputs": [c], "outputs": [d]},
+    ]
+    assert working._most_bytes(told) == 32
+
+
 def test_the_straight_line_of_a_pass_is_what_is_told_of_it() -> None:
     """Beyond all windows it is not asked for, but added up."""
     found = Memory(tiny.rotating())
@@ -308,6 +324,7 @@ def test_a_gpu_says_how_much_there_is(
 
 
 def test_without_a_gpu_it_is_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 24})
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
     monkeypatch.setattr(machine, "memory_bytes", lambda: 99)
     assert memory.limit() == Limit(99, "of the machine")
