@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import webbrowser
 from pathlib import Path
@@ -231,10 +232,15 @@ def test_open_shows_the_page_in_the_browser(
 
 
 def test_a_report_reads_the_store_and_leaves_it_as_it_is(store: Store) -> None:
-    before = {p: p.stat() for p in sorted(store.directory.rglob("*"))}
+    before = looked_at(store)
     assert cli.run(["report", "--cache-dir", str(store.directory), "--output", "/dev/null"]) == 0
     assert Path("/dev/null").is_char_device()
-    assert {p: p.stat() for p in sorted(store.directory.rglob("*"))} == before
+    assert looked_at(store) == before
+
+
+def looked_at(store: Store) -> dict[Path, os.stat_result | None]:
+    """All that is there. Looking into a directory may set its atime: of those only the names."""
+    return {p: p.stat() if p.is_file() else None for p in store.directory.rglob("*")}
 
 
 def test_a_report_needs_no_model(store: Store, tmp_path: Path) -> None:
