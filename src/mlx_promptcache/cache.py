@@ -19,16 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_promptcache import (
-    catalog,
-    exporter,
-    headers,
-    importer,
-    places,
-    reasons,
-    room,
-    verification,
-)
+from mlx_promptcache import catalog, headers, places, reasons, room, verification
 from mlx_promptcache.blueprint import Blueprint
 from mlx_promptcache.budget import Budget
 from mlx_promptcache.deletion import Deletion, execute
@@ -49,10 +40,8 @@ from mlx_promptcache.passes import UNKNOWN
 from mlx_promptcache.quarantine import BadFile, Quarantine
 from mlx_promptcache.rates import Rates
 from mlx_promptcache.saver import Saver, most_bytes
-from mlx_promptcache.sharing import Sharing, remote_at
 from mlx_promptcache.state import Origin, Ref, State, Trail
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store, check_name
-from mlx_promptcache.supply import SECONDS, Supply
 from mlx_promptcache.tokenizer_store import TokenizerStore
 from mlx_promptcache.writer import Synced
 
@@ -62,9 +51,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from mlx_promptcache.container import Header
+    from mlx_promptcache.exporter import Exported
     from mlx_promptcache.finder import Found
     from mlx_promptcache.passes import Plan
+    from mlx_promptcache.sharing import Sharing
     from mlx_promptcache.signatures import Signer
+    from mlx_promptcache.supply import Supply
     from mlx_promptcache.writer import Saved
 
 log = logging.getLogger("mlx_promptcache")
@@ -546,9 +538,7 @@ class PromptCache:
 
     # In files of their own
 
-    def export(
-        self, name: str, path: str | os.PathLike[str], *, replace: bool = False
-    ) -> exporter.Exported:
+    def export(self, name: str, path: str | os.PathLike[str], *, replace: bool = False) -> Exported:
         """Write the state of a name, or of a snapshot's id, to a file for `import_file`; over
         another file only with `replace`.
 
@@ -556,6 +546,8 @@ class PromptCache:
             CacheMiss: there is no such state, or it is damaged.
             StoreError: there is such a file, or the file system refuses.
         """
+        from mlx_promptcache import exporter
+
         return exporter.export(self._store, name, Path(path), replace_file=replace)
 
     def import_file(
@@ -568,6 +560,8 @@ class PromptCache:
                 not what was written.
             StoreError, CacheLocked: as `save` does.
         """
+        from mlx_promptcache import importer
+
         self._store.check_writable()
         return importer.add(
             Path(path), self._store, self._bad, self.fingerprint, self.budget,
@@ -578,15 +572,19 @@ class PromptCache:
 
     def sharing(self, url: str, *, signer: Signer | None = None) -> Sharing:
         """What pushes states to a URL, and pulls them from there; a signer signs what is pushed."""
+        from mlx_promptcache.sharing import Sharing, remote_at  # no first token waits for it
+
         digest = self.fingerprint.digest
         remote = remote_at(url, digest)
         return Sharing(self._store, self._bad, digest, self.budget, remote, signer=signer)
 
-    def attach(self, url: str, *, signer: Signer | None = None, seconds: float = SECONDS) -> None:
+    def attach(self, url: str, *, signer: Signer | None = None, seconds: float = 5.0) -> None:
         """Ask a URL for what is not here, from now on, and send what is kept there, in the
         background. A prompt waits for it at most so many seconds, and no longer than computing
         would take; whatever is wrong with it is a notice. `supply.close()` waits for the rest.
         """
+        from mlx_promptcache.supply import Supply
+
         sharing, digest = self.sharing(url, signer=signer), self.fingerprint.digest
         self._attached = url, signer, seconds
         self.supply = Supply(sharing, digest, seconds=seconds, read_only=self.read_only)
