@@ -7,6 +7,7 @@ import json
 import os
 import re
 import webbrowser
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,10 +232,15 @@ def test_open_shows_the_page_in_the_browser(
     assert program("report", "--open", "--json").code == 2
 
 
-def test_a_report_reads_the_store_and_leaves_it_as_it_is(store: Store) -> None:
-    before = looked_at(store)
-    assert cli.run(["report", "--cache-dir", str(store.directory), "--output", "/dev/null"]) == 0
-    assert Path("/dev/null").is_char_device()
+def test_a_report_reads_the_store_and_leaves_it_as_it_is(store: Store, tmp_path: Path) -> None:
+    """It is written into a pipe, and not in its place: whoever may could else replace a device."""
+    before, pipe = looked_at(store), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as threads:
+        page = threads.submit(pipe.read_text, "utf-8")
+        assert cli.run(["report", "--cache-dir", str(store.directory), "--output", str(pipe)]) == 0
+        assert page.result(60).startswith("<!")
+    assert pipe.is_fifo()
     assert looked_at(store) == before
 
 

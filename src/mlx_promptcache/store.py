@@ -678,9 +678,11 @@ def _stem_in(name: str, path: str | Path, users: Collection[int]) -> str:
     except CacheMiss:
         raise CacheMiss(f"there is no state named {name!r}; `list` shows those that are") from None
     except UnicodeDecodeError:
-        raise DamagedFile(f"the name {name!r} is damaged") from None
+        stem = ""
     if not STEM.fullmatch(stem):
-        raise DamagedFile(f"the name {name!r} is damaged")
+        raise DamagedFile(
+            f"the name {name!r} is damaged: save it again (--force), or delete it (`clear`)"
+        )
     return stem
 
 
