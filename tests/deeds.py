@@ -136,7 +136,8 @@ class Worker:
 
     def _import(self, deed: Deed) -> str:
         """Take a prompt's state from a file, made in another store."""
-        path = self._file(f"of prompt {deed.prompt}")
+        made_by = self.cache.fingerprint.digest[:8]  # a crowd has several models in one store
+        path = self._file(f"of prompt {deed.prompt} {made_by}")
         if not path.exists():
             with tempfile.TemporaryDirectory() as elsewhere:
                 other = PromptCache(elsewhere, self.cache.fingerprint)

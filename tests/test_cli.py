@@ -885,7 +885,7 @@ def test_match_says_how_much_is_reused_and_why_not_more(program: Program) -> Non
     assert told["text"][1].strip().startswith("one")
     shown = program("match", "-p", PROMPT + "two").out.splitlines()
     assert "tokens would be reused, from few" in shown[0]
-    assert shown[1].startswith("why not more: it differs from '")
+    assert shown[1].startswith("why not more: 'few' ends at token ")
     assert " two" in shown[1]
     exact = program("match", "-p", PROMPT + "one", "--json").json
     assert (exact["hit"], exact["reason"], exact["text"]) == ("exact", None, None)

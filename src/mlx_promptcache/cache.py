@@ -356,6 +356,8 @@ class PromptCache:
         try:
             with self._store.shared():
                 return self._loader().load(found, tokens).layers(model)
+        except BadFile:  # that was told, unless others deleted it since
+            return None
         except PromptCacheError as exc:
             log.warning("a stored state cannot be used after all: %s", exc)
             return None

@@ -41,7 +41,8 @@ class Quarantine:
         """Give notice of a file that cannot be used; move it aside if it is damaged.
 
         What was moved aside leaves its name to the next sound file. What only cannot be read (a
-        drive's error, a missing permission) stays: it may be sound.
+        drive's error, a missing permission) stays: it may be sound. What others have deleted since
+        it was found needs no notice.
         """
         damaged = isinstance(why, DamagedFile) and not self.read_only
         moved = damaged and self._store.quarantine(kind, stem)
@@ -49,6 +50,7 @@ class Quarantine:
             self._stems.add(stem)
         what = kind.removesuffix("s")
         done = "was moved aside" if moved else "is passed over"
-        log.warning("a stored %s cannot be used and %s: %s", what, done, why)
+        level = logging.INFO if type(why) is CacheMiss else logging.WARNING
+        log.log(level, "a stored %s cannot be used and %s: %s", what, done, why)
         self.told.append(f"a stored {what} cannot be used: {why}")
         return BadFile(self.told[-1])
