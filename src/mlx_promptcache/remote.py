@@ -34,6 +34,7 @@ log = logging.getLogger("mlx_promptcache")
 OBJECT_STORES = {
     "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "hf", "memory",
 }  # fmt: skip
+IN_THREADS = {"file", "local", "memory", "hf"}  # beside those that are made for many requests
 THREADS = 8
 PIECE_BYTES = 1 << 22
 LARGEST_NAME_FILE_BYTES = 1024
@@ -198,11 +199,20 @@ class Remote:
                 raise
 
     def each(self, does: Any, items: Sequence[Any]) -> list[Any]:
-        """Do the same with many things, some at a time. The first error ends it."""
-        if len(items) < 2:
+        """Do the same with many things, some at a time where that can be. The first error ends it."""
+        if len(items) < 2 or not self._takes_threads:
             return [does(item) for item in items]
         with ThreadPoolExecutor(min(THREADS, len(items))) as threads:
             return list(threads.map(does, items))
+
+    @property
+    def _takes_threads(self) -> bool:
+        """Whether several threads may ask at once: others, as SFTP, have one connection, on which
+        they may wait for each other without end.
+        """
+        fs = self._fs()[0]
+        names = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+        return bool(fs.async_impl or names & IN_THREADS)
 
 
 def _file(row: dict[str, Any]) -> RemoteFile | None:
