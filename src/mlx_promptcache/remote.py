@@ -199,7 +199,7 @@ class Remote:
                 raise
 
     def each(self, does: Any, items: Sequence[Any]) -> list[Any]:
-        """Do the same with many things, some at a time where that can be. The first error ends it."""
+        """Do the same with many things, some at once where that can be. The first error ends it."""
         if len(items) < 2 or not self._takes_threads:
             return [does(item) for item in items]
         with ThreadPoolExecutor(min(THREADS, len(items))) as threads:
