@@ -506,6 +506,9 @@ def test_a_remote_that_says_nothing_costs_its_time_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()  # one of another test knows another server
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{servers.HOST}:{dead_end}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "me")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")

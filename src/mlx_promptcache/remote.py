@@ -38,7 +38,6 @@ IN_THREADS = {"file", "local", "memory", "hf"}  # beside those that are made for
 THREADS = 8
 PIECE_BYTES = 1 << 22
 LARGEST_NAME_FILE_BYTES = 1024
-MANY_SHARDS = 16  # directories: to list more of them than these one by one takes longer than all
 
 
 class RemoteFile(NamedTuple):
@@ -102,7 +101,7 @@ class Remote:
         wanted = None if shards is None else sorted(set(shards))
         fs, root = self._fs()
         place = f"{root}/{kind}"
-        if wanted is None or len(wanted) > MANY_SHARDS:
+        if wanted is None:
             listed = self._listed(fs.find, place, detail=True)
             rows = list(listed.values()) if isinstance(listed, dict) else listed
         else:
@@ -188,7 +187,7 @@ class Remote:
                 fs.pipe_file(target, data)
                 return
             directory = target.rpartition("/")[0]
-            fs.makedirs(directory, exist_ok=True)
+            self._make(directory)
             temporary = f"{directory}/{TEMPORARY}{secrets.token_hex(8)}"
             try:
                 fs.pipe_file(temporary, data)
@@ -197,6 +196,22 @@ class Remote:
                 with contextlib.suppress(Exception):
                     fs.rm_file(temporary)
                 raise
+
+    def _make(self, directory: str) -> None:
+        """Make a directory and those above it, while others may make the same ones: some file
+        systems look first, and then fail.
+        """
+        fs = self._fs()[0]
+        for rest in range(directory.count("/"), -1, -1):  # each may be made by another meanwhile
+            try:
+                fs.makedirs(directory, exist_ok=True)
+            except OSError:
+                if fs.isdir(directory):
+                    return
+                if not rest:
+                    raise
+            else:
+                return
 
     def each(self, does: Any, items: Sequence[Any]) -> list[Any]:
         """Do the same with many things, some at once where that can be. The first error ends it."""

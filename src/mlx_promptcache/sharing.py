@@ -306,13 +306,11 @@ class Sharing:
         whole = [stem for stem in stems if stem is not None]
         return came.complete(snapshot, whole) if len(whole) == len(refs) else None
 
-    def bring_blocks(self, came: Arrivals, files: Sequence[RemoteFile]) -> int:
-        """Bring blocks here that are not here yet, and return how many bytes those had."""
-        lacking = [[file] for file in files if not came.has(file.stem)]
-        for batch in _sized(lacking):
+    def bring_blocks(self, came: Arrivals, files: Sequence[RemoteFile]) -> None:
+        """Bring blocks here. What cannot be used is left out, with a notice."""
+        for batch in _sized([[file] for file in files]):
             blocks = self.remote.each(lambda c: came.fetch(self.remote, BLOCKS, c), batch)
             came.add([block for block in blocks if block is not None])
-        return sum(files[0].size for files in lacking)
 
     def _as_told(self, refs: list[list[str]], added: dict[str, str]) -> dict[str, str]:
         """The stems of what was added, by those that a snapshot uses."""

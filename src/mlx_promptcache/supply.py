@@ -96,20 +96,21 @@ class Supply:
             self._failed(failed[0])
 
     def _bring(self, keys: Keys, position: int) -> None:
-        began = time.perf_counter()
         wanted = self._wanted(keys)
         if wanted.position < position + LEAST_TOKENS:
             return
-        size = sum(file.size for file in wanted.blocks)
+        came = self._sharing.arrivals()
+        lacking = [file for file in wanted.blocks if not came.has(file.stem)]
+        size = sum(file.size for file in lacking)
         if self._rates.reading_is_slower(size, wanted.position - position):
             return
-        came = self._sharing.arrivals()
+        began = time.perf_counter()
+        self._sharing.bring_blocks(came, lacking)
+        self._rates.note_read(size, time.perf_counter() - began)
         if wanted.snapshot is not None:
             snapshot = came.fetch(self._sharing.remote, SNAPSHOTS, [wanted.snapshot])
             if snapshot is not None:
                 self._sharing.complete(came, snapshot)
-        brought = self._sharing.bring_blocks(came, wanted.blocks)
-        self._rates.note_read(brought, time.perf_counter() - began)
 
     def _wanted(self, keys: Keys) -> _Wanted:
         """The way through a prompt by the names of what is there, and the deepest snapshot."""
