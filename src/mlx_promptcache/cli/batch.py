@@ -47,7 +47,7 @@ NO_PROMPT = {"prompt": None, "prompt_file": None}
     help=__doc__,
     epilog=examples(
         "batch --prefix-file few-shot.txt questions.jsonl --output answers.jsonl",
-        "batch --prompt-cache shots questions.jsonl --batch-size 16 > answers.jsonl",
+        "batch --prompt-cache shots questions.jsonl --batch-size 16 --json",
     ),
 )
 @click.argument("file", metavar="FILE.jsonl")
