@@ -1,12 +1,14 @@
-"""The files of a store, or of a place that machines share, by their names alone: no file is made.
+"""The files of a store, or of a place that machines share, by their names: no file is made.
 
-Keys, names, the walk and what goes first are the program's own (`tree`, `eviction`); how a walk looks
-at blocks and what a save writes are those of `finder` and `saver`, on names instead of files. A test
-compares both with a real store.
+Keys, names, the walk and what goes first are the program's own (`tree`, `eviction`); how a walk
+looks at blocks and what a save writes are those of `finder` and `saver`, on names instead of
+files. A test compares both with a real store.
 """
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -39,8 +41,8 @@ DRIVE_BYTES = 4096  # a drive gives whole pieces of this size
 class Sizes:
     """Bytes of files: `row` of a token's rows as stored, the rest of what stands beside them.
 
-    Headers are those of 30 layers, as `scripts/scale` makes them: 1,736 bytes and 6 for each token of a
-    block, 2,096 and 160 for each block of a snapshot.
+    Headers are those of 30 layers, as `scripts/scale` makes them: 1,736 bytes and 6 for each token
+    of a block, 2,096 and 160 for each block of a snapshot.
     """
 
     row: float
@@ -59,8 +61,8 @@ class Sizes:
 
 
 class Block(NamedTuple):
-    """A block: its name, the key of its cell, its first position, its tokens, its bytes, and what kind
-    of machine computed it, for other kinds have other bits.
+    """A block: its name, the key of its cell, its first position, its tokens, its bytes, and what
+    kind of machine computed it, for other kinds have other bits.
     """
 
     stem: str
@@ -73,9 +75,9 @@ class Block(NamedTuple):
     kind: int
 
     @property
-    def first(self) -> int:
-        """Its first token."""
-        return self.tokens[0]
+    def way(self) -> tuple[str, int]:
+        """From which key, and by which token, it leads on."""
+        return self.start_key, self.tokens[0]
 
 
 class Snapshot(NamedTuple):
@@ -91,8 +93,8 @@ class Snapshot(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """How far a prompt is stored: the blocks on the way with the rows taken of each, the position to
-    resume at, and whether a whole state stands at the end of the prompt.
+    """How far a prompt is stored: the blocks on the way with the rows taken of each, the position
+    to resume at, and whether a whole state stands at the end of the prompt.
     """
 
     steps: tuple[tuple[Block, int], ...]
@@ -109,7 +111,8 @@ class Stock:
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
     used: dict[str, float] = field(default_factory=dict)
     bytes: int = 0
-    _cells: dict[str, dict[str, list[Block]]] = field(default_factory=dict)
+    _cells: dict[str, dict[tuple[str, int], list[Block]]] = field(default_factory=dict)
+    _starts: dict[str, Counter[int]] = field(default_factory=dict)  # where blocks of a cell begin
     _states: dict[str, dict[int, dict[str, Snapshot]]] = field(default_factory=dict)
     _names: dict[str, list[int]] = field(
         default_factory=lambda: {BLOCKS: [0] * SHARDS, SNAPSHOTS: [0] * SHARDS}
@@ -130,7 +133,8 @@ class Stock:
                     continue
                 self.blocks[file.stem] = file
                 cell = self._cells.setdefault(file.cell_key, {})
-                cell.setdefault(file.start_key, []).append(file)
+                cell.setdefault(file.way, []).append(file)
+                self._starts.setdefault(file.cell_key, Counter())[file.start] += 1
                 self._count(BLOCKS, file, 1)
             elif file.stem not in self.snapshots:
                 self.snapshots[file.stem] = file
@@ -146,11 +150,14 @@ class Stock:
         """Delete a block."""
         block = self.blocks.pop(stem)
         cell = self._cells[block.cell_key]
-        cell[block.start_key].remove(block)
-        if not cell[block.start_key]:
-            del cell[block.start_key]
+        cell[block.way].remove(block)
+        if not cell[block.way]:
+            del cell[block.way]
+        self._starts[block.cell_key][block.start] -= 1
+        if not self._starts[block.cell_key][block.start]:
+            del self._starts[block.cell_key][block.start]
         if not cell:
-            del self._cells[block.cell_key]
+            del self._cells[block.cell_key], self._starts[block.cell_key]
         self._count(BLOCKS, block, -1)
         del self.used[stem]
 
@@ -175,7 +182,7 @@ class Stock:
         cell = self._cells.get(keys[cell_start(position)])
         if cell is None or position >= len(keys.tokens):
             return []
-        return [b for b in cell.get(keys[position], ()) if b.first == keys.tokens[position]]
+        return cell.get((keys[position], keys.tokens[position]), [])
 
     def state_at(self, keys: Keys, position: int) -> Snapshot | None:
         """The snapshot of all tokens before a position."""
@@ -198,10 +205,13 @@ class Stock:
         n = len(keys.tokens)
         steps = longest_match(lambda position: self._ways_on(keys, position), goal=n)
         reached = steps[-1].end if steps else 0
-        if reached == n and (state := self.state_at(keys, n)) is not None:
-            return Walk(self._taken(steps, n), n, state.stem in self.snapshots)
+        if reached == n and self._is_whole(self.state_at(keys, n)):
+            return Walk(self._taken(steps, n), n, True)
         position = max(0, min(reached, n - 1))
         return Walk(self._taken(steps, position), position, False)
+
+    def _is_whole(self, state: Snapshot | None) -> bool:
+        return state is not None and all(block.stem in self.blocks for block in state.blocks)
 
     def whole(self, keys: Keys) -> Walk:
         """How far whole blocks lead, as names alone tell; `supply` walks like this."""
@@ -227,11 +237,9 @@ class Stock:
 
     def _branches(self, keys: Keys, step: Stretch) -> Iterator[Stretch]:
         """Where other blocks begin among the rows of a step."""
-        cell = self._cells[keys[cell_start(step.start)]]
-        if len(cell) == 1:
-            return
-        for position in range(step.start + 1, step.end):
-            if keys[position] in cell and self.beginning(keys, position):
+        starts = self._starts[keys[cell_start(step.start)]]
+        for position in sorted(at for at in starts if step.start < at < step.end):
+            if self.beginning(keys, position):
                 yield step._replace(rows=position - step.start)
 
     def _whole_ways_on(self, keys: Keys, position: int) -> Iterator[Stretch]:
@@ -296,7 +304,7 @@ class Stock:
     # Making room
 
     def evict(self, wanted_bytes: int, kept: Sequence[str], now: float) -> int:
-        """Delete what the program would delete to free so many bytes; return how many were freed."""
+        """Delete what the program would delete to free so many bytes; return how many it freed."""
         view = cast("facts.Facts", _Facts(self, now))
         plan = Eviction(view, kept).plan(wanted_bytes)
         for stem in plan.snapshots:
@@ -315,8 +323,6 @@ class _Facts:
     """What `Eviction` asks of a store. Nothing has a name, all is of one model."""
 
     def __init__(self, stock: Stock, now: float) -> None:
-        import time
-
         self._stock, self._shift = stock, time.time() - now
         self.snapshots = {stem: self._file(x) for stem, x in stock.snapshots.items()}
         self.blocks = {stem: self._file(x) for stem, x in stock.blocks.items()}

@@ -1,9 +1,9 @@
-"""Requests to a fleet of machines, generated: what is asked, when, and how much of it was asked before.
+"""Requests to a fleet of machines, generated: what is asked, when, and what of it was asked before.
 
 Sessions come as a Poisson process whose rate rises and falls in waves. A session is a chat that
-grows turn by turn after one of some system prompts, a series of questions after one of some few-shot
-prefixes, or one document that nobody else has. Which prefix it is follows Zipf's law. The same seed
-gives the same requests.
+grows turn by turn after one of some system prompts, a series of questions after one of some
+few-shot prefixes, or one document that nobody else has. Which prefix it is follows Zipf's law.
+The same seed gives the same requests.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Text = tuple[int, int]  # the number of a text and its tokens; texts of one numb
 
 
 class Request(NamedTuple):
-    """A prompt, made of texts, that arrives at a machine or at any. `answer` is the text that will be
-    generated; it is kept where a conversation will go on after it.
+    """A prompt, made of texts, that arrives at a machine or at any. `answer` is the text that will
+    be generated; it is kept where a conversation will go on after it.
     """
 
     at: float
@@ -44,8 +44,8 @@ class Mix:
     standard deviation of their logarithm; times are in seconds.
     """
 
-    chats: float = 0.55  # of all sessions
-    series: float = 0.12  # of all sessions; the rest are documents
+    chats: float = 0.45  # of all sessions
+    series: float = 0.08  # of all sessions; the rest are documents
     systems: int = 200  # system prompts that there are
     shots: int = 50  # few-shot prefixes that there are
     zipf: float = 1.0
@@ -89,7 +89,7 @@ _shared = functools.lru_cache(maxsize=4096)(_drawn)
 
 
 def requests(mix: Mix, count: int, per_second: float, seed: int) -> list[Request]:
-    """As many requests as are wanted, in the order of their arrival, so many a second on average."""
+    """As many requests as are wanted, in the order of arrival, so many a second on average."""
     draw = random.Random(seed)
     writer = _Sessions(mix, draw)
     waiting: list[Request] = []
