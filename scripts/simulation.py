@@ -341,7 +341,7 @@ class Simulation:
             tokens[tier] += rows
             read += 0 if tier == MEMORY else block.size
             drive += block.size if tier == DISK else 0
-            host.stock.used[block.stem] = now
+        host.stock.used.update(dict.fromkeys(walk.stems, now))
         host.hold([block for block, _ in walk.steps])
         tokens[COMPUTED] += n - walk.position
         computing = (n - walk.position) / machine.tokens_per_second
@@ -370,7 +370,10 @@ class Simulation:
         self.figures.gets += len(files)
         self.figures.got += sum(file.size for file in files)
         seconds = self.remote.moved(files, now + seconds) - now
-        self._store(host, files, [b.stem for b, _ in walk.steps], now, came=True)
+        over, kept = self._over(host, files), [*walk.stems, *(file.stem for file in files)]
+        if over and not self._evict(host, over, kept, now):
+            return self._waited(host, seconds, patience, now), set()
+        self._store(host, files, now, came=True)
         if seconds > patience:  # it is all here the next time
             host.let_be = now + patience + LET_BE_SECONDS
             self.figures.late += 1
@@ -412,8 +415,9 @@ class Simulation:
         for end in job.ends:
             keys = Keys(ROOT, job.keys.tokens[:end])
             walk = host.stock.walk(keys)
-            added = host.stock.missing(keys, walk, end, host.kind)
-            if self._store(host, added, [block.stem for block, _ in walk.steps], now, came=False):
+            added = self._make_room(host, keys, walk, end, now)
+            if added is not None:
+                self._store(host, added, now, came=False)
                 blocks = [file for file in added if isinstance(file, Block)]
                 host.hold(blocks)
                 if self._setup.mode == SHARED and now >= host.let_be:
@@ -421,31 +425,41 @@ class Simulation:
         if host.to_send and not host.sending:
             self._send(host, now)
 
+    def _make_room(
+        self, host: _Host, keys: Keys, walk: Walk, end: int, now: float
+    ) -> list[Block | Snapshot] | None:
+        """What a save adds, once there is room for it; None if there is none."""
+        kept = walk.stems
+        while True:  # what a save would have used again may be evicted
+            added = host.stock.missing(keys, walk, end, host.kind)
+            if not (over := self._over(host, added)):
+                return added
+            if not self._evict(host, over, kept, now):
+                return None
+
+    def _over(self, host: _Host, files: Sequence[Block | Snapshot]) -> int:
+        """By how many bytes a store with these files would be larger than its budget."""
+        needed = sum(on_disk(file.size) for file in self._new(host, files))
+        return max(0, host.stock.bytes + needed - self._setup.machine.budget)
+
+    def _new(self, host: _Host, files: Sequence[Block | Snapshot]) -> list[Block | Snapshot]:
+        stock = host.stock
+        return [f for f in files if f.stem not in stock.blocks and f.stem not in stock.snapshots]
+
+    def _evict(self, host: _Host, over: int, kept: Sequence[str], now: float) -> bool:
+        freed = host.stock.evict(over + self._setup.machine.budget // SPARE, kept, now)
+        self.figures.evicted += freed
+        self.figures.refused += freed < over
+        return freed >= over
+
     def _store(
-        self,
-        host: _Host,
-        files: Sequence[Block | Snapshot],
-        kept: Sequence[str],
-        now: float,
-        *,
-        came: bool,
-    ) -> bool:
-        """Add files to a store within its budget; False if there is no room for them."""
-        stock, budget = host.stock, self._setup.machine.budget
-        new = [f for f in files if f.stem not in stock.blocks and f.stem not in stock.snapshots]
-        needed = sum(on_disk(file.size) for file in new)
-        over = stock.bytes + needed - budget
-        if over > 0:
-            freed = stock.evict(over + budget // SPARE, kept, now)
-            self.figures.evicted += freed
-            if freed < over:
-                self.figures.refused += 1
-                return False
-        stock.add(files, now)
-        size = sum(file.size for file in new)
+        self, host: _Host, files: Sequence[Block | Snapshot], now: float, *, came: bool
+    ) -> None:
+        """Add files to a store that has room for them."""
+        size = sum(file.size for file in self._new(host, files))
         self.figures.copied += size if came else 0
         self.figures.written += 0 if came else size
-        return True
+        host.stock.add(files, now)
 
     def _send(self, host: _Host, now: float) -> None:
         """Send what a list does not show, one state after the other."""

@@ -94,12 +94,18 @@ class Snapshot(NamedTuple):
 
 class Walk(NamedTuple):
     """How far a prompt is stored: the blocks on the way with the rows taken of each, the position
-    to resume at, and whether a whole state stands at the end of the prompt.
+    to resume at, and the snapshot at the end of the prompt if a whole state stands there.
     """
 
     steps: tuple[tuple[Block, int], ...]
     position: int
-    exact: bool
+    state: Snapshot | None = None
+
+    @property
+    def stems(self) -> list[str]:
+        """The files that are used."""
+        blocks = [block.stem for block, _ in self.steps]
+        return blocks if self.state is None else [*blocks, self.state.stem]
 
 
 @dataclass
@@ -205,20 +211,18 @@ class Stock:
         n = len(keys.tokens)
         steps = longest_match(lambda position: self._ways_on(keys, position), goal=n)
         reached = steps[-1].end if steps else 0
-        if reached == n and self._is_whole(self.state_at(keys, n)):
-            return Walk(self._taken(steps, n), n, True)
+        state = self.state_at(keys, n) if reached == n else None
+        if state is not None and all(block.stem in self.blocks for block in state.blocks):
+            return Walk(self._taken(steps, n), n, state)
         position = max(0, min(reached, n - 1))
-        return Walk(self._taken(steps, position), position, False)
-
-    def _is_whole(self, state: Snapshot | None) -> bool:
-        return state is not None and all(block.stem in self.blocks for block in state.blocks)
+        return Walk(self._taken(steps, position), position)
 
     def whole(self, keys: Keys) -> Walk:
         """How far whole blocks lead, as names alone tell; `supply` walks like this."""
         n = len(keys.tokens)
         steps = longest_match(lambda position: self._whole_ways_on(keys, position), goal=n)
         reached = steps[-1].end if steps else 0
-        return Walk(self._taken(steps, reached), reached, False)
+        return Walk(self._taken(steps, reached), reached)
 
     def _taken(self, steps: list[Stretch], position: int) -> tuple[tuple[Block, int], ...]:
         cut = tree.cut(steps, position)
