@@ -80,7 +80,6 @@ class Setup:
     cell: int = tree.CELL
     kinds: int = 1  # of arithmetic: rows of another kind have other bits, and other names
     listing: str = BY_SHARD
-    claims: bool = False  # whoever computes a prefix says so first, and others wait
 
 
 @dataclass
@@ -257,7 +256,6 @@ class Simulation:
         self.figures = Figures()
         self.remote = Remote(setup, self.figures)
         self.hosts: dict[int, _Host] = {}
-        self._claims: dict[str, float] = {}
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._count = 0
 

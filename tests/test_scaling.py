@@ -1,0 +1,102 @@
+"""scripts/simulate: the page that is made of figures, and what is committed of both."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from typing import Any
+
+import pytest
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import scalepage
+import scaling
+import scenarios
+from simulation import ALONE, BY_KEY, BY_SHARD, RECOMPUTE, SHARED
+
+DOCS = ROOT / "docs"
+
+
+def committed() -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((DOCS / "scale.json").read_text("utf-8"))
+    return report
+
+
+def test_the_committed_page_is_what_the_committed_figures_make() -> None:
+    assert (DOCS / "scale.md").read_text("utf-8") == scalepage.document(committed())
+
+
+def test_the_committed_figures_are_written_as_the_script_writes_them() -> None:
+    assert scaling.compact(committed()) == (DOCS / "scale.json").read_text("utf-8")
+
+
+def test_the_committed_figures_are_of_the_constants_that_there_are() -> None:
+    told = scenarios.Scenarios(scaling.COUNT, 1, print).told()
+    report = committed()
+    assert {key: report[key] for key in told} == json.loads(json.dumps(told))
+
+
+def test_the_pictures_of_the_page_are_there() -> None:
+    page = scalepage.document(committed())
+    for name in scalepage.pictures(committed()):
+        assert f"({name}.svg)" in page
+        assert (DOCS / f"{name}.svg").is_file()
+
+
+def test_every_table_is_on_the_page() -> None:
+    text = scalepage.TEXT.read_text("utf-8")
+    tables = scenarios.Scenarios(1, 1, print).tables
+    assert [name for name in tables if f"{{{name}}}" not in text] == []
+
+
+def test_the_page_tells_the_figures() -> None:
+    report = copy.deepcopy(committed())
+    row = report["tables"]["fleets"][-1]
+    row.update(machines=54_321, computed=0.1234, lists=600.0, gets=0.0, puts=0.0)
+    report.update(every_seconds=54.321, seed=77)
+    page = scalepage.document(report)
+    assert "| 54,321 | shared | " in page
+    assert "12.3%" in page
+    assert "(1,000 prompts a second)" in page
+    assert "600,000 are lists" in page.replace("\n", " ")
+    assert "Seed 77" in page
+
+
+def test_a_page_of_few_requests_says_that_it_is_none_to_rely_on() -> None:
+    assert "A quick look" in scalepage.document({**committed(), "count": scaling.SHORT})
+    assert "A quick look" not in scalepage.document(committed())
+
+
+def test_a_picture_has_a_line_for_each_way_and_no_point_at_nothing() -> None:
+    drawn = scalepage.pictures(committed())
+    fleets, lists = (drawn[name].lines for name in ("scale-fleets", "scale-lists"))
+    assert [line.name for line in fleets] == [SHARED, ALONE]
+    assert [line.name for line in lists] == [BY_KEY, BY_SHARD]
+    assert all(x > 0 for line in (*fleets, *lists) for x in line.xs)
+    for line in fleets:
+        assert list(line.xs) == list(scenarios.FLEETS)
+
+
+def test_runs_are_the_same_for_a_seed_and_others_for_another() -> None:
+    found = [scaling.simulated(4, seed, ["kinds"])["tables"] for seed in (3, 3, 4)]
+    assert found[0] == found[1] != found[2]
+
+
+def test_the_measured_machine_is_that_of_the_performance_page() -> None:
+    machine, sizes = scenarios.measured()
+    told = json.loads((DOCS / "performance.json").read_text("utf-8"))
+    stored = told["stored"][0]
+    assert sizes.row * stored["tokens"] == pytest.approx(stored["stored_bytes"])
+    cold = {row["tokens"]: row["seconds"]["mlx-promptcache"]["cold"] for row in told["lengths"]}
+    slope = (cold[1024][0] - cold[256][0]) / 768
+    assert machine.tokens_per_second == pytest.approx(1 / slope)
+
+
+def test_recomputing_asks_nothing_of_a_store() -> None:
+    rows = [row for row in committed()["tables"]["fleets"] if row["mode"] == RECOMPUTE]
+    assert len(rows) == len(scenarios.FLEETS)
+    assert all(row["computed"] == 1 and row["lists"] == row["puts"] == 0 for row in rows)
