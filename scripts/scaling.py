@@ -64,8 +64,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="make docs/scale.json and its page")
     parser.add_argument("--from", dest="figures", type=Path, help="figures that were made before")
     options = parser.parse_args()
-    if options.write and (options.only or options.figures):
-        parser.error("--write makes the page of a whole run: leave --only and --from out")
+    if options.write and options.only:
+        parser.error("--write makes a page of all tables: leave --only out")
     if options.figures:
         report = json.loads(options.figures.read_text("utf-8"))
     else:

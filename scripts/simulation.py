@@ -362,8 +362,9 @@ class Simulation:
         if self._is_slower(blocks, position - walk.position):
             self.figures.not_worth += 1
             return self._waited(host, seconds, patience, now), set()
-        if state is not None:  # its blocks are looked for when it has come
-            seconds += self.remote.listed([b.cell_key for b in state.blocks], (BLOCKS,))
+        lacking = [b for b in state.blocks if b.stem not in host.stock.blocks] if state else []
+        if lacking:  # they are looked for when the snapshot has come
+            seconds += self.remote.listed([b.cell_key for b in lacking], (BLOCKS,))
         files: list[Block | Snapshot] = [*([state] if state is not None else []), *blocks]
         self.figures.gets += len(files)
         self.figures.got += sum(file.size for file in files)
@@ -418,7 +419,7 @@ class Simulation:
                 self._store(host, added, now, came=False)
                 blocks = [file for file in added if isinstance(file, Block)]
                 host.hold(blocks)
-                if self._setup.mode == SHARED and now >= host.let_be:
+                if added and self._setup.mode == SHARED and now >= host.let_be:
                     host.to_send.append(([block for block, _ in walk.steps], added))
         if host.to_send and not host.sending:
             self._send(host, now)

@@ -76,9 +76,11 @@ class Kept:
         walk = self.stock.walk(Keys(self._root, tokens))
         return walk.position, walk.state is not None
 
-    def keep(self, tokens: Sequence[int]) -> None:
-        keys, now = Keys(self._root, tokens), float(next(self._now))
-        walk = self.stock.walk(keys)
+    def keep(self, tokens: Sequence[int], answer: Sequence[int] = ()) -> None:
+        """Keep the state at the end of an answer to a prompt, in one save."""
+        now, walk = float(next(self._now)), self.stock.walk(Keys(self._root, tokens))
+        tokens = [*tokens, *answer]
+        keys = Keys(self._root, tokens)
         self.stock.used.update(dict.fromkeys(walk.stems, now))
         self.stock.add(self.stock.missing(keys, walk, len(tokens), 0), now)
 
@@ -93,6 +95,12 @@ def family(draw: random.Random) -> list[list[int]]:
     return [*prompts, prompts[0]]
 
 
+def names(store: Store) -> set[str]:
+    """The blocks of a store, whatever computed them."""
+    blocks = filter(None, map(BlockName.parse, store.stems(BLOCKS)))
+    return {str(name._replace(variant="")) for name in blocks}
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_simulated_store_has_the_names_and_the_matches_of_a_real_one(
     seed: int, tmp_path: Path
@@ -105,11 +113,27 @@ def test_a_simulated_store_has_the_names_and_the_matches_of_a_real_one(
         cache.keep(runner.prefill(prompt))
         kept.keep(prompt)
         store = Store(tmp_path)
-        blocks = filter(None, map(BlockName.parse, store.stems(BLOCKS)))
-        assert set(kept.stock.blocks) == {str(name._replace(variant="")) for name in blocks}
+        assert set(kept.stock.blocks) == names(store)
         states = filter(None, map(SnapshotName.parse, store.stems(SNAPSHOTS)))
         ours = map(SnapshotName.parse, kept.stock.snapshots)
         assert {name and name[:3] for name in ours} == {name[:3] for name in states}
+
+
+def test_blocks_that_begin_among_the_rows_of_others_are_found_as_in_a_real_store(
+    tmp_path: Path,
+) -> None:
+    cache = PromptCache(tmp_path, "simulated")
+    runner, kept = Runner(tiny.smallest(), None, cache), Kept(cache.fingerprint.digest)
+    long = tiny.random_tokens(65, seed=1, vocab=16)
+    cache.keep(runner.prefill(long))
+    kept.keep(long)
+    short = long[:60]  # its last token goes through the model again: the answer begins at 59
+    answer = [step.token for step in runner.generate(short, max_tokens=30)]
+    cache.keep(runner.state)
+    kept.keep(short, answer)
+    again = [*short, *answer, 1]
+    assert set(kept.stock.blocks) == names(Store(tmp_path))
+    assert kept.position(again) == (cache.match(again).position, False) == (90, False)
 
 
 def test_what_is_evicted_goes_leaf_first_and_the_least_recently_used_first() -> None:
