@@ -5,6 +5,8 @@ Its text stands in scalepage.md.
 
 from __future__ import annotations
 
+import re
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +20,12 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 TIERS = ("memory", "disk", "remote", "computed")
 
+NUMBERS = ("No", "One", "Two", "Three", "Four")
+WIDTH = 100
+READS = 5500  # a second, of one prefix of Amazon's
+LISTS = 3  # of the first directory, for each prompt
 TEXT = Path(__file__).with_suffix(".md")
-SHORT = """
-**A quick look, not figures to rely on**: too few requests.
-"""
+SHORT = "\n**A quick look, not figures to rely on**: too few requests.\n"
 
 
 def document(report: Json) -> str:
@@ -54,10 +58,28 @@ def document(report: Json) -> str:
         "pages_shard": 1e7 / 256 / PAGE,
         "pages_all": 1e7 / PAGE,
         "seconds_all": 1e7 / PAGE * place["latency"],
-        "hot": 5500 / 4,
-        "hot_machines": 5500 / 4 * report["every_seconds"],
+        "no_remote": f"{wandering[0]['computed']:.1%}",
+        "hot": READS / LISTS,
+        "hot_machines": READS / LISTS * report["every_seconds"],
     }
-    return TEXT.read_text("utf-8").format_map(values)
+    text = TEXT.read_text("utf-8").format_map(values)
+    return "\n\n".join(_wrapped(part) for part in text.rstrip().split("\n\n")) + "\n"
+
+
+def _wrapped(part: str) -> str:
+    """A paragraph, or each point of a list, in lines of one length; anything else as it is."""
+    if part.startswith(("|", "#", "!", "`")):
+        return part
+    points = re.split(r"\n(?=\* |\d\. )", part)
+    return "\n".join(_filled(" ".join(point.split())) for point in points)
+
+
+def _filled(point: str) -> str:
+    head = re.match(r"(\* |\d\. )?", point)
+    indent = " " * len(head[0]) if head else ""
+    return textwrap.fill(
+        point, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _constants(report: Json) -> Json:
@@ -71,7 +93,7 @@ def _constants(report: Json) -> Json:
         **{name: mix[name] for name in (*numbers, "thinking", "pause")},
         **lengths,
         "documents": 1 - mix["chats"] - mix["series"],
-        "four": HEADER[1],
+        "four": NUMBERS[HEADER[1]],
         "seed": report["seed"],
         "count": report["count"],
         "fleet_count": 4 * report["count"],
