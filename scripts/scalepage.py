@@ -54,6 +54,9 @@ def document(report: Json) -> str:
         "ratio": last["put"] / max(1, last["got"]),
         "written": last["written"] / 1e6,
         "got_times": wandering[3]["got"] / max(1, wandering[2]["got"]),
+        "line_tokens": place["to_machine"] / row,
+        "budget_cost": _cost(tables["budgets"], ALONE),
+        "budget_cost_shared": _cost(tables["budgets"], SHARED),
         "restored_tokens": machine["restored_per_second"] / row,
         "pages_shard": 1e7 / 256 / PAGE,
         "pages_all": 1e7 / PAGE,
@@ -80,6 +83,12 @@ def _filled(point: str) -> str:
     return textwrap.fill(
         point, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
+
+
+def _cost(rows: Sequence[Json], mode: str) -> float:
+    """How many points less are reused with 1 GB than with 8."""
+    computed = {row["budget"]: row["computed"] for row in rows if row["mode"] == mode}
+    return 100.0 * float(computed[10**9] - computed[8 * 10**9])
 
 
 def _constants(report: Json) -> Json:
@@ -175,7 +184,8 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
                _number("not worth it", "not_worth")),
     "speeds": (
         ("tokens a second", lambda row: f"{row['faster']} x"),
-        MODE, *FROM, *FIRST, LATE, _number("not worth it", "not_worth"),
+        ("", lambda row: "forgiving" if row["forgiving"] else row["mode"]),
+        *FROM, *FIRST, LATE, _number("not worth it", "not_worth"),
     ),
     "lists": (
         _number("strangers", "strangers"), ("lists", lambda row: row["listing"]),

@@ -139,9 +139,9 @@ class Scenarios:
             rate = self._setup.machine.tokens_per_second * faster
             decoded = self._setup.machine.decoded_per_second * faster
             machine = self._machine(tokens_per_second=rate, decoded_per_second=decoded)
-            for mode in (RECOMPUTE, SHARED):
-                label = {"faster": faster, "mode": mode}
-                yield self._run(asked, label, machine=machine, mode=mode)
+            for mode, forgiving in ((RECOMPUTE, False), (SHARED, False), (SHARED, True)):
+                label = {"faster": faster, "mode": mode, "forgiving": forgiving}
+                yield self._run(asked, label, machine=machine, mode=mode, forgiving=forgiving)
 
     def _lists(self) -> Iterator[Row]:
         asked = self._asked(FLEET)

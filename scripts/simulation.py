@@ -80,6 +80,7 @@ class Setup:
     cell: int = tree.CELL
     kinds: int = 1  # of arithmetic: rows of another kind have other bits, and other names
     listing: str = BY_SHARD
+    forgiving: bool = False  # a remote is not let be where computing was merely quicker
 
 
 @dataclass
@@ -373,16 +374,15 @@ class Simulation:
         if over and not self._evict(host, over, kept, now):
             return self._waited(host, seconds, patience, now), set()
         self._store(host, files, now, came=True)
-        if seconds > patience:  # it is all here the next time
-            host.let_be = now + patience + LET_BE_SECONDS
-            self.figures.late += 1
-            return patience, set()
-        return seconds, {b.stem for b in blocks}
+        waited = self._waited(host, seconds, patience, now)
+        return waited, {b.stem for b in blocks} if waited == seconds else set()
 
     def _waited(self, host: _Host, seconds: float, patience: float, now: float) -> float:
+        """How long a prompt waits; what comes later is here for the next one."""
         if seconds > patience:
-            host.let_be = now + patience + LET_BE_SECONDS
             self.figures.late += 1
+            if patience == PATIENCE_SECONDS or not self._setup.forgiving:
+                host.let_be = now + patience + LET_BE_SECONDS
         return min(seconds, patience)
 
     def _wanted(self, host: _Host, keys: Keys) -> tuple[Snapshot | None, list[Block], int]:

@@ -37,7 +37,7 @@ from simulation import (
     Setup,
     Simulation,
 )
-from stock import Block, Sizes, Snapshot, Stock, on_disk
+from stock import Block, Sizes, Snapshot, Stock, Walk, on_disk
 from traffic import Mix, Request, requests, tokens_of
 
 if TYPE_CHECKING:
@@ -73,12 +73,19 @@ class Kept:
         self.stock, self._root, self._now = Stock(SIZES), root, itertools.count()
 
     def position(self, tokens: Sequence[int]) -> tuple[int, bool]:
-        walk = self.stock.walk(Keys(self._root, tokens))
+        walk = self.walk(tokens)
         return walk.position, walk.state is not None
 
-    def keep(self, tokens: Sequence[int], answer: Sequence[int] = ()) -> None:
-        """Keep the state at the end of an answer to a prompt, in one save."""
-        now, walk = float(next(self._now)), self.stock.walk(Keys(self._root, tokens))
+    def walk(self, tokens: Sequence[int]) -> Walk:
+        return self.stock.walk(Keys(self._root, tokens))
+
+    def keep(
+        self, tokens: Sequence[int], answer: Sequence[int] = (), *, began: Walk | None = None
+    ) -> None:
+        """Keep the state at the end of an answer to a prompt, in one save, of a run that began with
+        such a walk.
+        """
+        now, walk = float(next(self._now)), began or self.walk(tokens)
         tokens = [*tokens, *answer]
         keys = Keys(self._root, tokens)
         self.stock.used.update(dict.fromkeys(walk.stems, now))
@@ -134,6 +141,22 @@ def test_blocks_that_begin_among_the_rows_of_others_are_found_as_in_a_real_store
     again = [*short, *answer, 1]
     assert set(kept.stock.blocks) == names(Store(tmp_path))
     assert kept.position(again) == (cache.match(again).position, False) == (90, False)
+
+
+def test_a_save_after_an_earlier_one_of_the_same_run_uses_its_blocks_as_in_a_real_store(
+    tmp_path: Path,
+) -> None:
+    cache = PromptCache(tmp_path, "simulated")
+    runner, kept = Runner(tiny.smallest(), None, cache), Kept(cache.fingerprint.digest)
+    prompt = tiny.random_tokens(300, seed=1, vocab=16)
+    began = kept.walk(prompt)
+    state = runner.prefill(prompt)
+    answer = [step.token for step in runner.generate(state, max_tokens=30)]
+    for saved, more in ((state, []), (runner.state, answer)):
+        cache.keep(saved)
+        kept.keep(prompt, more, began=began)
+    assert set(kept.stock.blocks) == names(Store(tmp_path))
+    assert len(kept.stock.blocks) == 3
 
 
 def test_what_is_evicted_goes_leaf_first_and_the_least_recently_used_first() -> None:
@@ -300,6 +323,17 @@ def test_a_remote_that_is_slow_is_let_be_and_nobody_waits_longer_than_computing(
     assert max(slow.first_token) <= 2 * max(cold.first_token)
 
 
+def test_a_forgiving_machine_asks_again_after_a_prompt_that_was_computed_sooner() -> None:
+    quick = dataclasses.replace(MACHINE, tokens_per_second=10_000.0)
+    strict, forgiving = (run(asked(), machine=quick, forgiving=x) for x in (False, True))
+    assert 0 < strict.late < forgiving.late
+    assert strict.gets < forgiving.gets
+    same = {"machine": dataclasses.replace(MACHINE, tokens_per_second=2.0), "place": Place(9.0)}
+    late = [run(asked(40), forgiving=x, **same) for x in (False, True)]
+    assert late[0].late > 0  # after all of 5 seconds
+    assert late[0] == late[1]
+
+
 def test_a_list_of_many_directories_reads_all_names() -> None:
     long = [Request(0.0, 0, ((1 << 50, 5000),), (2 << 50, 1), keeps_answer=False)]
     by_shard, by_key = (
@@ -404,6 +438,8 @@ def test_a_block_is_as_large_as_its_rows_and_its_header() -> None:
         (Block, SIZES.of_block(44)),
         (Snapshot, SIZES.of_snapshot(2)),
     ]
+    stock.add(blocks, now=0.0)
+    assert stock.missing(keys, stock.walk(keys), 300, 0) == []
 
 
 def test_the_numbers_of_shared_texts_are_not_those_of_others() -> None:
