@@ -103,6 +103,7 @@ def _constants(report: Json) -> Json:
         **lengths,
         "documents": 1 - mix["chats"] - mix["series"],
         "four": NUMBERS[HEADER[1]],
+        "measured": report["measured"],
         "seed": report["seed"],
         "count": report["count"],
         "fleet_count": 4 * report["count"],

@@ -79,7 +79,10 @@ class Scenarios:
         """The constants of all runs."""
         setup = dataclasses.asdict(self._setup)
         rates = {"every_seconds": EVERY_SECONDS, "busiest": BUSIEST}
-        return {"count": self._count, "seed": self._seed, **rates, **setup, "mix": vars(Mix())}
+        performance = json.loads(PERFORMANCE.read_text("utf-8"))
+        measured = f"{performance['date']}, commit {performance['commit']}"
+        run = {"count": self._count, "seed": self._seed, "measured": measured}
+        return {**run, **rates, **setup, "mix": vars(Mix())}
 
     def _asked(self, machines: int, *, seed: int | None = None, times: int = 1) -> list[Request]:
         rate = min(machines, BUSIEST) / EVERY_SECONDS

@@ -35,9 +35,12 @@ def test_the_committed_figures_are_written_as_the_script_writes_them() -> None:
 
 
 def test_the_committed_figures_are_of_the_constants_that_there_are() -> None:
-    told = scenarios.Scenarios(scaling.COUNT, 1, print).told()
+    """But for those that were measured, which may have been measured again."""
+    told = json.loads(json.dumps(scenarios.Scenarios(scaling.COUNT, 1, print).told()))
     report = committed()
-    assert {key: report[key] for key in told} == json.loads(json.dumps(told))
+    assert told.keys() <= report.keys()
+    for name in told.keys() - {"measured", "machine", "sizes"}:
+        assert report[name] == told[name], name
 
 
 def test_the_pictures_of_the_page_are_there() -> None:
