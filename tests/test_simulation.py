@@ -334,6 +334,22 @@ def test_a_forgiving_machine_asks_again_after_a_prompt_that_was_computed_sooner(
     assert late[0] == late[1]
 
 
+@pytest.mark.parametrize(("tokens", "patience"), [(1000, 1.0), (10_000, 5.0)])
+def test_a_prompt_waits_as_long_as_computing_takes_and_what_comes_late_is_there_the_next_time(
+    tokens: int, patience: float
+) -> None:
+    """The second machine waits in vain; its next prompt finds what came."""
+    place = Place(latency=3.0, to_machine=1e12)
+    same = [
+        Request(at, machine, ((1, tokens),), (2 << 50, 1), keeps_answer=False)
+        for at, machine in ((0.0, 0), (500.0, 1), (1000.0, 1))
+    ]
+    found = run(same, place=place, machines=2)
+    assert found.first_token[1] == pytest.approx(tokens / 1000 + patience)
+    assert found.first_token[2] < 0.1
+    assert found.late > 0
+
+
 def test_a_list_of_many_directories_reads_all_names() -> None:
     long = [Request(0.0, 0, ((1 << 50, 5000),), (2 << 50, 1), keeps_answer=False)]
     by_shard, by_key = (
