@@ -58,6 +58,7 @@ def document(report: Json) -> str:
         "budget_cost": _cost(tables["budgets"], ALONE),
         "budget_cost_shared": _cost(tables["budgets"], SHARED),
         "restored_tokens": machine["restored_per_second"] / row,
+        **_sending(tables["sending"]),
         "pages_shard": 1e7 / 256 / PAGE,
         "pages_all": 1e7 / PAGE,
         "seconds_all": 1e7 / PAGE * place["latency"],
@@ -83,6 +84,16 @@ def _filled(point: str) -> str:
     return textwrap.fill(
         point, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
+
+
+def _sending(rows: Sequence[Json]) -> Json:
+    """What it saves and costs to send only what was used again: rows in turn all, again."""
+    stays, stays_again, wanders, wanders_again = rows
+    return {
+        "sent_less": 1 - stays_again["put"] / max(1, stays["put"]),
+        "sent_cost": 100 * (stays_again["computed"] - stays["computed"]),
+        "wander_cost": 100 * (wanders_again["computed"] - wanders["computed"]),
+    }
 
 
 def _cost(rows: Sequence[Json], mode: str) -> float:
@@ -154,6 +165,7 @@ ASKED = (
     _megabytes("MB put", "put"),
 )
 SENT = "sent/new", lambda row: f"{row['amplification']:.2f}"
+STAYS = "sessions", lambda row: "stay" if row["affinity"] else "wander"
 MACHINES = _number("machines", "machines")
 
 
@@ -170,8 +182,12 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     "fleets": (MACHINES, MODE, *FROM, *FIRST),
     "seeds": (_number("seed", "seed"), *FROM, *FIRST, _number("lists", "lists", ".1f")),
     "requests": (MACHINES, *ASKED, _number("objects", "objects"), SENT, LATE),
+    "sending": (
+        STAYS, ("sent", lambda row: "all" if row["sends_all"] else "used again"), *FROM, *FIRST,
+        _number("puts", "puts", ".2f"), _megabytes("MB got", "got"), _megabytes("MB put", "put"),
+    ),
     "affinity": (
-        ("sessions", lambda row: "stay" if row["affinity"] else "wander"),
+        STAYS,
         MODE, *FROM, *FIRST, _megabytes("MB got", "got"),
     ),
     "budgets": (

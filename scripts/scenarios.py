@@ -66,6 +66,7 @@ class Scenarios:
             "fleets": self._fleets,
             "seeds": self._seeds,
             "affinity": self._affinity,
+            "sending": self._sending,
             "budgets": self._budgets,
             "cells": self._cells,
             "places": self._places,
@@ -113,6 +114,13 @@ class Scenarios:
             for affinity in (True, False):
                 label = {"mode": mode, "affinity": affinity}
                 yield self._run(asked, label, mode=mode, affinity=affinity)
+
+    def _sending(self) -> Iterator[Row]:
+        asked = self._asked(FLEET)
+        for affinity in (True, False):
+            for sends_all in (True, False):
+                label = {"affinity": affinity, "sends_all": sends_all}
+                yield self._run(asked, label, affinity=affinity, sends_all=sends_all)
 
     def _budgets(self) -> Iterator[Row]:
         asked = self._asked(10)

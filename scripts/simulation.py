@@ -80,6 +80,7 @@ class Setup:
     cell: int = tree.CELL
     kinds: int = 1  # of arithmetic: rows of another kind have other bits, and other names
     listing: str = BY_SHARD
+    sends_all: bool = True  # or only what a prompt of its own has used again
     forgiving: bool = False  # a remote is not let be where computing was merely quicker
 
 
@@ -419,8 +420,10 @@ class Simulation:
                 self._store(host, added, now, came=False)
                 blocks = [file for file in added if isinstance(file, Block)]
                 host.hold(blocks)
-                if added and self._setup.mode == SHARED and now >= host.let_be:
-                    host.to_send.append(([block for block, _ in walk.steps], added))
+                path = [block for block, _ in walk.steps]
+                wanted = bool(added if self._setup.sends_all else path)
+                if wanted and self._setup.mode == SHARED and now >= host.let_be:
+                    host.to_send.append((path, added if self._setup.sends_all else []))
         if host.to_send and not host.sending:
             self._send(host, now)
 
@@ -467,7 +470,8 @@ class Simulation:
         blocks = [*path, *(file for file in added if isinstance(file, Block))]
         cells = list({block.cell_key: None for block in blocks})
         seconds = self.remote.listed(cells, (BLOCKS,))
-        seconds += self.remote.listed(cells[-1:], (SNAPSHOTS,))
+        if added:
+            seconds += self.remote.listed(cells[-1:], (SNAPSHOTS,))
         missing = [file for file in [*path, *added] if self.remote.lacks(file, host.kind)]
         self.figures.puts += len(missing)
         self.figures.put += sum(file.size for file in missing)

@@ -328,7 +328,10 @@ def test_a_forgiving_machine_asks_again_after_a_prompt_that_was_computed_sooner(
     strict, forgiving = (run(asked(), machine=quick, forgiving=x) for x in (False, True))
     assert 0 < strict.late < forgiving.late
     assert strict.gets < forgiving.gets
-    same = {"machine": dataclasses.replace(MACHINE, tokens_per_second=2.0), "place": Place(9.0)}
+    same: dict[str, Any] = {
+        "machine": dataclasses.replace(MACHINE, tokens_per_second=2.0),
+        "place": Place(9.0),
+    }
     late = [run(asked(40), forgiving=x, **same) for x in (False, True)]
     assert late[0].late > 0  # after all of 5 seconds
     assert late[0] == late[1]
@@ -358,6 +361,15 @@ def test_a_list_of_many_directories_reads_all_names() -> None:
     )
     assert by_shard.lists >= 2 * 10**6 / simulation.PAGE
     assert by_key.lists < 100
+
+
+def test_a_machine_that_sends_what_it_used_again_sends_a_prefix_and_no_question() -> None:
+    asked = [
+        Request(20.0 * i, i % 2, ((1, 512), ((4 << 40) + i, 30)), (2 << 50, 1), keeps_answer=False)
+        for i in range(6)
+    ]
+    found = run(asked, machines=2, sends_all=False)
+    assert found.put == found.distinct == 2 * SIZES.of_block(256)
 
 
 def test_kinds_of_arithmetic_send_the_same_rows_again() -> None:
