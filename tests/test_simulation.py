@@ -308,10 +308,11 @@ def test_what_is_in_memory_is_not_read_again() -> None:
     assert sum(quick.first_token) < sum(slow.first_token)
 
 
-def test_smaller_cells_compute_no_more() -> None:
+def test_smaller_cells_are_more_objects_and_compute_no_more() -> None:
     shared = asked(200, Mix(chats=0.0, series=1.0, shots=3))
-    computed = [run(shared, cell=cell).tokens[COMPUTED] for cell in (64, 256, 1024)]
-    assert computed == sorted(computed)
+    small, own, large = (run(shared, cell=cell) for cell in (64, 256, 1024))
+    assert small.tokens[COMPUTED] <= own.tokens[COMPUTED] <= large.tokens[COMPUTED]
+    assert small.objects > own.objects > large.objects
     assert tree.CELL == 256
 
 
