@@ -64,8 +64,13 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="make docs/scale.json and its page")
     parser.add_argument("--from", dest="figures", type=Path, help="figures that were made before")
     options = parser.parse_args()
-    if options.write and options.only:
-        parser.error("--write makes a page of all tables: leave --only out")
+    if options.write and (options.only or options.short):
+        parser.error("--write makes the page of a whole run: leave --only and --short out")
+    names = list(Scenarios(0, 0, print).tables)
+    if unknown := sorted(set(options.only) - set(names)):
+        parser.error(f"there is no table {unknown[0]!r}: choose of {', '.join(names)}")
+    if options.figures and not options.figures.is_file():
+        parser.error(f"there is no file {options.figures}")
     if options.figures:
         report = json.loads(options.figures.read_text("utf-8"))
     else:

@@ -104,3 +104,32 @@ def test_recomputing_asks_nothing_of_a_store() -> None:
     rows = [row for row in committed()["tables"]["fleets"] if row["mode"] == RECOMPUTE]
     assert len(rows) == len(scenarios.FLEETS)
     assert all(row["computed"] == 1 and row["lists"] == row["puts"] == 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--only", "nothing"], "there is no table 'nothing': choose of fleets, seeds"),
+        (["--from", "nowhere.json"], "there is no file nowhere.json"),
+        (["--write", "--short"], "leave --only and --short out"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(
+    arguments: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["simulate", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        scaling.main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_figures_that_were_made_before_make_the_page_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["simulate", "--from", str(DOCS / "scale.json")])
+    assert scaling.main() == 0
+    assert capsys.readouterr().out == (DOCS / "scale.md").read_text("utf-8")
