@@ -288,6 +288,18 @@ def test_what_is_evicted_is_what_was_stored_and_is_not_there() -> None:
     assert found.evicted >= written - there  # whole pieces of the drive
 
 
+def test_what_made_others_go_is_stored_itself() -> None:
+    state = on_disk(SIZES.of_block(256)) + on_disk(SIZES.of_snapshot(1))
+    machine = dataclasses.replace(MACHINE, budget=2 * state)
+    same = [
+        Request(10.0 * i, 0, ((thing, 256),), (2 << 50, 1), keeps_answer=False)
+        for i, thing in enumerate((1, 2, 3, 3))
+    ]
+    found = run(same, machines=1, mode=ALONE, machine=machine)
+    assert found.evicted > 0
+    assert found.tokens[DISK] == 256
+
+
 def test_sharing_reuses_no_less_than_machines_alone() -> None:
     assert run(asked()).reused > run(asked(), mode=ALONE).reused > 0
 
