@@ -10,8 +10,9 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fleet import ALONE, BY_KEY, BY_SHARD, RECOMPUTE, SHARED
 from mlx_promptcache.plots import COLOURS, MARKS, Line, Picture
-from simulation import ALONE, BY_KEY, BY_SHARD, PAGE, RECOMPUTE, SHARED
+from simulation import PAGE
 from traffic import HEADER
 
 if TYPE_CHECKING:

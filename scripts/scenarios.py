@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simulation import (
+from fleet import (
     ALONE,
     BY_KEY,
     BY_SHARD,
@@ -22,8 +22,8 @@ from simulation import (
     Machine,
     Place,
     Setup,
-    Simulation,
 )
+from simulation import Simulation
 from stock import Sizes
 from traffic import Mix, Request, requests
 

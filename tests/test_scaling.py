@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import scalepage
 import scaling
 import scenarios
-from simulation import ALONE, BY_KEY, BY_SHARD, RECOMPUTE, SHARED
+from fleet import ALONE, BY_KEY, BY_SHARD, RECOMPUTE, SHARED
 
 DOCS = ROOT / "docs"
 

@@ -22,9 +22,10 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import simulation
 import traffic
-from simulation import (
+from fleet import (
     ALONE,
     BY_KEY,
+    BY_SHARD,
     COMPUTED,
     DISK,
     MEMORY,
@@ -35,8 +36,8 @@ from simulation import (
     Machine,
     Place,
     Setup,
-    Simulation,
 )
+from simulation import Simulation
 from stock import Block, Sizes, Snapshot, Stock, Walk, on_disk
 from traffic import Mix, Request, requests, tokens_of
 
@@ -369,8 +370,7 @@ def test_a_prompt_waits_as_long_as_computing_takes_and_what_comes_late_is_there_
 def test_a_list_of_many_directories_reads_all_names() -> None:
     long = [Request(0.0, 0, ((1 << 50, 5000),), (2 << 50, 1), keeps_answer=False)]
     by_shard, by_key = (
-        run(long, place=Place(strangers=10**6), listing=listing)
-        for listing in (simulation.BY_SHARD, BY_KEY)
+        run(long, place=Place(strangers=10**6), listing=listing) for listing in (BY_SHARD, BY_KEY)
     )
     assert by_shard.lists >= 2 * 10**6 / simulation.PAGE
     assert by_key.lists < 100
