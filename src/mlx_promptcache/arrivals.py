@@ -24,6 +24,7 @@ from mlx_promptcache.writer import ID_DIGITS, Writer, record_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     from mlx_promptcache.budget import Budget
     from mlx_promptcache.quarantine import Quarantine
@@ -37,12 +38,17 @@ FORGOTTEN_SECONDS = 86400.0  # what did not come whole within a day is fetched a
 
 
 class Arrival(NamedTuple):
-    """A whole file, checked."""
+    """A whole file, checked. What was fetched waits in `part` until it is added."""
 
     kind: str
     stem: str
     header: Header
     data: bytes
+    part: Path | None
+
+    def settled(self) -> None:
+        """It was added: what was fetched is needed no more."""
+        _forget(self.part)
 
 
 class Arrivals:
@@ -71,16 +77,22 @@ class Arrivals:
             try:
                 if self._trust is not None and file.signature is None:
                     raise SignatureError("nobody signed it")
-                return self._checked(kind, file, _whole(remote, file))
+                data, part = _whole(remote, file)
             except (DamagedFile, SignatureError) as exc:
                 wrong.append(str(exc))
+                continue
+            try:
+                return self._checked(kind, file, data, part)
+            except (DamagedFile, SignatureError) as exc:
+                wrong.append(str(exc))
+                _forget(part)
         if wrong:
             said = f"a {kind.removesuffix('s')} that came from elsewhere is not used: {wrong[0]}"
             log.warning("%s", said)
             self.refused.append(said)
         return None
 
-    def _checked(self, kind: str, file: RemoteFile, data: bytes) -> Arrival:
+    def _checked(self, kind: str, file: RemoteFile, data: bytes, part: Path | None) -> Arrival:
         def read(at: int, count: int) -> bytes:
             return data[at : at + count]
 
@@ -96,7 +108,7 @@ class Arrivals:
         if kind == BLOCKS and shared_stem(file.stem, header.digest) != file.stem:
             raise DamagedFile("it is not what its name says")
         container.check(read, header.entries.values())
-        return Arrival(kind, file.stem, header, data)
+        return Arrival(kind, file.stem, header, data, part)
 
     def trusts(self, kind: str, stem: str, signature: str | None) -> bool:
         """Whether something without bytes, as a name, may be believed."""
@@ -144,6 +156,8 @@ class Arrivals:
                 writer = Writer(self._store, self._bad, sync=False)
                 stems = {block.stem: self._block(writer, block) for block in came}
                 self._count(writer, writer.written)
+        for block in came:
+            block.settled()
         return stems
 
     def _block(self, writer: Writer, block: Arrival) -> str:
@@ -164,6 +178,7 @@ class Arrivals:
                 writer = Writer(self._store, self._bad, sync=False)
                 writer.snapshot(stem, packed)
                 self._count(writer, bool(writer.bytes))
+        snapshot.settled()
         return stem
 
     def _count(self, writer: Writer, files: int) -> None:
@@ -201,19 +216,21 @@ def _using(snapshot: Arrival, stems: Sequence[str]) -> tuple[str, Packed]:
     return stem, Packed([*head.chunks, payload], head.digest)
 
 
-def _whole(remote: Remote, file: RemoteFile) -> bytes:
-    """The bytes of a file, those first that came before. Raises RemoteError, DamagedFile."""
+def _whole(remote: Remote, file: RemoteFile) -> tuple[bytes, Path | None]:
+    """The bytes of a file, those first that came before, and where they wait. Raises RemoteError,
+    DamagedFile.
+    """
     part = places.incoming() / hashlib.sha256(f"{remote.url} {file.path}".encode()).hexdigest()[:32]
     try:
         part.parent.mkdir(0o700, parents=True, exist_ok=True)
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError:  # then nothing is kept of what does not come whole
-        return b"".join(remote.read(file.path, 0, file.size))
+        return _read(remote, file), None
     with os.fdopen(fd, "r+b", buffering=0) as kept:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:  # another process fetches it, too
-            return b"".join(remote.read(file.path, 0, file.size))
+            return _read(remote, file), None
         offset = min(kept.seek(0, os.SEEK_END), file.size)
         try:
             for piece in remote.read(file.path, offset, file.size):
@@ -222,10 +239,20 @@ def _whole(remote: Remote, file: RemoteFile) -> bytes:
             raise DamagedFile(f"it cannot be kept here until it is whole: {exc.strerror}") from exc
         kept.seek(0)
         data = kept.read(file.size)
-        part.unlink(missing_ok=True)
     if len(data) != file.size:
+        _forget(part)
         raise DamagedFile("it is shorter there than it is said to be")
-    return data
+    return data, part
+
+
+def _read(remote: Remote, file: RemoteFile) -> bytes:
+    return b"".join(remote.read(file.path, 0, file.size))
+
+
+def _forget(part: Path | None) -> None:
+    with contextlib.suppress(OSError):
+        if part is not None:
+            part.unlink(missing_ok=True)
 
 
 def forget_parts() -> None:
