@@ -280,7 +280,9 @@ def _inside(directory: Path) -> Iterator[str]:
     yield from (path.name for path in directory.iterdir())
 
 
-def test_whatever_is_wrong_there_no_wrong_state_comes(tmp_path: Path) -> None:
+def test_whatever_is_wrong_there_no_wrong_state_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = f"file://{tmp_path}/shared"
     expected = saved(tmp_path / "one")
     cache(tmp_path / "one").sharing(url).push()
@@ -291,6 +293,7 @@ def test_whatever_is_wrong_there_no_wrong_state_comes(tmp_path: Path) -> None:
         size = path.stat().st_size
         for position in (9, size // 2, size - 1):
             flip(target, position)
+            monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"user {number} {position}"))
             two = tmp_path / f"two {number} {position}"
             came = cache(two).sharing(url).pull()
             assert came.refused or NAMES in path.parts
