@@ -321,6 +321,7 @@ def test_ctrl_c_ends_an_answer_and_keeps_what_was_said(terminal: Any, chat: Any)
     talk.until(SAID)
     talk.type("\x03")
     talk.until("what was said is kept")
+    talk.until("> ")
     talk.type("\x04")
     assert talk.close() == 0
     told = chat("", "--session", "s", "--json").json
