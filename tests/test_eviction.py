@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import random
+import shutil
 import time
 from typing import TYPE_CHECKING
 
@@ -273,6 +274,27 @@ def test_a_tokenizer_that_was_not_used_for_long_goes_and_one_that_was_stays(
     used(cache, state_of(1), 60)
     gone = cache.prune(size(cache) - 1)
     assert (gone.tokenizers, gone.blocks) == (("aa/aa",), ())
+
+
+def test_a_state_keeps_rows_whose_neighbours_are_kept_by_a_name(
+    cache: PromptCache, tmp_path: Path
+) -> None:
+    """Two runs cut one prompt differently, and their stores were put together: the later block is
+    one file of both, the first rows are not.
+    """
+    state, named = state_of(7, 600), PromptCache(tmp_path / "other", "tiny")
+    named.save("all of it", state)
+    cache.keep(runner().prefill(state.tokens[:100]))
+    cache.keep(state)
+    stored = Store(cache.directory)
+    assert len(files_of(cache, state)) == len(files_of(named, state)) + 1  # cut once more
+    shared = set(files_of(cache, state)) & set(files_of(named, state))
+    assert {kind for kind, _ in shared} == {BLOCKS}
+    shutil.copytree(named.directory, cache.directory, dirs_exist_ok=True)
+    while evict_one_file(cache):
+        assert not cache.verify().damaged
+    assert not {stem for _, stem in shared} - set(stored.stems(BLOCKS))
+    assert digest(cache.load("all of it")) == digest(state)
 
 
 @pytest.mark.parametrize("seed", range(6))

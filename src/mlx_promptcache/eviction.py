@@ -79,13 +79,16 @@ class Eviction:
                 continue
 
     def _edges(self) -> dict[Node, set[Node]]:
-        """What each file stands on: a snapshot on its last block, a block on the one before."""
+        """What each file stands on: a snapshot on its blocks, a block on the one before.
+
+        On all its blocks: the last alone would not hold the others where one between them stays
+        for a name and is no part of this plan.
+        """
         parents: dict[Node, set[Node]] = defaultdict(set)
         follows: set[str] = set()
         for stem, snapshot in self._snapshots.items():
             path = [use.stem for use in snapshot.uses] if snapshot is not None else []
-            if path:
-                parents[SNAPSHOTS, stem].add((BLOCKS, path[-1]))
+            parents[SNAPSHOTS, stem].update((BLOCKS, use) for use in path)
             for before, after in pairwise(path):
                 parents[BLOCKS, after].add((BLOCKS, before))
             follows.update(path)
