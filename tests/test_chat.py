@@ -232,15 +232,29 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
+    def press(self, key: str, text: str) -> None:
+        """Press a control key, and again until this is shown: Python's line editing notes a Ctrl-C
+        that comes right after its prompt with the next key only.
+        """
+        end = time.monotonic() + WAIT_SECONDS
+        while text not in self._left:
+            assert time.monotonic() < end, f"{text!r} was not shown: {self._left!r}"
+            self.type(key)
+            self._read(1.0)
+        self.until(text)
+
     def until(self, text: str) -> str:
         """Read until this is shown; return all that was since the last time."""
         end = time.monotonic() + WAIT_SECONDS
         while text not in self._left:
             assert time.monotonic() < end, f"{text!r} was not shown: {self._left!r}"
-            if select.select([self._fd], [], [], 0.2)[0]:
-                self._left += os.read(self._fd, 4096).decode(errors="replace")
+            self._read(0.2)
         shown, _, self._left = self._left.partition(text)
         return shown + text
+
+    def _read(self, seconds: float) -> None:
+        if select.select([self._fd], [], [], seconds)[0]:
+            self._left += os.read(self._fd, 4096).decode(errors="replace")
 
     def kill(self) -> None:
         os.kill(self.process.pid, signal.SIGKILL)
@@ -313,8 +327,7 @@ def test_ctrl_c_ends_an_answer_and_keeps_what_was_said(terminal: Any, chat: Any)
     talk.type("\x03")
     talk.until("what was said is kept")
     talk.until("> ")
-    talk.type("\x03")  # at the prompt it only says how to end
-    talk.until("Ctrl-D or /quit ends")
+    talk.press("\x03", "Ctrl-D or /quit ends")  # at the prompt it only says how to end
     talk.type("/edit\n")
     talk.until("> The cat")  # typed already
     talk.type("!\n")
