@@ -277,6 +277,14 @@ def test_what_fails_in_the_thread_is_said_where_it_is_waited_for(
             runner.prefill(PROMPT)
 
 
+def test_a_text_beyond_the_context_is_encoded_without_a_word(
+    original: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = checkpoint.load_tokenizer(original, {})
+    assert len(tokenizer.encode("cat " * 3000)) > 2048
+    assert not caplog.records
+
+
 def test_on_the_command_line_it_is_one_line(model: Path) -> None:
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])

@@ -129,7 +129,13 @@ def _why(exc: Exception) -> str:
 
 
 def _tokenizer(path: Path, ends: Any) -> Any:
-    return importlib.import_module("mlx_lm.utils").load_tokenizer(path, eos_token_ids=ends)
+    wrapper = importlib.import_module("mlx_lm.utils").load_tokenizer(path, eos_token_ids=ends)
+    # transformers warns of texts beyond the context, once and only where it encodes; whoever runs a
+    # prompt tells it in words of this program's own.
+    told = getattr(wrapper, "deprecation_warnings", None)
+    if isinstance(told, dict):
+        told["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return wrapper
 
 
 def _reading() -> mx.Stream | None:
