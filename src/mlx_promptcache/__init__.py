@@ -22,6 +22,7 @@ from mlx_promptcache.errors import (
     ModelError,
     PromptCacheError,
     PromptError,
+    RankError,
     StoreError,
     UnsupportedLayer,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "PromptCache",
     "PromptCacheError",
     "PromptError",
+    "RankError",
     "Runner",
     "Sampling",
     "Saved",

@@ -11,6 +11,7 @@ PromptCacheError
 │   └── NotQuantisable   a layer that mlx-lm cannot quantise as it was asked to
 ├── ModelError           no such model, or not one that mlx-lm can load
 ├── PromptError          a prompt that cannot be run: empty, or longer than the context
+├── RankError            another process of a distributed run failed, or cannot be reached
 └── MeasuringError       a program that was to be measured did not do its work
 
 Each message is one sentence that says what is wrong and, where there is something, what to do.
@@ -66,6 +67,10 @@ class ModelError(PromptCacheError):
 
 class PromptError(PromptCacheError):
     """The prompt cannot be run as it is."""
+
+
+class RankError(PromptCacheError):
+    """Another rank has failed, cannot be reached, or was given something else than this one."""
 
 
 class MeasuringError(PromptCacheError):

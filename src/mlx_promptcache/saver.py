@@ -85,7 +85,7 @@ class Saver:
             StoreError: the name is taken or cannot be one, or the file system refuses.
         """
         if name is not None and not replace:
-            self._check_free(name)
+            self.check_free(name)
         state = self._state
         refs = self._rows()
         for earlier in (state.at(mark) for mark in state.marks if mark.position < state.n_past):
@@ -125,7 +125,8 @@ class Saver:
         self._shared += saved.blocks_shared
         self._bytes += saved.bytes_written
 
-    def _check_free(self, name: str) -> None:
+    def check_free(self, name: str) -> None:
+        """Raise StoreError if the name stands for other tokens."""
         try:
             stem = self._store.read_name(name)
         except CacheMiss:

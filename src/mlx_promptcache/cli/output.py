@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from mlx_promptcache.deletion import Deletion
 
 CONTROLS = re.compile("[\x7f-\x9f\u2028\u2029]")  # some terminals obey those, too
+PROGRAM = "mlx-promptcache"
 STARTED = time.time()  # a fallback: the process is a few hundredths of a second older
+
+_speaker = PROGRAM
 
 
 def debug() -> bool:
@@ -28,7 +31,7 @@ def debug() -> bool:
 
 def error(sentence: str) -> None:
     """Say what is wrong, in one line."""
-    click.echo(f"mlx-promptcache: {printable(' '.join(sentence.split()))}", err=True)
+    click.echo(f"{_speaker}: {printable(' '.join(sentence.split()))}", err=True)
 
 
 def printable(text: str) -> str:
@@ -42,7 +45,7 @@ class _Notice(logging.Formatter):
     """A notice as one line that commands no terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(f"mlx-promptcache: {' '.join(record.getMessage().split())}")
+        return printable(f"{_speaker}: {' '.join(record.getMessage().split())}")
 
 
 def set_up_notices(*, quiet: bool) -> None:
@@ -53,6 +56,14 @@ def set_up_notices(*, quiet: bool) -> None:
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.CRITICAL if quiet else logging.WARNING)
+
+
+def speak_for(rank: int) -> None:
+    """Of several processes of one run only the first one answers; notices tell whose they are."""
+    global _speaker
+    if rank:
+        _speaker = f"{PROGRAM} (rank {rank})"
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - to the end
 
 
 def print_json(value: dict[str, Any]) -> None:
