@@ -200,14 +200,19 @@ class Ranks:
         self.wishes_to_end = self.ending = False
 
     def leading(self, token: mx.array) -> mx.array:
-        """The token, `[1]`, that rank 0 drew, on all ranks. Evaluates nothing.
+        """The token, `[1]`, that rank 0 drew, on all ranks. It is on its way when this returns.
 
         Logits may differ between ranks in their last bits, and then so may draws. What ranks wish
         is told along with it: a message of its own would wait for the next forward call.
         """
-        drawn = token.astype(mx.int32) if self.leads else mx.zeros((1,), mx.int32)
+        # The others' own draw is taken into it, times 0: without it MLX would be free to send their
+        # message before the forward call, whose messages others wait for.
+        drawn = token.astype(mx.int32) * int(self.leads)
         row = mx.concatenate([drawn, mx.array([self.wishes_to_end], mx.int32)])
         both = mx.distributed.all_sum(row, group=self._group)
+        # Now, and not with the next forward call: what a pipeline receives depends on nothing, so
+        # MLX would be free to wait for it before this is sent.
+        mx.async_eval(both)
         self._wishes.append(both[1:])
         return both[:1].astype(token.dtype)
 
