@@ -8,17 +8,21 @@ DEEDS are JSON, `[[deed, arguments], ...]`; what they return is printed, as JSON
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
 from mlx_lm.models import llama, qwen2
 
 import tiny
-from mlx_promptcache import PromptCacheError, Runner, Sampling
+from mlx_promptcache import PromptCacheError, Runner, Sampling, StoreError
 from mlx_promptcache.ranks import Ranks
 from mlx_promptcache.shard_cache import ShardCache
+from mlx_promptcache.store import Store
 
 if TYPE_CHECKING:
     from mlx_promptcache.run import Run
@@ -54,6 +58,8 @@ class Player:
     def do(self, deed: str, *arguments: Any) -> Any:
         """Do something, and tell what came of it; an error is its class and its sentence."""
         fed = self.runner.tokens_fed
+        log = logging.getLogger("mlx_promptcache")
+        log.handlers, log.propagate = [logging.NullHandler()], False
         try:
             told = getattr(self, deed)(*arguments)
         except PromptCacheError as exc:
@@ -94,10 +100,40 @@ class Player:
         """A hash of the state at hand, to the last bit."""
         return tiny.digest(self.runner.state)
 
-    def die(self, rank: int) -> None:
-        """End one rank as a crash would."""
+    def draw_afresh(self, length: int, count: int) -> list[int]:
+        """Generate with no seed."""
+        prompt = tiny.random_tokens(length, 2)
+        return [step.token for step in self.runner.generate(prompt, count, Sampling(temp=2.0))]
+
+    def skew(self, rank: int) -> None:
+        """Let one rank's logits be nothing like the others'."""
+        forward = self.runner.forward
+
+        def skewed(inputs: mx.array, layers: list[Any]) -> tuple[mx.array, mx.array | None]:
+            logits, hidden = forward(inputs, layers)
+            return -logits, hidden
+
         if self.ranks.rank == rank:
-            os._exit(9)
+            vars(self.runner)["forward"] = skewed
+
+    def fill_drive(self, rank: int) -> None:
+        """Let nothing be written by one rank any more."""
+
+        def write(*_: Any, **__: Any) -> bool:
+            raise StoreError("the drive is full")
+
+        if self.ranks.rank == rank:
+            Store.write = write  # type: ignore[method-assign]
+
+    def die_when_writing(self, rank: int) -> None:
+        """Let one rank end at its next write, as a crash would end it."""
+        if self.ranks.rank == rank:
+            Store.write = lambda *_, **__: os._exit(9)  # type: ignore[method-assign]
+
+    def sleep(self, rank: int, seconds: float) -> None:
+        """Let one rank do nothing."""
+        if self.ranks.rank == rank:
+            time.sleep(seconds)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class Ranks:
         """Whether this rank wants all to stop generating; it is told with the next token."""
         self.ending = False
         """Whether any rank wanted so when the latest token was drawn: the same on all ranks."""
+        self._confessed: BaseException | None = None
         self._wishes: deque[mx.array] = deque()
         self._watchdog = Watchdog(self.name, wait_seconds)
 
@@ -164,9 +165,11 @@ class Ranks:
             yield
         except RankError:  # all know already
             raise
-        except BaseException:
-            with contextlib.suppress(RankError):
-                self._exchanged(FAILED)
+        except BaseException as exc:
+            if exc is not self._confessed:
+                self._confessed = exc
+                with contextlib.suppress(RankError):
+                    self._exchanged(FAILED)
             raise
         self.told(doing)
 
@@ -212,7 +215,8 @@ class Ranks:
         both = mx.distributed.all_sum(row, group=self._group)
         # Now, and not with the next forward call: what a pipeline receives depends on nothing, so
         # MLX would be free to wait for it before this is sent.
-        mx.async_eval(both)
+        with self.waiting():
+            mx.async_eval(both)
         self._wishes.append(both[1:])
         return both[:1].astype(token.dtype)
 

@@ -163,6 +163,10 @@ class Run:
         with self._runner.waiting():
             mx.eval(arrays)
 
+    def _begin_to_evaluate(self, *arrays: Any) -> None:
+        with self._runner.waiting():
+            mx.async_eval(arrays)
+
     @property
     def prefilled_tokens(self) -> int:
         """Tokens of the prompt that were fed; fewer than all where the prefill was interrupted."""
@@ -238,7 +242,7 @@ class Run:
         limit = self._runner.room_for(self._held, max_tokens)
         draw = Draw(self.sampling, self._tokens, self._runner.ranks)
         key, token = draw(self.key, self._logits)
-        mx.async_eval(token)
+        self._begin_to_evaluate(token)
         for count in range(1, limit + 1):
             # The first token of a run is shown before its own forward call; after the last one
             # nothing needs a forward call any more, unless somebody asks for the state.
@@ -246,7 +250,7 @@ class Run:
             if 1 < count < limit:
                 self._feed(token)
                 key, following = draw(self.key, self._logits, token)
-                mx.async_eval(following, self._logits)
+                self._begin_to_evaluate(following, self._logits)
                 value = self._read()
             else:
                 self._unfed, value, following = token, self._value(token), token
@@ -275,7 +279,7 @@ class Run:
         self._forward(token[None], 1)
         self._unread = token
         if self._held - self._passed_until >= self._runner.shortest_window:
-            mx.async_eval(self._keep_passed())
+            self._begin_to_evaluate(*self._keep_passed())
 
     def _read(self) -> int:
         assert self._unread is not None  # noqa: S101 - `_feed` came before
