@@ -13,7 +13,7 @@ import pytest
 
 import launched
 import tiny
-from mlx_promptcache import Runner
+from mlx_promptcache import PromptCache, Runner
 from mlx_promptcache.errors import ModelError, RankError
 from mlx_promptcache.fingerprint import Fingerprint
 from mlx_promptcache.ranks import FAILED, WAIT, Ranks
@@ -313,6 +313,16 @@ def test_each_rank_has_a_name_of_its_own_for_a_state() -> None:
     assert ranks.own_name("talk") == "talk"
     ranks.rank = 1
     assert ranks.own_name("talk") == "talk@tensor-1-of-2"
+
+
+def test_clearing_a_name_takes_the_parts_of_all_ranks_along(tmp_path: Path) -> None:
+    cache = PromptCache(tmp_path / "store", "plain")
+    runner = Runner(tiny.plain(), None, cache)
+    for n, name in enumerate(["talk", "talk@tensor-1-of-2", "talk@home", "other@tensor-1-of-2"]):
+        cache.save(name, runner.prefill(tiny.random_tokens(20, n)), sync=False)
+    assert sorted(cache.clear(["talk"]).names) == ["talk", "talk@tensor-1-of-2"]
+    assert cache.clear(["other"]).names == ("other@tensor-1-of-2",)
+    assert [entry.name for entry in cache.list()] == ["talk@home"]
 
 
 def test_a_shard_is_another_fingerprint() -> None:
