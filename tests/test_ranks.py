@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,10 @@ def test_ctrl_c_on_one_rank_ends_all_after_the_same_token(model: Path) -> None:
         ranks[1].send_signal(signal.SIGINT)
         results = launched.ended(ranks)
     assert [result.code for result in results] == [130, 130]
+    kept = PromptCache(model / "prompt_cache", "any").list()
+    held = Counter(entry.tokens for entry in kept)
+    assert {count % 2 for count in held.values()} == {0}  # a part of each rank's
+    assert max(held) > 20
 
 
 def test_standard_input_without_end_is_refused(model: Path) -> None:

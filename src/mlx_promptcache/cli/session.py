@@ -45,7 +45,8 @@ class Session:
         self.generation_seconds = 0.0
         self.saved: Saved | None = None
         self.broken_pipe: BrokenPipeError | None = None
-        self._bar = sys.stderr.isatty() and not quiet and not as_json
+        speaks = runner.ranks is None or runner.ranks.leads
+        self._bar = sys.stderr.isatty() and not quiet and not as_json and speaks
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Progress]:
