@@ -26,7 +26,7 @@ REAL_MODEL = places.demo_model()
 # workers end at about the same time.
 LAST = (
     "test_adapters", "test_kv_settings", "test_engine", "test_benchmark", "test_cli", "test_kill",
-    "test_many", "test_scripts", "test_real", "test_conformance",
+    "test_many", "test_ranks", "test_scripts", "test_real", "test_conformance",
 )  # fmt: skip
 
 

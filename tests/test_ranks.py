@@ -14,7 +14,7 @@ import pytest
 
 import launched
 import tiny
-from mlx_promptcache import PromptCache, Runner
+from mlx_promptcache import PromptCache, Runner, checkpoint
 from mlx_promptcache.errors import ModelError, RankError
 from mlx_promptcache.fingerprint import Fingerprint
 from mlx_promptcache.ranks import FAILED, WAIT, Ranks
@@ -311,6 +311,10 @@ def test_what_cannot_take_part_is_refused(
     monkeypatch.setattr(Ranks, "join", lambda strategy: Ranks(Group(), strategy))
     with pytest.raises(ModelError, match="adapters and draft models"):
         Runner.load(str(model), adapter_path=str(tmp_path), shard="tensor")
+    whole = checkpoint.load(model, None)
+    whole.weights.wait()
+    with pytest.raises(ValueError, match="the whole model"):
+        Runner.load(str(model), loaded=whole, shard="tensor")
 
 
 def test_each_rank_has_a_name_of_its_own_for_a_state() -> None:

@@ -155,6 +155,8 @@ class Runner:
             StoreError: `cache_dir` is something else than a store.
             RankError: with `shard`, there are no other processes, or one of them has failed.
         """
+        if shard is not None and loaded is not None:
+            raise ValueError("what is loaded already is the whole model: leave `loaded` out")
         ranks = _join(shard)
         if ranks is not None and (adapter_path is not None or draft_model is not None):
             raise ModelError(
