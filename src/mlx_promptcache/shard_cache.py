@@ -30,10 +30,13 @@ UNLIKE = "the ranks' machines compute with other bits, and --exact reuses none o
 
 
 class _Agreed(NamedTuple):
-    """The deepest position that all ranks say they hold, and which rank kept it from being more."""
+    """The deepest position that all ranks say they can go on from, which rank kept it from being
+    more, and how many tokens all have stored, whether or not they can go on there.
+    """
 
     position: int
     short: int | None
+    stored: int
 
 
 class ShardCache(PromptCache):
@@ -78,7 +81,7 @@ class ShardCache(PromptCache):
         agreed = self._agree(tokens, plan, None)
         if agreed.position == own.position:
             return own
-        return Match(agreed.position, False, None, self._why(agreed, own.reason), own.stored)
+        return Match(agreed.position, False, None, self._why(agreed, own.reason), agreed.stored)
 
     def resume(
         self,
@@ -92,12 +95,12 @@ class ShardCache(PromptCache):
         """Return the state of the longest prefix of these tokens that all ranks hold, in fresh
         layers; see `PromptCache.resume`.
         """
-        stored = self._stored(tokens, plan)
         if plan is not None and not self.ranks.alike("arithmetic", arithmetic.lineage()):
             return Resumed(None, None, Match(0, False, None, UNLIKE))
-        refused: str | None = None
+        refused, stored = None, len(tokens)
         while True:  # each time round the position is lower
             agreed = self._agree(tokens, plan, limit)
+            stored = min(stored, agreed.stored)
             refused = self._why(agreed, refused)
             if agreed.position == 0:
                 reason = refused or super().match(tokens, plan=plan).reason
@@ -113,21 +116,18 @@ class ShardCache(PromptCache):
             refused = own.match.reason or self._short_of(got.index(min(got)), min(got))
             limit = min(got)
 
-    def _stored(self, tokens: Sequence[int], plan: Plan | None) -> int:
-        """How many of these tokens all ranks have stored, whether or not they can go on there."""
-        return min(row[0] for row in self.ranks.told("looking up", self._found(tokens, plan)[1]))
-
     def _agree(self, tokens: Sequence[int], plan: Plan | None, limit: int | None) -> _Agreed:
         """The deepest position, at most at `limit`, that all ranks say they can go on from."""
         short: int | None = None
         while True:
-            mine = self._found(tokens, plan, limit)[0]
-            told = [row[0] for row in self.ranks.told("looking for a prefix", mine)]
+            mine, stored = self._found(tokens, plan, limit)
+            rows = self.ranks.told("looking for a prefix", mine, stored)
+            told = [row[0] for row in rows]
             least = min(told)
             if least < max(told):
                 short = told.index(least)
             if least in {0, max(told)}:
-                return _Agreed(least, short)
+                return _Agreed(least, short, min(row[1] for row in rows))
             limit = least
 
     def _found(
