@@ -114,11 +114,11 @@ class Runner:
         self._to_be_told = False
         self._trunk = Trunk.of(model, self._probe)
         self._blueprint = self._look()
+        self._traits = Traits.of(self._blueprint)
         if draft_model is not None:
             self._check_draft()
         if self.cache is not None:
             self.cache.blueprint = self._blueprint
-        self._traits = Traits.of(self._blueprint)
         if ranks is not None:
             self._agree(ranks)
         self._run: Run | None = None
