@@ -7,6 +7,9 @@ DEEDS are JSON, `[[deed, arguments], ...]`; what they return is printed, as JSON
 
 from __future__ import annotations
 
+# First: mlx-lm is imported in part then, which saves each process seconds.
+import mlx_promptcache.engine  # noqa: F401  # isort: skip
+
 import json
 import logging
 import os
