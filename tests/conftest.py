@@ -27,7 +27,8 @@ REAL_MODEL = places.demo_model()
 LAST = (
     "test_completion", "test_report_page", "test_examples", "test_adapters", "test_kv_settings",
     "test_engine", "test_benchmark", "test_cli", "test_chat", "test_batch", "test_sharing",
-    "test_kill", "test_many", "test_server", "test_scripts", "test_real", "test_conformance",
+    "test_kill", "test_many", "test_ranks", "test_server", "test_scripts", "test_real",
+    "test_conformance",
 )  # fmt: skip
 
 

@@ -103,6 +103,8 @@ class Batch:
         runner = self._runner
         if runner.speculative or runner.kv.bits is not None or not runner.capturable:
             return False
+        if runner.ranks is not None:  # each would draw for itself
+            return False
         layers = self._layers or runner.make_layers()
         every = [*layers, *(layer for _, layer in leaves(layers))]
         # It forgets that a window keeps its first rows.

@@ -162,22 +162,20 @@ class PromptCache:
 
     def with_kv(self, kv: KVSettings) -> PromptCache:
         """The same store for the same model with other KV settings."""
-        if kv == self.kv:
-            return self
-        other = PromptCache(
-            self.directory, self.fingerprint, kv=kv, read_only=self.read_only,
-            max_bytes=self.budget.max_bytes, allow_foreign=self._store.allow_foreign,
-        )  # fmt: skip
-        return self._like(other)
+        return self if kv == self.kv else self._like(self._other(self.fingerprint, kv))
 
     def with_salt(self, salt: str) -> PromptCache:
         """The same store for the same model in another private namespace."""
-        cache = PromptCache(
-            self.directory, self.fingerprint.with_salt(salt), kv=self.kv, read_only=self.read_only,
-            max_bytes=self.budget.max_bytes, allow_foreign=self._store.allow_foreign,
-        )  # fmt: skip
+        cache = self._other(self.fingerprint.with_salt(salt), self.kv)
         cache.blueprint = self.blueprint
         return self._like(cache)
+
+    def _other(self, fingerprint: Fingerprint, kv: KVSettings) -> PromptCache:
+        """A cache of the same kind in the same store."""
+        return PromptCache(
+            self.directory, fingerprint, kv=kv, read_only=self.read_only,
+            max_bytes=self.budget.max_bytes, allow_foreign=self._store.allow_foreign,
+        )  # fmt: skip
 
     def _like(self, other: PromptCache) -> PromptCache:
         """Another cache, with the remote of this one."""

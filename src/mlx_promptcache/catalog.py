@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -17,13 +18,14 @@ from mlx_promptcache.store import SNAPSHOTS, Store
 from mlx_promptcache.tree import SnapshotName
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from mlx_promptcache.container import Header
     from mlx_promptcache.facts import Use
     from mlx_promptcache.fingerprint import Fingerprint
 
+PART = re.compile(r"@[a-z]+-[0-9]+-of-[0-9]+$")  # see `Ranks.own_name`
 OK, STALE, DAMAGED = "ok", "stale", "damaged"
 STALE_PARTS = ("weights", "config", "text", "format")  # the other parts are chosen from run to run
 
@@ -100,14 +102,14 @@ class Catalog:
         return sorted(found, key=lambda e: (-e.created, e.name or "", e.stem))
 
     def named(self, names: Iterable[str]) -> list[Entry]:
-        """The entries of these names, or snapshots' ids.
+        """The entries of these names, or snapshots' ids; with a name all ranks' parts of its state.
 
         Raises:
             CacheMiss: there is no such name.
         """
         chosen = []
         self._read_names_again()
-        for name in (unicodedata.normalize("NFC", name) for name in names):
+        for name in self._with_parts(unicodedata.normalize("NFC", name) for name in names):
             stem = self.names.get(name)
             if stem is None:
                 stems = [s for s in self._snapshots if _id_of(s) == name]
@@ -121,6 +123,14 @@ class Catalog:
             else:
                 chosen.append(_lost_name(name))
         return chosen
+
+    def _with_parts(self, names: Iterable[str]) -> Iterator[str]:
+        """These names, and those of other ranks' parts; a rank's own store has its part alone."""
+        for name in names:
+            parts = [n for n in self.names if PART.sub("", n) == name != n]
+            if name in self.names or not parts:
+                yield name
+            yield from sorted(parts)
 
     def _entry(self, name: str | None, stem: str) -> Entry:
         told, file, identity = self._snapshots[stem], self.facts.snapshots[stem], _id_of(stem)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from mlx_promptcache.ranks import Ranks
 
 AT_ONCE = 16  # arrays that are waited for together; fewer leave cores idle, all could not be left
 
@@ -76,17 +77,20 @@ class Loaded(NamedTuple):
     weights: Weights
 
 
-def load(path: Path, adapter: Path | None) -> Loaded:
-    """Load a model; its weights are being read when this returns.
+def load(path: Path, adapter: Path | None, *, ranks: Ranks | None = None) -> Loaded:
+    """Load a model, with `ranks` the part of it that this one computes; its weights are being read
+    when this returns.
 
     Nothing may be computed with them before they are there.
 
     Raises:
-        ModelError: mlx-lm cannot load it.
+        ModelError: mlx-lm cannot load it, or not split it.
     """
     stream = _reading()
     with contextlib.nullcontext() if stream is None else mx.stream(stream):
         model, config = unread(path, adapter)
+        if ranks is not None:
+            ranks.split(model)
     _keep_in_memory()
     return Loaded(model, config, Weights(model, path, beside=stream is not None))
 

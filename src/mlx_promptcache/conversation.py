@@ -20,6 +20,7 @@ from mlx_promptcache.errors import (
     CacheMiss,
     DamagedFile,
     PromptError,
+    RankError,
     StoreError,
     UnsupportedLayer,
 )
@@ -92,11 +93,17 @@ class Conversation:
         PromptError: the model has no chat template, or it refuses a system prompt; or the session
             has another system prompt.
         UnsupportedLayer: there is a session, and states of this model cannot be kept.
+        RankError: several processes run the model together.
     """
 
     def __init__(
         self, runner: Runner, session: str | None = None, *, system: str | None = None
     ) -> None:
+        if runner.ranks is not None:
+            raise RankError(
+                "a conversation cannot take part in a distributed run: give its messages to "
+                "generate"
+            )
         self._runner = runner
         self._prompter = runner.prompter
         if not self._prompter.has_template:

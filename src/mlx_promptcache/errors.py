@@ -15,6 +15,7 @@ PromptCacheError
 ├── SignatureError       a key that cannot be read, or a state that nobody signed who is trusted
 ├── PromptError          a prompt that cannot be run: empty, or longer than the context
 ├── ServingError         a server that cannot be started
+├── RankError            another process of a distributed run failed, or cannot be reached
 └── MeasuringError       a program that was to be measured did not do its work
 
 Each message is one sentence that says what is wrong and, where there is something, what to do.
@@ -86,6 +87,10 @@ class PromptError(PromptCacheError):
 
 class ServingError(PromptCacheError):
     """The server cannot be started: no address to listen at, another mlx-lm, no model."""
+
+
+class RankError(PromptCacheError):
+    """Another rank has failed, cannot be reached, or was given something else than this one."""
 
 
 class MeasuringError(PromptCacheError):

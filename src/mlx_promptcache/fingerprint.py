@@ -35,6 +35,9 @@ PLAIN = ""
 QUANTISED = "quantised"
 PHASES = (PLAIN, QUANTISED)
 
+WHOLE = "whole"  # the shard of a model that one process runs
+LONGEST_SHARD = 60
+
 PARTS = {
     "weights": "other weights",
     "config": "another configuration of the model",
@@ -125,7 +128,7 @@ class Fingerprint:
                 "config": _config(model),
                 "adapter": _adapter(adapter, memo) if adapter else "none",
                 "kv": str(kv or KVSettings()),
-                "shard": "whole",
+                "shard": WHOLE,
                 "salt": _salt(salt),
                 "format": FORMAT,
             }
@@ -145,13 +148,25 @@ class Fingerprint:
         """The same model in another private namespace."""
         return Fingerprint({**self.parts, "salt": _salt(salt)})
 
+    def with_shard(self, shard: str) -> Fingerprint:
+        """The part of the model that one of several processes computes."""
+        return Fingerprint({**self.parts, "shard": shard})
+
     def differences(self, parts: Mapping[str, Any]) -> list[str]:
         """The names of the parts that differ from `parts`."""
         return [name for name in PARTS if self.parts.get(name) != parts.get(name)]
 
     def explain(self, parts: Mapping[str, Any]) -> str:
         """What differs from `parts`, in words: `other weights and another adapter`."""
-        return " and ".join(PARTS[name] for name in self.differences(parts)) or "nothing"
+        return (
+            " and ".join(self._told(name, parts) for name in self.differences(parts)) or "nothing"
+        )
+
+    def _told(self, name: str, parts: Mapping[str, Any]) -> str:
+        if name != "shard":
+            return PARTS[name]
+        theirs, ours = (str(p.get(name, WHOLE))[:LONGEST_SHARD] for p in (parts, self.parts))
+        return f"{PARTS[name]} ({theirs}, and here it is {ours})"
 
 
 class Memo:

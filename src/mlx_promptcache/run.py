@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from mlx_promptcache.cache import Match
     from mlx_promptcache.prompt import Prompt
+    from mlx_promptcache.ranks import Ranks
     from mlx_promptcache.runner import Runner
     from mlx_promptcache.state import Ref
     from mlx_promptcache.window_rows import WindowRows
@@ -147,10 +148,10 @@ class Run:
             arrays = live_arrays(self._layers) + self._keep_passed()
             if end == len(tokens) or end in boundaries or end in marks or self._due(start, end):
                 arrays += [a for a in (self._logits, self._embedding) if a is not None]
-                mx.eval(arrays)
+                self._evaluate(arrays)
                 self._marks.append(self._mark())
             else:
-                mx.eval(arrays)
+                self._evaluate(arrays)
             mx.clear_cache()
         self.prefill_seconds = time.perf_counter() - began
         if progress:
@@ -193,6 +194,14 @@ class Run:
     def text(self) -> str:
         """What was generated after the prompt, as it was shown."""
         return self._text
+
+    def _evaluate(self, arrays: Sequence[Any]) -> None:
+        with self._runner.waiting():
+            mx.eval(arrays)
+
+    def _begin_to_evaluate(self, *arrays: Any) -> None:
+        with self._runner.waiting():
+            mx.async_eval(arrays)
 
     @property
     def prefilled_tokens(self) -> int:
@@ -267,9 +276,9 @@ class Run:
         ends = set(tokenizer.eos_token_ids) if tokenizer is not None else set()
         text = TextStream(tokenizer, stop)
         limit = self._runner.room_for(self._held, max_tokens)
-        draw = Draw(self.sampling, self._tokens)
+        draw = Draw(self.sampling, self._tokens, self._runner.ranks)
         key, token = draw(self.key, self._logits)
-        mx.async_eval(token)
+        self._begin_to_evaluate(token)
         for count in range(1, limit + 1):
             # The first token of a run is shown before its own forward call; after the last one
             # nothing needs a forward call any more, unless somebody asks for the state.
@@ -277,10 +286,12 @@ class Run:
             if 1 < count < limit:
                 self._feed(token)
                 key, following = draw(self.key, self._logits, token)
-                mx.async_eval(following, self._logits)
+                self._begin_to_evaluate(following, self._logits)
                 value = self._read()
             else:
-                self._unfed, value, following = token, _value(token), token
+                self._unfed, value, following = token, self._value(token), token
+            if self._runner.ranks is not None:
+                self._runner.ranks.hear()
             step = self._step(value, value in ends, count == limit, text)
             yield step
             if step.finish_reason:
@@ -304,14 +315,18 @@ class Run:
         self._forward(token[None], 1)
         self._unread = token
         if self._held - self._passed_until >= self._runner.shortest_window:
-            mx.async_eval(self._keep_passed())
+            self._begin_to_evaluate(*self._keep_passed())
 
     def _read(self) -> int:
         assert self._unread is not None  # noqa: S101 - `_feed` came before
-        value = _value(self._unread)
+        value = self._value(self._unread)
         self._tokens.append(value)
         self._unread = None
         return value
+
+    def _value(self, token: mx.array) -> int:
+        with self._runner.waiting():
+            return int(token.item())  # type: ignore[arg-type]
 
     def _settle(self) -> None:
         """Feed the token that was yielded but not fed; know the one that was fed but not read."""
@@ -358,7 +373,7 @@ class Run:
         if self._unread is not None:
             self._read()
         arrays = [a for a in (self._logits, self._embedding, self.key) if a is not None]
-        mx.eval(*arrays, live_arrays(self._layers))
+        self._evaluate([arrays, live_arrays(self._layers)])
         return State(
             tokens=tuple(self._tokens),
             contents=capture(self._layers, self._held),
@@ -376,14 +391,17 @@ class Run:
         )
 
 
-def _value(token: mx.array) -> int:
-    return int(token.item())  # type: ignore[arg-type]
-
-
 class Draw:
-    """Draws tokens one after the other; keeps the last tokens, for the penalties."""
+    """Draws tokens one after the other; keeps the last tokens, for the penalties. Of several ranks
+    the first one draws for all.
+    """
 
-    def __init__(self, sampling: Sampling, tokens: Sequence[int]) -> None:
+    def __init__(
+        self, sampling: Sampling, tokens: Sequence[int], ranks: Ranks | None = None
+    ) -> None:
+        self._ranks = ranks
+        if ranks is not None:
+            ranks.begin()
         self._sample = sampling.sampler()
         self._size = sampling.context_size
         self._last = mx.array(list(tokens[-self._size :]) if self._size else [], mx.int32)
@@ -396,4 +414,5 @@ class Draw:
         if self._size and token is not None:
             self._last = mx.concatenate([self._last, token.astype(mx.int32)])[-self._size :]
         following, subkey = mx.random.split(key)
-        return following, self._sample(logits[None], self._last, subkey)
+        drawn = self._sample(logits[None], self._last, subkey)
+        return following, drawn if self._ranks is None else self._ranks.leading(drawn)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
+import secrets
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
@@ -27,7 +29,6 @@ from mlx_promptcache.errors import (
 from mlx_promptcache.fingerprint import KVSettings, remembered
 from mlx_promptcache.headers import MOST_DRAFT_TOKENS
 from mlx_promptcache.layers import make_layers
-from mlx_promptcache.loader import fresh_key
 from mlx_promptcache.passes import Plan
 from mlx_promptcache.prompt import Prompt, Prompter
 from mlx_promptcache.run import Run, Step
@@ -39,9 +40,10 @@ from mlx_promptcache.tree import CELL
 from mlx_promptcache.trunk import Trunk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from mlx_promptcache.checkpoint import Loaded, Weights
+    from mlx_promptcache.ranks import Ranks
     from mlx_promptcache.run import Later, Progress
 
     PromptLike = str | Sequence[Mapping[str, Any]] | Sequence[int] | Prompt
@@ -65,6 +67,9 @@ class Runner:
     With a `draft_model` decoding is speculative: it proposes `num_draft_tokens` tokens at a time,
     its layers are part of every state, and all layers of both models must be sliceable.
 
+    With `ranks` the model is one of several processes' parts of it, and whatever computes, reads or
+    saves is a call of all of them: each makes the same calls in the same order.
+
     One runner runs one sequence at a time: `state` is that of the latest.
     """
 
@@ -80,11 +85,16 @@ class Runner:
         context_length: int | None = None,
         draft_model: Any = None,
         num_draft_tokens: int = NUM_DRAFT_TOKENS,
+        ranks: Ranks | None = None,
     ) -> None:
         if prefill_step <= 0 or prefill_step % CELL:
             raise ValueError(f"prefill_step must be a multiple of {CELL}, not {prefill_step}")
         if snapshot_every <= 0:
             raise ValueError(f"snapshot_every must be more than 0, not {snapshot_every}")
+        if ranks is not None and draft_model is not None:
+            raise ModelError("a draft model cannot take part in a distributed run: leave it out")
+        self.ranks = ranks
+        """The processes that run the model together; None if this one runs it alone."""
         self._model = model
         self._draft_model = draft_model
         self._awaited: list[Weights] = []
@@ -105,10 +115,13 @@ class Runner:
         self._to_be_told = False
         self._trunk = Trunk.of(model, self._probe)
         self._blueprint = self._look()
+        self._traits = Traits.of(self._blueprint)
         if draft_model is not None:
             self._check_draft()
         if self.cache is not None:
             self.cache.blueprint = self._blueprint
+        if ranks is not None:
+            self._agree(ranks)
         self._run: Run | None = None
 
     @classmethod
@@ -130,49 +143,63 @@ class Runner:
         max_bytes: int | None = None,
         allow_foreign: bool = False,
         loaded: Loaded | None = None,
+        shard: str | None = None,
     ) -> Runner:
         """Load a model through mlx-lm and open its store, which may take `max_bytes` on disk (see
         `PromptCache`). `loaded` is this very model, if `checkpoint.load` has begun to load it. A
         store of another user is a miss for every prompt, and nothing is written there, unless
-        `allow_foreign` is set; so is a store that cannot be read.
+        `allow_foreign` is set; so is a store that cannot be read. With `shard` (`tensor` or
+        `pipeline`) the processes that `mlx.launch` has started load a part of it each, and run it
+        together (see `Ranks`).
 
         Raises:
             ModelError: there is no such model or adapter, or mlx-lm cannot load it.
             StoreError: `cache_dir` is something else than a store.
+            RankError: with `shard`, there are no other processes, or one of them has failed.
         """
-        path = models.find(path_or_repo)
-        kv = KVSettings(kv_bits, kv_group_size, quantized_kv_start, max_kv_size)
-        adapter = None if adapter_path is None else Path(adapter_path)
-        draft_path = None if draft_model is None else models.find(draft_model)
-        settings = models.config(path)
-        cache = None
-        if use_cache:
-            directory = places.store_directory(path, cache_dir)
-            read_only = read_only or places.writing_is_off()
-            try:
-                Store(directory, allow_foreign=allow_foreign, read_only=read_only).check()
-            except (ForeignStore, UnreadableStore):  # who asks it for something is told
-                read_only = True
-            fingerprint = remembered(path, adapter=adapter, kv=kv, salt=salt, draft=draft_path)
-            cache = PromptCache(
-                directory, fingerprint, kv=kv, read_only=read_only, max_bytes=max_bytes,
-                allow_foreign=allow_foreign,
-            )  # fmt: skip
-        model, told, weights = loaded or checkpoint.load(path, adapter)
-        tokenizer = _tokenizer(path, told, cache)
-        draft, others = None, None
-        if draft_path is not None:
-            draft, _, others = checkpoint.load(draft_path, None)
-        length = None if max_kv_size is not None else models.context_length(settings)
-        runner = cls(
-            model,
-            tokenizer,
-            cache,
-            kv=kv,
-            context_length=length,
-            draft_model=draft,
-            num_draft_tokens=num_draft_tokens,
-        )
+        if shard is not None and loaded is not None:
+            raise ValueError("what is loaded already is the whole model: leave `loaded` out")
+        ranks = _join(shard)
+        if ranks is not None and (adapter_path is not None or draft_model is not None):
+            raise ModelError(
+                "adapters and draft models cannot take part in a distributed run: leave them out, "
+                "or fuse the adapter with mlx_lm.fuse"
+            )
+        with contextlib.nullcontext() if ranks is None else ranks.together("loading the model"):
+            path = models.find(path_or_repo)
+            kv = KVSettings(kv_bits, kv_group_size, quantized_kv_start, max_kv_size)
+            adapter = None if adapter_path is None else Path(adapter_path)
+            draft_path = None if draft_model is None else models.find(draft_model)
+            settings = models.config(path)
+            cache = None
+            if use_cache:
+                directory = places.store_directory(path, cache_dir)
+                read_only = read_only or places.writing_is_off()
+                try:
+                    Store(directory, allow_foreign=allow_foreign, read_only=read_only).check()
+                except (ForeignStore, UnreadableStore):  # who asks it for something is told
+                    read_only = True
+                fingerprint = remembered(path, adapter=adapter, kv=kv, salt=salt, draft=draft_path)
+                cache = _cache(ranks)(
+                    directory, fingerprint, kv=kv, read_only=read_only, max_bytes=max_bytes,
+                    allow_foreign=allow_foreign,
+                )  # fmt: skip
+            model, told, weights = loaded or checkpoint.load(path, adapter, ranks=ranks)
+            tokenizer = _tokenizer(path, told, cache)
+            draft, others = None, None
+            if draft_path is not None:
+                draft, _, others = checkpoint.load(draft_path, None)
+            length = None if max_kv_size is not None else models.context_length(settings)
+            runner = cls(
+                model,
+                tokenizer,
+                cache,
+                kv=kv,
+                context_length=length,
+                draft_model=draft,
+                num_draft_tokens=num_draft_tokens,
+                ranks=ranks,
+            )
         runner._awaited = [each for each in (weights, others) if each is not None]
         return runner
 
@@ -232,6 +259,39 @@ class Runner:
                 f"{self._vocabulary}: take one with the same vocabulary"
             )
 
+    def _agree(self, ranks: Ranks) -> None:
+        """Let all ranks cut prompts and take marks at the same places, whatever their own layers
+        are, and keep states only where all can.
+        """
+        traits = self._traits
+        ranks.same("model and settings", *self._common())
+        rows = ranks.told("looking at the layers", *map(int, traits))
+        self._traits = Traits(*(any(told) for told in zip(*rows, strict=True)))
+        cache = self.cache
+        caches = ranks.told(
+            "opening the store", int(cache is None), int(cache is None or cache.read_only)
+        )
+        if cache is None:
+            return
+        if any(none for none, _ in caches):
+            self.cache, self.why_not_kept = None, "another rank cannot keep states"
+            log.warning("nothing is kept: %s", self.why_not_kept)
+        elif any(read_only for _, read_only in caches) and not cache.read_only:
+            cache.read_only = True
+            log.warning("nothing is kept: another rank's store is not to be written")
+
+    def _common(self) -> list[Any]:
+        """What must be the same on all ranks before anything is computed."""
+        parts = {} if self.cache is None else dict(self.cache.fingerprint.parts)
+        parts.pop("shard", None)
+        ends = None if self.tokenizer is None else sorted(self.tokenizer.eos_token_ids)
+        numbers = [self.prefill_step, self.snapshot_every, self.context_length, self._vocabulary]
+        return [sorted(parts.items()), ends, self.kv, arithmetic.versions(), *numbers]
+
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Around whatever waits for other ranks; nothing where there are none."""
+        return contextlib.nullcontext() if self.ranks is None else self.ranks.waiting()
+
     @property
     def capturable(self) -> bool:
         """Whether the layers can be taken down: else states can neither be kept nor read off."""
@@ -240,12 +300,12 @@ class Runner:
     @property
     def sliceable(self) -> bool:
         """Whether every layer is: then any position of what is stored can be resumed."""
-        return self._blueprint is not None and self._blueprint.sliceable
+        return self.capturable and not self._traits.other_than_rows
 
     @property
     def opaque(self) -> bool:
         """Whether there are layers that can only be resumed where they were captured."""
-        return self._blueprint is not None and bool(self._blueprint.opaque)
+        return self._traits.opaque
 
     @property
     def keeps_windows(self) -> bool:
@@ -292,8 +352,11 @@ class Runner:
         return logits, self._trunk.hidden
 
     def _wait_for_weights(self) -> None:
-        for weights in self._awaited:
-            weights.wait()
+        if not self._awaited:
+            return
+        with contextlib.nullcontext() if self.ranks is None else self.ranks.together("reading"):
+            for weights in self._awaited:
+                weights.wait()
         self._awaited = []
 
     def check(self, inputs: mx.array, layers: list[Any]) -> tuple[mx.array, mx.array | None]:
@@ -344,8 +407,12 @@ class Runner:
                 names a token that the model does not have.
         """
         made = self._prompt(prompt, boundaries)
-        exact = exact or (self._blueprint is not None and self._blueprint.cuts_matter)
+        exact = exact or self._traits.cuts_matter
         sampling = self._fitting(sampling or Sampling())
+        if self.ranks is not None:
+            asked = (made.tokens, made.boundaries, exact, reuse, sampling)
+            self.ranks.same("prompt and sampling", *asked)
+            self._wait_for_weights()
         began = time.perf_counter()
         later = later and not isinstance(self._whole, Pair)
         resumed = self._resume(made, exact=exact, later=later) if reuse else None
@@ -356,7 +423,7 @@ class Runner:
         run.anew = functools.partial(self._anew, made, exact=exact)
         run.origin = made.origin
         run.sampling = sampling
-        run.key = fresh_key() if sampling.seed is None else mx.random.key(sampling.seed)
+        run.key = mx.random.key(self._seed() if sampling.seed is None else sampling.seed)
         self._run = run
         cuts = made.boundaries
         marks: tuple[int, ...] = ()
@@ -387,6 +454,8 @@ class Runner:
             PromptError: as `start` does.
         """
         made = self._prompt(prompt, ())
+        if self.ranks is not None:
+            self.ranks.same("prompt and sampling", made.tokens, sampling)
         if not run.begins(made.tokens):
             return self.start(made, sampling=sampling, progress=progress)
         run.sampling = self._fitting(sampling)
@@ -395,6 +464,11 @@ class Runner:
         if self.cache is not None and not self.cache.read_only:
             self.cache.rates.note_computed(run.prefilled_tokens, run.prefill_seconds)
         return run
+
+    def _seed(self) -> int:
+        """A seed that no other run has, and all ranks of this one."""
+        own = secrets.randbits(63)
+        return own if self.ranks is None else self.ranks.told("choosing a seed", own)[0][0]
 
     def _anew(self, prompt: Prompt, *, exact: bool) -> Run:
         """A run at the end of a prompt whose state could not be read after all."""
@@ -438,6 +512,11 @@ class Runner:
                 "this state was computed by another model, or with other settings"
             )
         self._fitting(sampling or state.sampling)
+        if self.ranks is not None:
+            from mlx_promptcache.shard_cache import identity
+
+            self.ranks.same("state and sampling", *identity(state), sampling)
+            self._wait_for_weights()
         run = self._run_of(state.layers(self._whole), state)
         if sampling is not None:
             run.sampling = sampling
@@ -504,8 +583,7 @@ class Runner:
         """
         if self.tokenizer is None:
             raise PromptError("there is no tokenizer: give the prompt as token ids")
-        cuts_matter = self._blueprint is not None and self._blueprint.cuts_matter
-        return Prompter(self.tokenizer, marks_turns=self.opaque or cuts_matter)
+        return Prompter(self.tokenizer, marks_turns=self.opaque or self._traits.cuts_matter)
 
     def _resume(self, prompt: Prompt, *, exact: bool, later: bool) -> Resumed | None:
         if self._to_be_told:
@@ -574,6 +652,40 @@ class Runner:
         if self._run is None:
             raise PromptError("nothing has been run yet: there is no state")
         return self._run.state()
+
+
+class Traits(NamedTuple):
+    """What of a model's layers decides where prompts are cut and marked; of all ranks' layers, as
+    each has only some of them.
+    """
+
+    opaque: bool
+    other_than_rows: bool
+    cuts_matter: bool
+
+    @classmethod
+    def of(cls, blueprint: Blueprint | None) -> Traits:
+        """Those of this process's layers."""
+        if blueprint is None:
+            return cls(opaque=False, other_than_rows=False, cuts_matter=False)
+        return cls(bool(blueprint.opaque), not blueprint.sliceable, blueprint.cuts_matter)
+
+
+def _cache(ranks: Ranks | None) -> Callable[..., PromptCache]:
+    """What makes the cache: single processes wait for no module that they do not need."""
+    if ranks is None:
+        return PromptCache
+    from mlx_promptcache.shard_cache import ShardCache
+
+    return functools.partial(ShardCache, ranks=ranks)
+
+
+def _join(shard: str | None) -> Ranks | None:
+    if shard is None:
+        return None
+    from mlx_promptcache.ranks import Ranks
+
+    return Ranks.join(shard)
 
 
 def _tokenizer(path: Path, told: Mapping[str, Any], cache: PromptCache | None) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_promptcache import catalog, headers
+from mlx_promptcache import headers
 from mlx_promptcache.cli import output
 from mlx_promptcache.cli.names import complete_names
 from mlx_promptcache.cli.options import (
@@ -22,6 +22,7 @@ from mlx_promptcache.cli.options import (
     prompt_options,
     remote_options,
     sampling_options,
+    shard_option,
     take,
 )
 from mlx_promptcache.errors import CacheMiss, PromptCacheError, UnsupportedLayer
@@ -29,11 +30,9 @@ from mlx_promptcache.store import check_name
 
 if TYPE_CHECKING:
     from mlx_promptcache.cli.session import Session
-    from mlx_promptcache.container import Header
     from mlx_promptcache.prompt import Prompt
     from mlx_promptcache.run import Run
     from mlx_promptcache.runner import Runner
-    from mlx_promptcache.store import Store
 
 
 @click.command(
@@ -62,6 +61,7 @@ if TYPE_CHECKING:
 @click.option("--no-prompt-cache", is_flag=True, help="Neither read nor write.")
 @click.option("--exact", is_flag=True, help="The very bits of a run without the cache.")
 @sampling_options
+@shard_option
 @max_size_option
 @remote_options
 @output_options
@@ -72,8 +72,9 @@ def command(**options: Any) -> int:
     name: str | None = options["prompt_cache"] or None
     off, read_only = options["no_prompt_cache"], options["prompt_cache_ro"]
     _check(options, name)
+    prompts.check_shared(choice.ranks)
     if name is not None:
-        _stored(choice.store(), name)  # before the model, which takes long
+        choice.stored(name)  # before the model, which takes long
 
     asked.sampling()  # what makes no sense is told before the model is looked for
     saves = options["save_as"] is not None
@@ -103,6 +104,7 @@ def command(**options: Any) -> int:
         except Interrupted:
             session.finish_reason = "interrupted"
         failed = _keep(session, run, options)
+        session.end_together()
     if session.broken_pipe is not None:
         raise session.broken_pipe
     if options["as_json"]:
@@ -125,18 +127,13 @@ def _check(options: dict[str, Any], name: str | None) -> None:
         check_name(options["save_as"])
 
 
-def _stored(store: Store, name: str) -> Header:
-    return catalog.find(store, name)[1]
-
-
 def _prompt(runner: Runner, prompts: PromptChoice, choice: ModelChoice, name: str | None) -> Prompt:
     from mlx_promptcache.cli.prompts import continuation_of, prompt_of
     from mlx_promptcache.state import Origin
 
     if name is None:
         return prompt_of(prompts, runner.prompter)
-    store = choice.store()
-    header = _stored(store, name)
+    store, header = choice.stored(name)
     origin = Origin.from_json(header.content["origin"])
     tokens: list[int] = []
     if origin.text is None and origin.messages is None:

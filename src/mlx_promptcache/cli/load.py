@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_promptcache import catalog
 from mlx_promptcache.cli import output
 from mlx_promptcache.cli.names import complete_names
 from mlx_promptcache.cli.options import (
@@ -18,6 +17,7 @@ from mlx_promptcache.cli.options import (
     model_options,
     output_options,
     sampling_options,
+    shard_option,
     take,
 )
 from mlx_promptcache.errors import UnsupportedLayer
@@ -46,6 +46,7 @@ LIKELIEST = 5
     help="Name the state at the end of the run.",
 )  # fmt: skip
 @sampling_options
+@shard_option
 @max_size_option
 @output_options
 def command(**options: Any) -> int:
@@ -53,7 +54,7 @@ def command(**options: Any) -> int:
     choice, asked = take(ModelChoice, options), take(SamplingChoice, options)
     if options["save_as"] is not None:
         check_name(options["save_as"])
-    catalog.find(choice.store(), options["name"])  # before the model, which takes long
+    choice.stored(options["name"])  # before the model, which takes long
 
     from mlx_promptcache.cli.session import Session
 
@@ -74,6 +75,7 @@ def command(**options: Any) -> int:
             interrupted = session.finish_reason == "interrupted"
             if options["prompt_cache_all"] or options["save_as"] is not None or interrupted:
                 session.keep(options["save_as"], run.state())
+    session.end_together()
     if session.broken_pipe is not None:
         raise session.broken_pipe
     if options["as_json"]:

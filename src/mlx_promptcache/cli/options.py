@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from dataclasses import dataclass, fields, replace
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mlx_promptcache import cli, models, places
+from mlx_promptcache import catalog, cli, models, places
 from mlx_promptcache.budget import MAX_SIZE, parse_size
 from mlx_promptcache.cli import output
 from mlx_promptcache.cli.names import complete_directories, complete_files
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from mlx_promptcache.cache import PromptCache
     from mlx_promptcache.checkpoint import Loaded
+    from mlx_promptcache.container import Header
+    from mlx_promptcache.ranks import Ranks
     from mlx_promptcache.runner import Runner
     from mlx_promptcache.sampling import Sampling
     from mlx_promptcache.signatures import Signer
@@ -68,6 +71,11 @@ only_model_option = _options(
         shell_complete=complete_directories,
         help="A directory with an MLX model, or a Hugging Face repo; the demo model by default.",
     ),
+)  # fmt: skip
+
+shard_option = click.option(
+    "--shard", type=click.Choice(["tensor", "pipeline"]),
+    help="Split the model among the processes that mlx.launch has started.",
 )  # fmt: skip
 
 model_options = _options(
@@ -283,6 +291,7 @@ class ModelChoice:
     num_draft_tokens: int
     salt: str
     allow_foreign_store: bool
+    shard: str | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -339,6 +348,36 @@ class ModelChoice:
                 raise
             return None
 
+    @functools.cached_property
+    def ranks(self) -> Ranks | None:
+        """The processes that run the model together; of them the first one speaks.
+
+        Raises:
+            RankError: they are wanted, and there are none.
+        """
+        if self.shard is None:
+            return None
+        from mlx_promptcache.ranks import Ranks
+
+        ranks = Ranks.join(self.shard)
+        output.speak_for(ranks.rank)
+        return ranks
+
+    def stored(self, name: str) -> tuple[Store, Header]:
+        """The store, and the header of a named state in it: of this rank's part of that.
+
+        Raises:
+            CacheMiss: there is none; DamagedFile if it is damaged.
+            RankError: another rank has none.
+        """
+        ranks = self.ranks
+        if ranks is None:
+            store = self.store()
+            return store, catalog.find(store, name)[1]
+        with ranks.together("looking for the state"):
+            store = self.store()
+            return store, catalog.find(store, ranks.own_name(name))[1]
+
     def begin(
         self,
         *,
@@ -346,14 +385,17 @@ class ModelChoice:
         read_only: bool = False,
         needs_store: bool = True,
         saves: bool = False,
-    ) -> Loaded:
-        """Begin to load the model: while its weights are read other things can be imported.
+    ) -> Loaded | None:
+        """Begin to load the model: while its weights are read other things can be imported. What
+        several processes load together is begun by none: None.
 
         Raises:
             ForeignStore: the store is another user's, and there must be one: it `needs_store`.
             UnreadableStore: the store cannot be read, and there must be one.
             StoreError: the store is read-only, and the command `saves` under a name.
         """
+        if self.ranks is not None:
+            return None
         path, adapter = self.path(), Path(self.adapter_path) if self.adapter_path else None
         models.config(path)  # whether there is a model at all
         if use_cache:
@@ -400,6 +442,7 @@ class ModelChoice:
             max_bytes=max_bytes,
             allow_foreign=self.allow_foreign_store,
             loaded=loaded,
+            shard=self.shard,
         )
 
 
@@ -442,6 +485,13 @@ class PromptChoice:
             except UnicodeDecodeError as exc:
                 raise PromptError(f"standard input {NO_TEXT}") from exc
         return self.prompt if self.prompt is not None else _file(self.prompt_file)
+
+    def check_shared(self, ranks: Ranks | None) -> None:
+        """Raise UsageError if one of several processes cannot read this prompt."""
+        if ranks is not None and self.prompt == "-":
+            raise click.UsageError(
+                "mlx.launch never ends its processes' standard input: give --prompt-file"
+            )
 
     def prefix_text(self) -> str:
         """What stands before the prompt."""
@@ -530,4 +580,5 @@ def _file(name: str | None) -> str:
 
 def take(kind: type[T], options: dict[str, Any]) -> T:
     """Take the options that belong to one of the choices above out of all of a command's."""
-    return kind(**{f.name: options.pop(f.name) for f in fields(kind)})  # type: ignore[arg-type]
+    names = [f.name for f in fields(kind) if f.name in options]  # type: ignore[arg-type]
+    return kind(**{name: options.pop(name) for name in names})

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 # Some terminals obey those, too; the last are bytes of paths that are no text.
 CONTROLS = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+PROGRAM = "mlx-promptcache"
 STARTED = time.time()  # a fallback: the process is a few hundredths of a second older
+
+_speaker = PROGRAM
 
 
 def debug() -> bool:
@@ -31,7 +34,7 @@ def debug() -> bool:
 
 def error(sentence: str) -> None:
     """Say what is wrong, in one line."""
-    click.echo(f"mlx-promptcache: {printable(' '.join(sentence.split()))}", err=True)
+    click.echo(f"{_speaker}: {printable(' '.join(sentence.split()))}", err=True)
 
 
 def printable(text: str) -> str:
@@ -45,7 +48,7 @@ class _Notice(logging.Formatter):
     """A notice as one line that commands no terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(f"mlx-promptcache: {' '.join(record.getMessage().split())}")
+        return printable(f"{_speaker}: {' '.join(record.getMessage().split())}")
 
 
 def set_up_notices(*, quiet: bool) -> None:
@@ -72,6 +75,14 @@ def bar(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         task = shown.add_task(what, total=None)
         yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+def speak_for(rank: int) -> None:
+    """Of several processes of one run only the first one answers; notices tell whose they are."""
+    global _speaker
+    if rank:
+        _speaker = f"{PROGRAM} (rank {rank})"
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - to the end
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from mlx_promptcache.cli.options import (
     output_options,
     prompt_options,
     remote_options,
+    shard_option,
     take,
 )
 from mlx_promptcache.errors import UnsupportedLayer
@@ -37,6 +38,7 @@ from mlx_promptcache.store import check_name
 @model_options
 @click.option("--exact", is_flag=True, help="Reuse only the very bits of a run without the cache.")
 @click.option("--force", is_flag=True, help="Let the name stand for this state from now on.")
+@shard_option
 @max_size_option
 @remote_options
 @output_options
@@ -45,6 +47,7 @@ def command(**options: Any) -> int:
     choice, prompts = take(ModelChoice, options), take(PromptChoice, options)
     name: str = check_name(options["name"])
     remote = take(RemoteChoice, options)
+    prompts.check_shared(choice.ranks)
 
     from mlx_promptcache.cli.prompts import origin_of
     from mlx_promptcache.cli.session import Interrupted, Session
@@ -68,6 +71,7 @@ def command(**options: Any) -> int:
             partial = runner.run_in_progress
             if partial is not None and partial.prefilled_tokens:
                 session.keep(None, partial.state())
+            session.end_together()
             output.error("interrupted: what was computed is kept, without a name")
             return 130
         state = run.state()

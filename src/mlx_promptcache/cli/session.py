@@ -36,7 +36,7 @@ class Session:
     def __init__(self, runner: Runner, *, as_json: bool, quiet: bool, seed: int | None) -> None:
         self.runner = runner
         self.as_json = as_json
-        self.seed = secrets.randbits(32) if seed is None else seed
+        self.seed = self._seed() if seed is None else seed
         self.interrupt = Interrupt()
         self.text = ""
         self.tokens: list[int] = []
@@ -45,7 +45,8 @@ class Session:
         self.generation_seconds = 0.0
         self.saved: Saved | None = None
         self.broken_pipe: BrokenPipeError | None = None
-        self._bar = sys.stderr.isatty() and not quiet and not as_json
+        speaks = runner.ranks is None or runner.ranks.leads
+        self._bar = sys.stderr.isatty() and not quiet and not as_json and speaks
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Progress]:
@@ -54,9 +55,34 @@ class Session:
 
             def show(done: int, total: int) -> None:
                 bar(done, total)
-                self.interrupt.check()
+                self._check()
 
             yield show
+
+    def _seed(self) -> int:
+        own, ranks = secrets.randbits(32), self.runner.ranks
+        return own if ranks is None else ranks.told("choosing a seed", own)[0][0]
+
+    def _check(self) -> None:
+        """End the prefill if the user wants it, on whichever rank that was heard."""
+        ranks = self.runner.ranks
+        if ranks is not None and ranks.any("prefilling", value=self.interrupt.wanted):
+            raise Interrupted
+        if ranks is None:
+            self.interrupt.check()
+
+    def _is_to_end(self) -> bool:
+        """Whether to stop generating: all ranks do after the same token."""
+        ranks, wanted = self.runner.ranks, self.interrupt.wanted or self.broken_pipe is not None
+        if ranks is None:
+            return wanted
+        ranks.wishes_to_end = wanted
+        return ranks.ending
+
+    def end_together(self) -> None:
+        """Wait until all ranks are done: mlx.launch ends all where one of them fails."""
+        if self.runner.ranks is not None:
+            self.runner.ranks.told("ending")
 
     def generate(self, run: Run, max_tokens: int, stop: tuple[str, ...]) -> None:
         """Generate, and print the text as it comes."""
@@ -67,7 +93,7 @@ class Session:
                 now = time.perf_counter()
                 first = now if first is None else first
                 self.generation_seconds = now - first
-                if self.interrupt.wanted and not step.finish_reason:
+                if self._is_to_end() and not step.finish_reason:
                     self.finish_reason = "interrupted"
                     break
             if not self.as_json:
@@ -81,9 +107,17 @@ class Session:
         self.tokens.append(step.token)
         self.text += step.text
         self.finish_reason = step.finish_reason or self.finish_reason
-        if not self.as_json and step.text:
-            click.echo(step.text, nl=False)
+        if not self.as_json and step.text and self.broken_pipe is None:
+            self._show(step.text)
+
+    def _show(self, text: str) -> None:
+        try:
+            click.echo(text, nl=False)
             sys.stdout.flush()
+        except BrokenPipeError as exc:  # the other ranks are still to hear of it
+            if self.runner.ranks is None:
+                raise
+            self.broken_pipe = exc
 
     def keep(self, name: str | None, state: State, *, exact: bool = False) -> None:
         """Save a state. With no name it is a convenience, and failing is a notice.
@@ -117,7 +151,8 @@ class Session:
         supply = self.runner.cache.supply if self.runner.cache is not None else None
         if supply is not None:
             if name is not None:
-                supply.send_name(name)
+                ranks = self.runner.ranks
+                supply.send_name(name if ranks is None else ranks.own_name(name))
             supply.close()
 
     def answer(self, run: Run | None) -> dict[str, Any]:
