@@ -655,7 +655,18 @@ def test_a_name_that_is_not_there_is_a_miss_that_says_what_to_do(store: Store) -
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\n", b"\xff\xfe", b"../../up\n", b"3f-9a", b"3F-7-9A\n", b"3f-7\n9a", b"a" * 300],
+    [
+        b"",
+        b"\n",
+        b"\xff\xfe",
+        b"../../up\n",
+        b"3f-9a",
+        b"3F-7-9A\n",
+        b"3f-7\n9a",
+        b"a" * 300,
+        STEM.encode(),
+        STEM.encode() + b"\n\n",
+    ],
 )
 def test_a_name_whose_file_is_damaged_says_so(store: Store, content: bytes) -> None:
     store.write_name("sound", STEM)

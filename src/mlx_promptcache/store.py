@@ -674,12 +674,13 @@ def _stem_in(name: str, path: str | Path, users: Collection[int]) -> str:
     """The stem in the file of a name. Raises as `Store.read_name` does."""
     try:
         with contextlib.closing(Reader(path, users)) as reader:
-            stem = reader.read(0, LONGEST_NAME_BYTES * 2).decode("ascii").rstrip("\n")
+            text = reader.read(0, LONGEST_NAME_BYTES * 2).decode("ascii")
     except CacheMiss:
         raise CacheMiss(f"there is no state named {name!r}; `list` shows those that are") from None
     except UnicodeDecodeError:
-        stem = ""
-    if not STEM.fullmatch(stem):
+        text = ""
+    stem, end = text[:-1], text[-1:]
+    if end != "\n" or not STEM.fullmatch(stem):
         raise DamagedFile(
             f"the name {name!r} is damaged: save it again (--force), or delete it (`clear`)"
         )
