@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 GREEDY = ("-n", "6", "--temp", "0")
 WAIT_SECONDS = 60.0
+PRESS_SECONDS = 10.0  # until a key is pressed again
 SAME = ("--temp", "0", "--logit-bias", "59=300")  # says one letter again and again
 SAID = "ZZZ"
 
@@ -224,7 +225,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mlx_promptcache", "chat", *chosen],
             stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-            preexec_fn=lambda: _control(0), env=processes.environment(TERM="xterm"),
+            preexec_fn=_as_a_shell, env=processes.environment(TERM="xterm"),
         )  # fmt: skip
         os.close(theirs)
         self._fd, self._left = mine, ""
@@ -236,25 +237,24 @@ class Terminal:
         """Press a control key, and again until this is shown: Python's line editing notes a Ctrl-C
         that comes right after its prompt with the next key only.
         """
-        end = time.monotonic() + WAIT_SECONDS
-        while text not in self._left:
-            assert time.monotonic() < end, f"{text!r} was not shown: {self._left!r}"
+        for _ in range(int(WAIT_SECONDS / PRESS_SECONDS)):
             self.type(key)
-            self._read(1.0)
+            if self._shows(text, PRESS_SECONDS):
+                break
         self.until(text)
 
     def until(self, text: str) -> str:
         """Read until this is shown; return all that was since the last time."""
-        end = time.monotonic() + WAIT_SECONDS
-        while text not in self._left:
-            assert time.monotonic() < end, f"{text!r} was not shown: {self._left!r}"
-            self._read(0.2)
+        assert self._shows(text, WAIT_SECONDS), f"{text!r} was not shown: {self._left!r}"
         shown, _, self._left = self._left.partition(text)
         return shown + text
 
-    def _read(self, seconds: float) -> None:
-        if select.select([self._fd], [], [], seconds)[0]:
-            self._left += os.read(self._fd, 4096).decode(errors="replace")
+    def _shows(self, text: str, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while text not in self._left and time.monotonic() < end:
+            if select.select([self._fd], [], [], 0.2)[0]:
+                self._left += os.read(self._fd, 4096).decode(errors="replace")
+        return text in self._left
 
     def kill(self) -> None:
         os.kill(self.process.pid, signal.SIGKILL)
@@ -266,11 +266,13 @@ class Terminal:
         return code
 
 
-def _control(fd: int) -> None:
+def _as_a_shell() -> None:
+    """What a shell at a terminal does before it starts a program: so that Ctrl-C reaches it."""
     import fcntl
     import termios
 
-    fcntl.ioctl(fd, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches it
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests may ignore it
 
 
 @pytest.fixture
