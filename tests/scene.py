@@ -44,14 +44,14 @@ class Scene:
         }
         cache = PromptCache(directory / STORE, kind)
         runner = Runner(self.model, None, cache)
-        self.states = {}
+        self.states, self.ids = {}, {}
         for name in (FIRST, SECOND, UNNAMED):
             self.states[name] = runner.prefill(self.prompts[name])
-            cache.save(None if name == UNNAMED else name, self.states[name], sync=False)
+            saved = cache.save(None if name == UNNAMED else name, self.states[name], sync=False)
+            self.ids[name] = saved.snapshot
         self.states["new"] = Runner(self.model).prefill(self.prompts["new"])
         self.digests = {name: digest(state) for name, state in self.states.items()}
         self.answers = {name: self.answer(None, name) for name in self.prompts}
-        self.ids = {name or UNNAMED: snapshot for name, snapshot in self.entries(directory)}
         self.files = self._files(directory)
         self.taken = Store(directory / STORE).taken()
 

@@ -122,6 +122,10 @@ def open_file(path: str | os.PathLike[str], flags: int) -> int:
         OSError: the file system refuses.
     """
     fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, FILE)
-    if flags & os.O_CREAT and not os.fstat(fd).st_mode & stat.S_IRUSR:
-        os.fchmod(fd, FILE)
+    try:
+        if flags & os.O_CREAT and not os.fstat(fd).st_mode & stat.S_IRUSR:
+            os.fchmod(fd, FILE)
+    except OSError:
+        os.close(fd)
+        raise
     return fd
