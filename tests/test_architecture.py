@@ -96,6 +96,7 @@ FLOORS = [
     "mlx_lm_file",
     "handover",
     "conversation",
+    "shared_rows",
     "wave",
     "batch",
     "backlog",

@@ -13,11 +13,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
 import pytest
+from mlx_lm.models.cache import KVCache
 
+import architectures
 import processes
 import tiny
-from mlx_promptcache import PromptCache, Runner, Sampling, batch, cli, wave
+from mlx_promptcache import PromptCache, Runner, Sampling, batch, cli, shared_rows, wave
 from mlx_promptcache.batch import Batch, Question, question_of
 from mlx_promptcache.errors import PromptError
 from mlx_promptcache.fingerprint import KVSettings
@@ -95,21 +98,112 @@ def test_short_answers_after_a_long_prefix_are_those_of_questions_asked_alone(
         assert answers[question.index].cached_tokens == len(prefix)
 
 
-def test_a_wave_copies_the_prefix_once_for_all_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[wave.SideBySide] = []
-    rows = wave.SideBySide.__init__
+def test_the_layers_of_all_waves_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[shared_rows.SharedRows] = []
+    rows = shared_rows.SharedRows.__init__
 
-    def count(self: wave.SideBySide, *args: Any) -> None:
+    def count(self: shared_rows.SharedRows, *args: Any) -> None:
         made.append(self)
         rows(self, *args)
 
-    monkeypatch.setattr(wave.SideBySide, "__init__", count)
+    monkeypatch.setattr(shared_rows.SharedRows, "__init__", count)
     prefix = random_tokens(200, 1)
     asked = [*questions(prefix, 10), *questions(prefix, 10)]
     asked = [Question(i, q.prompt, 10) for i, q in enumerate(asked)]
     runner = runner_of("plain")
     answered(Batch(runner, Prompt(tuple(prefix)), size=3), asked)
     assert len(made) == len(runner.make_layers())
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in architectures.runnable() if n not in architectures.DEPEND_ON_PASSES]
+)
+def test_short_answers_of_every_architecture_are_those_of_questions_asked_alone(name: str) -> None:
+    runner = Runner(architectures.build(name), None, None)
+    prefix = random_tokens(64, 1)
+    asked = questions(prefix, 3)[:4]
+    answers = answered(Batch(runner, Prompt(tuple(prefix)), size=3), asked)
+    for question in asked:
+        assert list(answers[question.index].tokens) == alone(runner, question, Sampling())
+
+
+def test_no_token_sees_a_copy_of_the_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    usual = mx.fast.scaled_dot_product_attention
+
+    def watched(queries: Any, keys: Any, *rest: Any, **more: Any) -> Any:
+        seen.append(keys.shape)
+        return usual(queries, keys, *rest, **more)
+
+    prefix = random_tokens(200, 1)
+    made = Batch(runner_of("plain"), Prompt(tuple(prefix)), size=3)
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", watched)
+    answered(made, questions(prefix, 10))
+    assert not seen
+    alone(runner_of("plain"), questions(prefix)[0], Sampling())
+    assert seen
+
+
+def test_questions_of_one_length_are_fed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    fed: list[list[int]] = []
+    feed = wave.Waves._feed
+
+    def watched(self: wave.Waves, asked: list[list[int]]) -> None:
+        fed.append([len(tokens) for tokens in asked])
+        feed(self, asked)
+
+    monkeypatch.setattr(wave.Waves, "_feed", watched)
+    prefix = random_tokens(200, 1)
+    lengths = [9, 3] * 6
+    asked = [Question(i, Prompt((*prefix, *[7] * n)), 2) for i, n in enumerate(lengths)]
+    answered(Batch(runner_of("plain"), Prompt(tuple(prefix)), size=3), asked)
+    assert fed == [[2] * 3, [2] * 3, [8] * 3, [8] * 3]
+
+
+def test_a_model_that_takes_no_shared_rows_answers_nevertheless(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prefix = random_tokens(200, 1)
+    asked = questions(prefix, 10)
+    made = Batch(runner_of("plain"), Prompt(tuple(prefix)), size=3)
+    step = shared_rows.SharedRows.attend
+    calls: list[int] = []
+
+    def fails(self: Any, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 30:  # in the middle of it all
+            raise ValueError("[broadcast_shapes]")
+        return step(self, *args)
+
+    monkeypatch.setattr(shared_rows.SharedRows, "attend", fails)
+    answers = answered(made, asked)
+    for question in asked:
+        assert list(answers[question.index].tokens) == alone(
+            runner_of("plain"), question, Sampling()
+        )
+
+
+def test_masks_leave_out_gaps_and_what_a_window_has_passed() -> None:
+    before, window = 6, 5
+    layer = KVCache()
+    layer.update_and_fetch(mx.zeros((1, 2, before, 4)), mx.zeros((1, 2, before, 4)))
+    rows = shared_rows.SharedRows(layer, 2, 20, shared_rows.Masks())
+    rows.update_and_fetch(mx.zeros((2, 2, 4, 4)), mx.zeros((2, 2, 4, 4)))
+    rows.close_questions(mx.array([2, 4]))
+    for width in (None, window):
+        mask = rows.make_mask(3, window_size=width)
+        assert mask.shape == (2, 1, 3, before + 4 + 3)
+        for sequence, length in enumerate((2, 4)):
+            own = [before + i if i < length else None for i in range(4)]
+            own += [before + length + i for i in range(3)]
+            positions = [*range(before), *own]
+            for token in range(3):
+                at = before + length + token
+                expected = [
+                    p is not None and p <= at and (width is None or at < p + width)
+                    for p in positions
+                ]
+                assert mask[sequence, 0, token].tolist() == expected
 
 
 def test_long_answers_and_short_ones_are_each_decoded_in_their_way() -> None:

@@ -5,6 +5,7 @@ How many tokens were really fed to its models is counted beside what it says.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import re
 import shutil
@@ -128,6 +129,31 @@ def test_a_crowd_is_answered_as_each_of_it_is_alone(shared: tuple[Server, Path])
     assert sum(len(answer.sure) for answer in alone) > 64
     for i in range(0, 32, 5):
         assert ask(i).cached_tokens == crowd[i].prompt_tokens - 1
+
+
+@pytest.mark.parametrize(("kind", "at_once"), [("plain", 8), ("hybrid", 1)])
+def test_layers_that_take_padding_for_tokens_are_fed_one_prompt_at_a_time(
+    kind: str, at_once: int, models: dict[str, Path], tmp_path: Path
+) -> None:
+    parsed: list[argparse.Namespace] = []
+
+    def options(parser: argparse.ArgumentParser) -> Any:
+        parse: Any = vars(type(parser))["parse_args_of"]
+        parsed.append(parse(parser, ["--model", str(models[kind])]))
+        raise Enough
+
+    with pytest.raises(Enough):
+        server_module.main(options)
+    assert parsed[0].prompt_concurrency == 8
+    provider = server_module.Provider(parsed[0], server_module.Serving(cache_dir=str(tmp_path)))
+    provider.tiers = SimpleNamespace(below=None)  # type: ignore[assignment]
+    provider.load_default()
+    assert provider.failure is None
+    assert provider.cli_args.prompt_concurrency == at_once
+
+
+class Enough(Exception):
+    """What was wanted has been seen."""
 
 
 def test_a_user_finds_what_the_same_user_asked_and_nothing_else(

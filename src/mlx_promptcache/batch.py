@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_promptcache import engine
 from mlx_promptcache.engine import cache as mlx_cache
 from mlx_promptcache.errors import PromptError
-from mlx_promptcache.layers import leaves
+from mlx_promptcache.layers import leaves, may_be_padded
 from mlx_promptcache.prompt import TextStream
 from mlx_promptcache.sampling import Sampling
 from mlx_promptcache.wave import MOST_TOKENS, Waves
@@ -36,8 +36,10 @@ log = logging.getLogger("mlx_promptcache")
 
 SIZE = 8
 LONGER = 16  # times that a prefix is longer than answers for which waves are worth while
+SORTED = 4  # waves among which questions are sorted by their length
 SEEDS = 1 << 64  # what there are
 MOST_PREFILLED_TOGETHER = 8  # as mlx-lm's batch generator
+CANNOT = (ValueError, TypeError, AttributeError, RuntimeError, IndexError)  # what models raise
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,9 @@ class Batch:
         if self.together:
             alone: list[Question] = []
             short, waiting = self._short(waiting)
-            yield from self._in_waves(short, each_step)
-            yield from self._together(waiting, alone, each_step)
+            left: list[Question] = []
+            yield from self._in_waves(short, left, each_step)
+            yield from self._together(itertools.chain(left, waiting), alone, each_step)
             waiting = itertools.chain(alone, waiting)
         for question in waiting:
             yield self._alone(question, each_step)
@@ -136,24 +139,38 @@ class Batch:
         return short, (question for question in every if question.index not in chosen)
 
     def _is_short(self, question: Question) -> bool:
-        shared = len(self._prefix)
-        fed = len(question.prompt.tokens) - shared
-        brief = question.max_tokens * LONGER <= shared and fed <= MOST_TOKENS
-        return brief and self._follows(question)
+        brief = question.max_tokens * LONGER <= len(self._prefix)
+        return brief and self._fed(question) <= MOST_TOKENS and self._follows(question)
 
     def _in_waves(
-        self, questions: list[Question], each_step: Callable[[], None]
+        self, questions: list[Question], left: list[Question], each_step: Callable[[], None]
     ) -> Iterator[Answer]:
+        """Answer these; put those into `left` that the model cannot answer so."""
         if not questions:
             return
         assert self._layers is not None  # noqa: S101 - `_short` has looked
-        shared = len(self._prefix)
         size = min(self._size, len(questions))
-        longest = max(len(q.prompt.tokens) - shared for q in questions)
-        room = longest + max(q.max_tokens for q in questions)
-        waves = Waves(self._runner.model, self._layers, size=size, room=room)
-        for i in range(0, len(questions), size):
-            yield from self._wave(waves, questions[i : i + size], each_step)
+        room = max(map(self._fed, questions)) + max(q.max_tokens for q in questions)
+        asked = {question.index: question for question in self._alike(questions, size)}
+        try:
+            waves = Waves(self._runner.model, self._layers, size=size, room=room)
+            while asked:
+                for answer in self._wave(waves, list(asked.values())[:size], each_step):
+                    del asked[answer.index]
+                    yield answer
+        except CANNOT as exc:
+            log.debug("this model takes no rows that several questions share: %s", exc)
+            left += asked.values()
+
+    def _alike(self, questions: list[Question], size: int) -> Iterator[Question]:
+        """These questions in about their order, and those together that are about as long: what is
+        shorter than the longest of a wave is padded.
+        """
+        for i in range(0, len(questions), SORTED * size):
+            yield from sorted(questions[i : i + SORTED * size], key=self._fed)
+
+    def _fed(self, question: Question) -> int:
+        return len(question.prompt.tokens) - len(self._prefix)
 
     def _wave(
         self, waves: Waves, questions: list[Question], each_step: Callable[[], None]
@@ -208,7 +225,7 @@ class Batch:
                     return
                 yield from self._step(decoder, going)
                 each_step()
-        except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as exc:
+        except CANNOT as exc:
             log.warning("mlx-lm cannot decode these together: one after another, then (%s)", exc)
             alone += [one.question for one in going.values()]
         finally:
@@ -301,11 +318,12 @@ class _Decoder:
     def __init__(self, runner: Runner, size: int) -> None:
         tokenizer = runner.tokenizer
         ends = [] if tokenizer is None else sorted(tokenizer.eos_token_ids)
+        layers = runner.make_layers()
         self._generator = engine.generate().BatchGenerator(
             runner.model,
             stop_tokens=[[token] for token in ends],
             completion_batch_size=size,
-            prefill_batch_size=min(size, MOST_PREFILLED_TOGETHER),
+            prefill_batch_size=min(size, MOST_PREFILLED_TOGETHER) if may_be_padded(layers) else 1,
             prefill_step_size=runner.prefill_step,
         )
 

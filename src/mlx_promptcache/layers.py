@@ -163,6 +163,13 @@ def _collect(value: Any, found: list[mx.array]) -> None:
             _collect(item, found)
 
 
+def may_be_padded(layers: Iterable[Any]) -> bool:
+    """Whether prompts that mlx-lm pads to one length, to feed them side by side, are computed as
+    each would be alone. Rows can be masked; many models' other layers take padding for tokens.
+    """
+    return all(type(layer) in (mlx_cache.KVCache, mlx_cache.RotatingKVCache) for layer in layers)
+
+
 def let_go(layers: Iterable[Any]) -> None:
     """Let arrays that are parts of larger ones have memory of their own, once they are evaluated.
 

@@ -23,6 +23,7 @@ from mlx_promptcache.cache import PromptCache
 from mlx_promptcache.connections import Connections, Ending
 from mlx_promptcache.errors import PromptCacheError, PromptError, ServingError, StoreError
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings, remembered
+from mlx_promptcache.layers import may_be_padded
 from mlx_promptcache.namespaces import COMMON, Namespaces
 from mlx_promptcache.speculative import Pair
 from mlx_promptcache.store import Store
@@ -156,6 +157,7 @@ class Provider(mlx_server.ModelProvider):  # type: ignore[misc]
     def __init__(self, arguments: argparse.Namespace, serving: Serving) -> None:
         super().__init__(arguments)
         self._serving = serving
+        self._prompts_at_once: int = arguments.prompt_concurrency
         self.failure: Exception | None = None
         """Why the model that the server was started with cannot be loaded."""
 
@@ -176,6 +178,8 @@ class Provider(mlx_server.ModelProvider):  # type: ignore[misc]
         self.tiers.below = None
         before = _fingerprint_of_what_is_here(*paths, self._kv)
         super()._load(*paths)
+        padded = may_be_padded(mlx_server.make_prompt_cache(self.model))
+        self.cli_args.prompt_concurrency = self._prompts_at_once if padded else 1
         try:
             self.tiers.below = self._below(*paths, before)
         except (PromptCacheError, ValueError) as exc:

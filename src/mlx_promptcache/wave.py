@@ -1,9 +1,9 @@
-"""Waves: some questions at a time, after a prefix whose rows are laid side by side once.
+"""Waves: some questions at a time, after a prefix whose rows are there once for all of them.
 
 mlx-lm's batch generator copies the rows of a prefix for every question, several times on its way.
-Where the prefix is long and answers are short that takes longer than to answer. Here each wave of
-questions writes its rows after those of the prefix, and the next wave writes over them. The price
-is that a wave lasts until its longest answer ends.
+Where the prefix is long that takes longer than to answer. Here each wave of questions has rows of
+its own after those of the prefix, and the next wave writes over them. The price is that a wave
+lasts until its longest answer ends.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_promptcache.engine import cache as mlx_cache
-from mlx_promptcache.layers import TOKEN_AXIS, live_arrays
+from mlx_promptcache.layers import live_arrays
 from mlx_promptcache.run import Draw
+from mlx_promptcache.shared_rows import Masks, SharedRows, let_attend
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,55 +24,15 @@ if TYPE_CHECKING:
 MOST_TOKENS = 512  # of a question: they are fed in one pass
 
 
-class SideBySide(mlx_cache.BatchKVCache):  # type: ignore[misc]
-    """The rows of a `KVCache` for `size` sequences, with room for `room` more tokens of each.
-
-    Questions of different lengths end in a gap before their answers, which nobody looks at: so no
-    row has to be moved when they are fed.
-    """
-
-    def __init__(self, layer: Any, size: int, room: int) -> None:
-        super().__init__([0] * size)
-        self._size, self._begin = size, int(layer.offset)
-        self.keys = _wide(layer.keys[:, :, : self._begin], size, room)
-        self.values = _wide(layer.values[:, :, : self._begin], size, room)
-        self.rewind()
-
-    def rewind(self) -> None:
-        """Forget all after the prefix."""
-        self._idx = self._gap_end = self._begin
-        self.offset = mx.full((self._size,), self._begin)
-
-    def close_questions(self, lengths: mx.array) -> None:
-        """What was fed since `rewind` was padded on the right: only so many tokens count."""
-        self.offset, self._gap_end = self._begin + lengths, self._idx
-        self._question_ends = self.offset
-
-    def make_mask(self, N: int, return_array: bool = False, **kwargs: Any) -> Any:  # noqa: N803
-        """Which rows each of the next `N` tokens looks at."""
-        mask = super().make_mask(N, return_array, **kwargs)
-        if self._gap_end == self._begin:
-            return mask
-        rows = mx.arange(self._idx + N)
-        ends = self._question_ends[:, None, None, None]
-        return mask & ((rows < ends) | (rows >= self._gap_end))
-
-
-def _wide(rows: mx.array, size: int, room: int) -> mx.array:
-    shape = list(rows.shape)
-    shape[0], shape[TOKEN_AXIS] = size, room
-    own = mx.broadcast_to(rows, (size, *rows.shape[1:]))
-    return mx.concatenate([own, mx.zeros(shape, rows.dtype)], TOKEN_AXIS)
-
-
 class Waves:
     """Decodes up to `size` questions at a time after one prefix, on whose layers it stands. All of
     these are `KVCache` objects; they stay as they are.
     """
 
     def __init__(self, model: Any, layers: Sequence[Any], *, size: int, room: int) -> None:
-        self._model, self._size = model, size
-        self._layers = [SideBySide(layer, size, room) for layer in layers]
+        let_attend(model)
+        self._model, self._size, masks = model, size, Masks()
+        self._layers = [SharedRows(layer, size, room, masks) for layer in layers]
 
     def decode(
         self, questions: Sequence[tuple[Sequence[int], Sequence[int], Sampling]]
