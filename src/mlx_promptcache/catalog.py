@@ -14,7 +14,7 @@ from mlx_promptcache import headers
 from mlx_promptcache.deletion import Deletion
 from mlx_promptcache.errors import CacheMiss, DamagedFile, ForeignFile, PromptCacheError, StoreError
 from mlx_promptcache.facts import Facts, Snapshot
-from mlx_promptcache.store import SNAPSHOTS, Store
+from mlx_promptcache.store import SNAPSHOTS, Store, no_state
 from mlx_promptcache.tree import SnapshotName
 
 if TYPE_CHECKING:
@@ -114,9 +114,7 @@ class Catalog:
             if stem is None:
                 stems = [s for s in self._snapshots if _id_of(s) == name]
                 if not stems:
-                    raise CacheMiss(
-                        f"there is no state named {name!r}; `list` shows those that are"
-                    )
+                    raise no_state(name)
                 chosen += self.entries(stems)
             elif stem in self._snapshots:
                 chosen += [e for e in self.entries([stem]) if e.name == name]
@@ -305,10 +303,6 @@ class Catalog:
 
 def _id_of(stem: str) -> str:
     return stem.rpartition("-")[2]
-
-
-def _no_state(name: str) -> CacheMiss:
-    return CacheMiss(f"there is no state named {name!r}; `list` shows those that are")
 
 
 def _lost_name(name: str) -> Entry:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_promptcache")
 
 SESSIONS = "chat."  # what the names of sessions begin with
-USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
+USER, SYSTEM = "user", "system"
 MOST_BRANCHES = 1000
 
 
