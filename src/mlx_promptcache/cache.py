@@ -43,6 +43,7 @@ from mlx_promptcache.saver import Saver, most_bytes
 from mlx_promptcache.state import Origin, Ref, State, Trail
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store, check_name
 from mlx_promptcache.tokenizer_store import TokenizerStore
+from mlx_promptcache.tree import id_of
 from mlx_promptcache.writer import Synced
 
 if TYPE_CHECKING:
@@ -259,7 +260,7 @@ class PromptCache:
         name = None
         with contextlib.suppress(StoreError):
             name = self._store.name_of(stem)
-        return name or stem.rpartition("-")[2]
+        return name or id_of(stem)
 
     def resume(
         self,
@@ -374,7 +375,7 @@ class PromptCache:
         self._store.record_use(
             {
                 "when": round(time.time(), 3),
-                "what": source and source.rpartition("-")[2],
+                "what": source and id_of(source),
                 "rows": state.n_past,
                 "seconds": round(state.trail.seconds_per_token * state.n_past, 3),
             }
@@ -425,7 +426,7 @@ class PromptCache:
             DamagedFile: the name is there, and cannot be read.
         """
         try:
-            return self._store.read_name(name).rpartition("-")[2]
+            return id_of(self._store.read_name(name))
         except DamagedFile:
             raise
         except CacheMiss:

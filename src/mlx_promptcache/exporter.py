@@ -15,7 +15,7 @@ from mlx_promptcache import catalog, container, cuts, headers, parcel
 from mlx_promptcache.errors import CacheMiss, DamagedFile, StoreError
 from mlx_promptcache.files import write_once
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store, check_name
-from mlx_promptcache.tree import BlockName, Keys
+from mlx_promptcache.tree import BlockName, Keys, id_of
 from mlx_promptcache.version import __version__
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def export(store: Store, name: str, path: Path, *, replace_file: bool = False) -
             raise DamagedFile(f"the state {name!r} is damaged: {exc}; save it again") from exc
     size = path.stat().st_size
     n_past = snapshot.content["n_past"]
-    return Exported(named, stem.rpartition("-")[2], n_past, len(own), size)
+    return Exported(named, id_of(stem), n_past, len(own), size)
 
 
 def name_of(store: Store, name: str) -> str | None:

@@ -23,6 +23,7 @@ from mlx_promptcache.errors import PromptCacheError
 from mlx_promptcache.eviction import Eviction
 from mlx_promptcache.facts import memo_of
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS
+from mlx_promptcache.tree import id_of
 from mlx_promptcache.version import __version__
 
 if TYPE_CHECKING:
@@ -232,8 +233,8 @@ def _order(
     return [
         {
             "kind": kind.removesuffix("s"),
-            "id": stem.rpartition("-")[2] if kind == SNAPSHOTS else stem.rpartition("/")[2],
-            "of": stem.rpartition("-")[2] if kind == SNAPSHOTS else users.get(stem),
+            "id": id_of(stem) if kind == SNAPSHOTS else stem.rpartition("/")[2],
+            "of": id_of(stem) if kind == SNAPSHOTS else users.get(stem),
             "end": _end(facts, kind, stem, snapshots),
             "bytes": file.on_disk,
             "freed_bytes": so_far,

@@ -13,7 +13,7 @@ from mlx_promptcache.passes import PassRecord
 from mlx_promptcache.room import FILE_BYTES
 from mlx_promptcache.state import Ref, State
 from mlx_promptcache.store import BLOCKS
-from mlx_promptcache.tree import BlockName, Keys, SnapshotName, cell_start, pieces, shard
+from mlx_promptcache.tree import BlockName, Keys, SnapshotName, cell_start, id_of, pieces, shard
 from mlx_promptcache.windows import Span, widest
 from mlx_promptcache.writer import ID_DIGITS, Saved, Synced, Writer, check_free
 
@@ -119,7 +119,7 @@ class Saver:
         if not all(self._snapshot_there(mark, list(refs)) for mark in marks):
             return None
         stem = self._snapshot_there(state, list(refs))
-        return Saved(None, stem.rpartition("-")[2], 0, len(refs), 0, refs=refs) if stem else None
+        return Saved(None, id_of(stem), 0, len(refs), 0, refs=refs) if stem else None
 
     def _count(self, other: Saver) -> None:
         saved = other.save(None, share=True)

@@ -135,6 +135,11 @@ class SnapshotName(NamedTuple):
         return cls(found[2], int(found[3]), found[4], found[5])
 
 
+def id_of(stem: str) -> str:
+    """The id of a snapshot, which ends its stem."""
+    return stem.rpartition("-")[2]
+
+
 class Stretch(NamedTuple):
     """Rows `[start, start + rows)`, taken from the first rows of one block."""
 

@@ -10,7 +10,7 @@ from mlx_promptcache import container, headers
 from mlx_promptcache.errors import CacheMiss, PromptCacheError, StoreError
 from mlx_promptcache.passes import PassRecord
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS
-from mlx_promptcache.tree import SnapshotName
+from mlx_promptcache.tree import SnapshotName, id_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -170,9 +170,8 @@ class Writer:
         if name is not None:
             self._store.write_name(name, snapshot, sync=self._sync)
         self._store.record_write(self.bytes)
-        identity = snapshot.rpartition("-")[2]
         snapshots = tuple(self.snapshots)
-        return Saved(name, identity, self.written, self.shared, self.bytes, snapshots)
+        return Saved(name, id_of(snapshot), self.written, self.shared, self.bytes, snapshots)
 
 
 def check_free(store: Store, name: str, key: str) -> None:
