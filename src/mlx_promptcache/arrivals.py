@@ -20,7 +20,7 @@ from mlx_promptcache.container import Header, Packed
 from mlx_promptcache.errors import DamagedFile, PromptCacheError, SignatureError
 from mlx_promptcache.store import BLOCKS
 from mlx_promptcache.tree import BlockName
-from mlx_promptcache.writer import ID_DIGITS, Writer, record_of
+from mlx_promptcache.writer import Writer, record_of, variant_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -170,7 +170,8 @@ class Arrivals:
         """Add a snapshot whose blocks have these stems in the store, and return its stem there.
         Raises as `add` does.
         """
-        stem, packed = _using(snapshot, stems)
+        refs = zip(stems, snapshot.header.content["refs"], strict=True)
+        stem, packed = _using(snapshot, [(own, ref[1]) for own, ref in refs])
         with self._store.adding():
             needed = packed.size + room.FILE_BYTES
             room.make(self._store, self._budget, needed, kept=list(stems), asked_for=False)
@@ -196,24 +197,18 @@ def shared_stem(stem: str, digest: str) -> str:
     name = BlockName.parse(stem)
     if name is None:
         raise DamagedFile("it names a block that there cannot be")
-    variant = hashlib.sha256(digest.encode()).hexdigest()[:ID_DIGITS]
-    return str(name._replace(variant=variant))
+    return str(name._replace(variant=variant_of(digest)))
 
 
-def _using(snapshot: Arrival, stems: Sequence[str]) -> tuple[str, Packed]:
-    """The file of a snapshot whose blocks have these stems, and its own stem. It is the very file
-    that came unless a block has another stem here.
+def _using(snapshot: Arrival, blocks: Iterable[tuple[str, str]]) -> tuple[str, Packed]:
+    """The file of a snapshot that uses these blocks, and its own stem. It is the very file that
+    came unless a block has another stem here.
     """
-    header = snapshot.header
-    refs = header.content["refs"]
-    told = [[stem, *ref[1:]] for stem, ref in zip(stems, refs, strict=True)]
-    if told == refs:
-        return snapshot.stem, Packed([snapshot.data], header.digest)
-    content = {**header.content, "refs": told}
-    head = container.head_of(header.kind, content, header.notes, header.entries)
-    payload = snapshot.data[header.size - sum(e.stored_bytes for e in header.entries.values()) :]
-    stem = f"{snapshot.stem[:-ID_DIGITS]}{head.digest[:ID_DIGITS]}"
-    return stem, Packed([*head.chunks, payload], head.digest)
+    stem, header = headers.using(snapshot.header, snapshot.stem, blocks)
+    if stem == snapshot.stem:
+        return stem, Packed([snapshot.data], header.digest)
+    arrays = snapshot.data[len(snapshot.data) - header.stored_bytes :]
+    return stem, container.repacked(header, [arrays])
 
 
 def _whole(remote: Remote, file: RemoteFile) -> tuple[bytes, Path | None]:

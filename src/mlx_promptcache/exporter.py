@@ -8,7 +8,7 @@ does not leave the store.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mlx_promptcache import catalog, container, cuts, headers, parcel
@@ -19,7 +19,7 @@ from mlx_promptcache.tree import BlockName, Keys, id_of
 from mlx_promptcache.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from mlx_promptcache.container import Header
@@ -63,7 +63,7 @@ def export(store: Store, name: str, path: Path, *, replace_file: bool = False) -
         stem, snapshot = catalog.find(store, name)
         try:
             own = pieces(store, snapshot)
-            snapshot = naming(snapshot, own)
+            _, snapshot = naming(snapshot, stem, own)
             named = name_of(store, name)
             notes = {"made": round(time.time(), 3), "version": __version__}
             head = parcel.head_of(named, snapshot, [piece.header for piece in own], notes)
@@ -122,13 +122,9 @@ def _cut(stem: str, packed: container.Packed) -> Piece:
     return Piece(header, str(own), tuple(packed.chunks))
 
 
-def naming(snapshot: Header, pieces: list[Piece]) -> Header:
-    """The snapshot that uses these very blocks, whole."""
-    refs = [
-        [piece.stem, piece.header.digest, ref[2], ref[3]]
-        for piece, ref in zip(pieces, snapshot.content["refs"], strict=True)
-    ]
-    return replace(snapshot, content={**snapshot.content, "refs": refs})
+def naming(snapshot: Header, stem: str, pieces: Sequence[Piece]) -> tuple[str, Header]:
+    """The snapshot that uses these very blocks, whole, and its stem."""
+    return headers.using(snapshot, stem, [(piece.stem, piece.header.digest) for piece in pieces])
 
 
 def _arrays(

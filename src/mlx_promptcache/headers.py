@@ -9,13 +9,16 @@ from __future__ import annotations
 import functools
 import math
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from mlx_promptcache import container
 from mlx_promptcache.errors import DamagedFile
 from mlx_promptcache.fingerprint import PHASES
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from mlx_promptcache.tree import (
     CELL,
+    ID_DIGITS,
     BlockName,
     Keys,
     SnapshotName,
@@ -26,7 +29,7 @@ from mlx_promptcache.tree import (
 from mlx_promptcache.windows import Span, Window
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from mlx_promptcache.container import Header
 
@@ -278,6 +281,17 @@ def _arrays_in(value: Any, depth: int = MOST_NESTED) -> list[str]:
     if isinstance(value, list):
         return [name for item in value for name in _arrays_in(item, depth - 1)]
     return []
+
+
+def using(snapshot: Header, stem: str, blocks: Iterable[tuple[str, str]]) -> tuple[str, Header]:
+    """A snapshot whose rows stand in these blocks instead, told by stem and digest; and its stem.
+    With its own blocks it is what it was.
+    """
+    refs = [[*block, *ref[2:]] for block, ref in zip(blocks, snapshot.content["refs"], strict=True)]
+    content = {**snapshot.content, "refs": refs}
+    head = container.head_of(snapshot.kind, content, snapshot.notes, snapshot.entries)
+    own = f"{stem[:-ID_DIGITS]}{head.digest[:ID_DIGITS]}"
+    return own, replace(snapshot, content=content, digest=head.digest)
 
 
 def tokens_of(store: Store, snapshot: Header) -> list[int]:

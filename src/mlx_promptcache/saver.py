@@ -13,9 +13,18 @@ from mlx_promptcache.passes import PassRecord
 from mlx_promptcache.room import FILE_BYTES
 from mlx_promptcache.state import Ref, State
 from mlx_promptcache.store import BLOCKS
-from mlx_promptcache.tree import BlockName, Keys, SnapshotName, cell_start, id_of, pieces, shard
+from mlx_promptcache.tree import (
+    ID_DIGITS,
+    BlockName,
+    Keys,
+    SnapshotName,
+    cell_start,
+    id_of,
+    pieces,
+    shard,
+)
 from mlx_promptcache.windows import Span, widest
-from mlx_promptcache.writer import ID_DIGITS, Saved, Synced, Writer, check_free
+from mlx_promptcache.writer import Saved, Synced, Writer, check_free
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 CELL = 256
 KEY_BYTES = 16
 TOKEN_BYTES = 4
+ID_DIGITS = 16  # of a snapshot's id, and of a variant
 
 _NUMBER = r"(0|[1-9][0-9]{0,9})"
 _BLOCK = re.compile(
