@@ -22,7 +22,7 @@ from mlx_promptcache.cli.options import (
     prompt_options,
     take,
 )
-from mlx_promptcache.errors import DamagedFile, StoreError, UnsupportedLayer
+from mlx_promptcache.errors import DamagedFile, UnsupportedLayer
 from mlx_promptcache.quarantine import Quarantine
 from mlx_promptcache.store import check_name
 
@@ -72,8 +72,7 @@ def _own(choice: ModelChoice, path: Path, options: dict[str, Any]) -> tuple[Save
     store, fingerprint = choice.store(), choice.fingerprint()
     if fingerprint is None:
         raise click.UsageError("a state is imported for a model: give --model")
-    if places.writing_is_off():
-        raise StoreError("this prompt cache is read-only")
+    store.check_writable()
     budget, bad = Budget.chosen(options["max_size"]), Quarantine(store, read_only=False)
     name, force = options["name"], options["force"]
     try:
@@ -97,7 +96,7 @@ def _mlx_lms(
     from mlx_promptcache.cli.prompts import origin_of
     from mlx_promptcache.handover import take_over
 
-    runner = choice.runner(max_bytes=options["max_size"])
+    runner = choice.runner(max_bytes=options["max_size"], saves=True)
     if runner.cache is None:
         raise UnsupportedLayer(str(runner.why_not_kept))
     state = take_over(runner, path, origin_of(prompts, runner.prompter)[0])
