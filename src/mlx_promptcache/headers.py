@@ -217,7 +217,7 @@ def _are_layers(opaque: Any, windows: Any, header: Header) -> bool:
     """
     if not all(map(_is_told_layers, (opaque, windows))) or opaque.keys() & windows.keys():
         return False
-    if not all(_is_window(told.get("window")) for told in windows.values()):
+    if not all(_is_size_and_keep(told.get("window")) for told in windows.values()):
         return False
     arrays = sorted(
         f"{path}/{name}" for path, told in opaque.items() for name in _arrays_in(told["attributes"])
@@ -253,7 +253,7 @@ def _is_told_layers(layers: Any) -> bool:
     )
 
 
-def _is_window(window: Any) -> bool:
+def _is_size_and_keep(window: Any) -> bool:
     return (
         isinstance(window, list)
         and [type(n) for n in window] == [int, int]

@@ -90,6 +90,7 @@ class Saver:
         self._writer = Writer(finder.store, finder.bad, sync=sync, exact=exact, synced=synced)
         self._keys = Keys(finder.root(state.phase), state.tokens)
         self._window_rows = known_window_rows(state)
+        self._spans: dict[str, Span] = {}
 
     def save(self, name: str | None, *, replace: bool = False, share: bool = False) -> Saved:
         """Write what is missing. The caller holds the shared lock.
@@ -201,6 +202,7 @@ class Saver:
         packed = container.pack(headers.BLOCK, content, notes, arrays)
         name = BlockName(self._shard(begin), keys[begin], state.tokens[begin], keys[end])
         stem = self._writer.block(name, packed, record)
+        self._spans[stem] = Span(end if window is None else window["from"], end)
         return Ref(stem, packed.digest, begin, end - begin)
 
     def _snapshot(self, state: State, refs: list[Ref]) -> str:
@@ -236,12 +238,18 @@ class Saver:
         windows = [layer.window for layer in state.contents if layer.window is not None]
         if not windows:
             return True
-        covered = []
-        for ref in refs:
-            span = headers.window_span(headers.block_header(self._store, ref.stem))
-            covered.append(Span(span.start, min(span.stop, ref.end)))
+        spans = [(self._window_span(ref.stem), ref.end) for ref in refs]
+        covered = [Span(span.start, min(span.stop, end)) for span, end in spans]
         n = state.n_past
         return widest(windows).deepest(covered, n) == n
+
+    def _window_span(self, stem: str) -> Span:
+        """The positions for which a block has the rows of windows. What this save wrote it knows;
+        other headers are read once, however many snapshots are taken on the way.
+        """
+        if stem not in self._spans:
+            self._spans[stem] = headers.window_span(headers.block_header(self._store, stem))
+        return self._spans[stem]
 
     def _notes(self) -> dict[str, Any]:
         return {
