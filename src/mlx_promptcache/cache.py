@@ -34,7 +34,7 @@ from mlx_promptcache.errors import (
 from mlx_promptcache.facts import Facts, memo_of
 from mlx_promptcache.finder import Finder
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings
-from mlx_promptcache.layers import capture, check_quantised, leaves, make_layers
+from mlx_promptcache.layers import capture, check_quantised, leaves, lengths, make_layers
 from mlx_promptcache.loader import Loader
 from mlx_promptcache.passes import UNKNOWN
 from mlx_promptcache.quarantine import BadFile, Quarantine
@@ -645,12 +645,11 @@ class PromptCache:
         expected = [path for path, _ in leaves(make_layers(model, self.kv))]
         if expected != [path for path, _ in leaves(prompt_cache)]:
             raise UnsupportedLayer("these layers are not those that the model makes")
-        offsets = {layer.offset for _, layer in leaves(prompt_cache) if hasattr(layer, "offset")}
-        held = offsets - {0} or offsets  # a model may make layers that it never writes to
-        if held - {len(tokens)}:
+        others = lengths(prompt_cache) - {len(tokens)}
+        if others:
             raise UnsupportedLayer(
-                f"{len(tokens)} tokens were given, and the layers hold "
-                f"{max(held - {len(tokens)})}: give those that they hold"
+                f"{len(tokens)} tokens were given, and the layers hold {max(others)}: give those "
+                "that they hold"
             )
         if not tokens:
             raise UnsupportedLayer("no tokens were given: give those that the layers hold")

@@ -97,6 +97,14 @@ def leaves(layers: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{i}", layer
 
 
+def lengths(layers: Iterable[Any]) -> set[Any]:
+    """How many tokens the layers say that they hold: one number where all agree. A model may make
+    layers that it never writes to: these do not count, unless all are such.
+    """
+    said = {layer.offset for _, layer in leaves(layers) if hasattr(layer, "offset")}
+    return said - {0} or said
+
+
 def is_sliceable(layer: Any, n_past: int) -> bool:
     """Whether the layer holds one row for each of `n_past` tokens, and any prefix is valid."""
     return type(layer) in SLICEABLE and layer.keys is not None and layer.offset == n_past

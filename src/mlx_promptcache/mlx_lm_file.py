@@ -24,7 +24,15 @@ from mlx_promptcache.engine import cache as mlx_cache
 from mlx_promptcache.errors import DamagedFile, ForeignFile, StoreError, UnsupportedLayer
 from mlx_promptcache.files import write_once
 from mlx_promptcache.headers import MOST_NESTED
-from mlx_promptcache.layers import TOKEN_AXIS, capture, check_quantised, fill, leaves, make_layers
+from mlx_promptcache.layers import (
+    TOKEN_AXIS,
+    capture,
+    check_quantised,
+    fill,
+    leaves,
+    lengths,
+    make_layers,
+)
 from mlx_promptcache.passes import UNKNOWN
 from mlx_promptcache.state import State
 
@@ -258,10 +266,9 @@ def held(layers: Sequence[Any]) -> int | None:
     Raises:
         UnsupportedLayer: they do not agree.
     """
-    offsets = {layer.offset for _, layer in leaves(layers) if hasattr(layer, "offset")}
-    if not all(type(offset) is int for offset in offsets):
+    numbers = lengths(layers)
+    if not all(type(number) is int for number in numbers):
         raise UnsupportedLayer("its layers do not say how many tokens they hold")
-    numbers = offsets - {0} or offsets  # a model may make layers that it never writes to
     if len(numbers) > 1:
         raise UnsupportedLayer("its layers hold different numbers of tokens")
     return next(iter(numbers), None)

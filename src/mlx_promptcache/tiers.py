@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, overload
 import mlx.core as mx
 
 from mlx_promptcache.engine import cache as mlx_cache
-from mlx_promptcache.layers import leaves
+from mlx_promptcache.layers import leaves, lengths
 from mlx_promptcache.namespaces import COMMON
 
 if TYPE_CHECKING:
@@ -198,12 +198,6 @@ def _arrays(layer: Any) -> list[mx.array]:
     return [*layer.rows.values(), *layer.arrays.values()]
 
 
-def _lengths(layers: Layers) -> set[int]:
-    """How many tokens layers hold, as far as they say so."""
-    said = {getattr(leaf, "offset", None) for _, leaf in leaves(layers)}
-    return {length for length in said if isinstance(length, int)} - {0}  # some are never used
-
-
 def _cut_to(tokens: Tokens, layers: Layers) -> Tokens | None:
     """The tokens that these layers hold; None if that cannot be.
 
@@ -211,10 +205,10 @@ def _cut_to(tokens: Tokens, layers: Layers) -> Tokens | None:
     model one more: all are cut to the shortest. Where mlx-lm could not let layers forget what was
     proposed in vain, they hold something else.
     """
-    lengths = _lengths(layers)
-    if lengths <= {len(tokens)}:
+    held = {length for length in lengths(layers) if isinstance(length, int)} - {0}
+    if held <= {len(tokens)}:
         return tokens
-    shortest = min(*lengths, len(tokens))
+    shortest = min(*held, len(tokens))
     if not mlx_cache.can_trim_prompt_cache(layers) or len(tokens) - shortest > MOST_LACKING:
         return None
     for _, leaf in leaves(layers):
