@@ -24,7 +24,7 @@ from mlx_promptcache.tree import CELL
 from mlx_promptcache.windows import Window
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from mlx_promptcache.fingerprint import KVSettings
 
@@ -169,6 +169,23 @@ def _collect(value: Any, found: list[mx.array]) -> None:
     elif isinstance(value, (list, tuple)):
         for item in value:
             _collect(item, found)
+
+
+def exchange(layers: Iterable[Any], other: Callable[[mx.array], mx.array]) -> None:
+    """Put another array in the place of each that the layers hold, in the same order."""
+    for _, layer in leaves(layers):
+        held = vars(layer)
+        held.update({name: _exchanged(value, other) for name, value in held.items()})
+
+
+def _exchanged(value: Any, other: Callable[[mx.array], mx.array]) -> Any:
+    if isinstance(value, mx.array):
+        return other(value)
+    if isinstance(value, dict):
+        return {name: _exchanged(item, other) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_exchanged(item, other) for item in value])
+    return value
 
 
 def let_go(layers: Iterable[Any]) -> None:
