@@ -222,6 +222,17 @@ class Runner:
         return self._whole
 
     @property
+    def needed_cache(self) -> PromptCache:
+        """The cache, for what cannot be done without one.
+
+        Raises:
+            UnsupportedLayer: there is none, because states of this model cannot be kept, say.
+        """
+        if self.cache is None:
+            raise UnsupportedLayer(self.why_not_kept or "there is no prompt cache")
+        return self.cache
+
+    @property
     def speculative(self) -> bool:
         """Whether a draft model proposes tokens."""
         return self._draft_model is not None

@@ -22,7 +22,7 @@ from mlx_promptcache.cli.options import (
     prompt_options,
     take,
 )
-from mlx_promptcache.errors import DamagedFile, UnsupportedLayer
+from mlx_promptcache.errors import DamagedFile
 from mlx_promptcache.quarantine import Quarantine
 from mlx_promptcache.store import check_name
 
@@ -97,9 +97,8 @@ def _mlx_lms(
     from mlx_promptcache.handover import take_over
 
     runner = choice.runner(max_bytes=options["max_size"], saves=True)
-    if runner.cache is None:
-        raise UnsupportedLayer(str(runner.why_not_kept))
+    cache = runner.needed_cache
     state = take_over(runner, path, origin_of(prompts, runner.prompter)[0])
-    saved = runner.cache.save(options["name"], state, replace=options["force"])
-    places.remember_store(runner.cache.directory)
+    saved = cache.save(options["name"], state, replace=options["force"])
+    places.remember_store(cache.directory)
     return saved, state.n_past
