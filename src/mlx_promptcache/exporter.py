@@ -7,6 +7,7 @@ does not leave the store.
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from mlx_promptcache.tree import BlockName, Keys, id_of
 from mlx_promptcache.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from mlx_promptcache.container import Header
@@ -67,7 +68,8 @@ def export(store: Store, name: str, path: Path, *, replace_file: bool = False) -
             named = name_of(store, name)
             notes = {"made": round(time.time(), 3), "version": __version__}
             head = parcel.head_of(named, snapshot, [piece.header for piece in own], notes)
-            _write(path, head, _arrays(store, stem, snapshot, own), replace_file=replace_file)
+            arrays = _arrays(store, stem, snapshot, own)
+            write(path, itertools.chain(head.chunks, arrays), replace_file=replace_file)
         except DamagedFile as exc:
             raise DamagedFile(f"the state {name!r} is damaged: {exc}; save it again") from exc
     size = path.stat().st_size
@@ -158,21 +160,17 @@ def _stored(store: Store, kind: str, stem: str, header: Header) -> Iterator[memo
             yield container.read_stored(reader.read, entry)
 
 
-def _write(
-    path: Path,
-    head: container.Packed,
-    arrays: Iterator[bytes | memoryview],
-    *,
-    replace_file: bool,
-) -> None:
-    def chunks() -> Iterator[bytes | memoryview]:
-        yield from head.chunks
-        yield from arrays
+def write(path: Path, chunks: Iterable[bytes | memoryview], *, replace_file: bool) -> None:
+    """Write a file whole or not at all, and sync it.
 
+    Raises:
+        StoreError: there is a file of that name, and it is not to be replaced; or the file system
+            refuses.
+    """
     try:
         if not replace_file:
             check_free(path)
-        if not write_once(path, chunks(), sync=True, replace=replace_file):
+        if not write_once(path, chunks, sync=True, replace=replace_file):
             check_free(path)
     except OSError as exc:
         raise StoreError(f"{path} cannot be written: {exc.strerror}") from exc
