@@ -146,11 +146,11 @@ class Runner:
         shard: str | None = None,
     ) -> Runner:
         """Load a model through mlx-lm and open its store, which may take `max_bytes` on disk (see
-        `PromptCache`). `loaded` is this very model, if `checkpoint.load` has begun to load it. A
-        store of another user is a miss for every prompt, and nothing is written there, unless
-        `allow_foreign` is set; so is a store that cannot be read. With `shard` (`tensor` or
-        `pipeline`) the processes that `mlx.launch` has started load a part of it each, and run it
-        together (see `Ranks`).
+        `PromptCache`). `loaded` is this very model, if `checkpoint.load` has begun to load it,
+        with its fingerprint, if that is known. A store of another user is a miss for every prompt,
+        and nothing is written there, unless `allow_foreign` is set; so is a store that cannot be
+        read. With `shard` (`tensor` or `pipeline`) the processes that `mlx.launch` has started load
+        a part of it each, and run it together (see `Ranks`).
 
         Raises:
             ModelError: there is no such model or adapter, or mlx-lm cannot load it.
@@ -179,19 +179,22 @@ class Runner:
                     Store(directory, allow_foreign=allow_foreign, read_only=read_only).check()
                 except (ForeignStore, UnreadableStore):  # who asks it for something is told
                     read_only = True
-                fingerprint = remembered(path, adapter=adapter, kv=kv, salt=salt, draft=draft_path)
+                fingerprint = None if loaded is None else loaded.fingerprint
+                fingerprint = fingerprint or remembered(
+                    path, adapter=adapter, kv=kv, salt=salt, draft=draft_path
+                )
                 cache = _cache(ranks)(
                     directory, fingerprint, kv=kv, read_only=read_only, max_bytes=max_bytes,
                     allow_foreign=allow_foreign,
                 )  # fmt: skip
-            model, told, weights = loaded or checkpoint.load(path, adapter, ranks=ranks)
-            tokenizer = _tokenizer(path, told, cache)
+            loaded = loaded or checkpoint.load(path, adapter, ranks=ranks)
+            tokenizer = _tokenizer(path, loaded.config, cache)
             draft, others = None, None
             if draft_path is not None:
-                draft, _, others = checkpoint.load(draft_path, None)
+                draft, _, others, _ = checkpoint.load(draft_path, None)
             length = None if max_kv_size is not None else models.context_length(settings)
             runner = cls(
-                model,
+                loaded.model,
                 tokenizer,
                 cache,
                 kv=kv,
@@ -200,7 +203,7 @@ class Runner:
                 num_draft_tokens=num_draft_tokens,
                 ranks=ranks,
             )
-        runner._awaited = [each for each in (weights, others) if each is not None]
+        runner._awaited = [each for each in (loaded.weights, others) if each is not None]
         return runner
 
     @property
