@@ -124,6 +124,17 @@ def test_a_save_reads_nothing_of_what_it_has_just_written(tmp_path: Path) -> Non
     assert count.opened == []
 
 
+def test_an_export_opens_each_block_for_its_header_and_for_its_rows(
+    runner: Runner, tmp_path: Path
+) -> None:
+    keep(tmp_path / "store", runner, random_tokens(900, seed=1, vocab=16))
+    cache = PromptCache(tmp_path / "store", "smallest")
+    (entry,) = cache.list()
+    with Counted(tmp_path) as count:
+        cache.export(entry.snapshot, tmp_path / "it.safetensors")
+    assert opened(count, BLOCKS) == 2 * len(Store(cache.directory).stems(BLOCKS)) == 8
+
+
 def test_names_are_read_once_for_many_hits_and_again_when_one_has_changed(
     runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,15 +100,14 @@ def pieces(store: Store, snapshot: Header, *, cut: bool = True) -> list[Piece]:
     Raises:
         DamagedFile: a block is not there, or is not the one that it used.
     """
-    tokens = headers.tokens_of(store, snapshot)
-    keys = Keys(headers.root_of(snapshot), tokens)
+    blocks = headers.blocks_of(store, snapshot)
+    keys = Keys(headers.root_of(snapshot), headers.tokens_in(snapshot, blocks))
     found = []
-    for stem, _, start, rows in snapshot.content["refs"]:
+    for (stem, _, start, rows), header in zip(snapshot.content["refs"], blocks, strict=True):
+        if rows == len(header.content["tokens"]) or not cut:
+            found.append(Piece(header, stem))
+            continue
         with store.reader(BLOCKS, stem) as reader:
-            header = headers.checked_block(reader.header(), stem)
-            if rows == len(header.content["tokens"]) or not cut:
-                found.append(Piece(header, stem))
-                continue
             packed = cuts.first_rows(reader.read, header, rows, keys[start + rows])
         found.append(_cut(stem, packed))
     return found

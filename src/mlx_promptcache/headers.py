@@ -294,21 +294,38 @@ def using(snapshot: Header, stem: str, blocks: Iterable[tuple[str, str]]) -> tup
     return own, replace(snapshot, content=content, digest=head.digest)
 
 
-def tokens_of(store: Store, snapshot: Header) -> list[int]:
-    """The tokens of a snapshot, from its blocks, checked against its key.
+def blocks_of(store: Store, snapshot: Header) -> list[Header]:
+    """The headers of a snapshot's blocks.
 
     Raises:
         CacheMiss: a block is not there; DamagedFile if it is not the one that the snapshot used.
     """
-    tokens: list[int] = []
-    for stem, digest, start, rows in snapshot.content["refs"]:
+    found = []
+    for stem, digest, start, _ in snapshot.content["refs"]:
         header = block_header(store, stem)
         if header.digest != digest or header.content["start"] != start:
             raise DamagedFile("a block that it needs was replaced by another")
-        tokens += header.content["tokens"][:rows]
+        found.append(header)
+    return found
+
+
+def tokens_in(snapshot: Header, blocks: Iterable[Header]) -> list[int]:
+    """The tokens of a snapshot, from its blocks.
+
+    Raises:
+        DamagedFile: they are not those of its key.
+    """
+    tokens: list[int] = []
+    for block, ref in zip(blocks, snapshot.content["refs"], strict=True):
+        tokens += block.content["tokens"][: ref[3]]
     if Keys(root_of(snapshot), tokens)[len(tokens)] != snapshot.content["key"]:
         raise DamagedFile("its tokens are not those of its name")
     return tokens
+
+
+def tokens_of(store: Store, snapshot: Header) -> list[int]:
+    """The tokens of a snapshot, from the store. Raises as `blocks_of` and `tokens_in`."""
+    return tokens_in(snapshot, blocks_of(store, snapshot))
 
 
 def text_of(origin: Mapping[str, Any]) -> str | None:
