@@ -16,10 +16,11 @@ from mlx_promptcache.backlog import Backlog
 from mlx_promptcache.blueprint import Blueprint
 from mlx_promptcache.fingerprint import KVSettings
 from mlx_promptcache.layers import live_arrays, quantise
+from mlx_promptcache.supply import Supply
 from mlx_promptcache.tiers import Below, Tiers, Tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 KEY = ("a model", None, None)
@@ -103,6 +104,25 @@ def test_quantised_layers_are_found_as_they_were(
     assert [type(layer) for layer in restored] == [type(layer) for layer in layers]
 
 
+def test_a_remote_is_asked_once_for_a_prompt(tmp_path: Path, backlog: Backlog) -> None:
+    tiers = tiers_of("plain", tmp_path / "store", backlog)
+    insert(tiers, LONG[:100])
+    tiers = tiers_of("plain", tmp_path / "store", backlog)
+    assert tiers.below is not None
+    asked: list[int] = []
+
+    class Remote(Supply):
+        def __init__(self) -> None:
+            pass
+
+        def bring(self, root: str, tokens: Sequence[int], position: int) -> None:
+            asked.append(position)
+
+    tiers.below.cache.supply = Remote()
+    assert found(tiers, LONG) == 100
+    assert asked == [100]
+
+
 def test_the_deeper_of_memory_and_disk_wins(tmp_path: Path, backlog: Backlog) -> None:
     first, second = (tiers_of("plain", tmp_path / "store", backlog) for _ in range(2))
     insert(first, LONG[:100])
@@ -119,13 +139,13 @@ def test_nothing_is_read_that_memory_has_as_well(
     tiers = tiers_of("plain", tmp_path / "store", backlog)
     insert(tiers, LONG[:100])
     asked: list[int] = []
-    resume = PromptCache.resume
+    restore = PromptCache.restore
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         asked.append(1)
-        return resume(*args, **kwargs)
+        return restore(*args, **kwargs)
 
-    monkeypatch.setattr(PromptCache, "resume", counted)
+    monkeypatch.setattr(PromptCache, "restore", counted)
     assert (found(tiers, LONG), asked) == (100, [])
     assert found(tiers_of("plain", tmp_path / "store", backlog), LONG) == 100
     assert asked == [1]
@@ -266,6 +286,6 @@ def test_a_store_that_is_in_nobodys_way_when_it_fails(
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(PromptCache, "resume", fail)
+    monkeypatch.setattr(PromptCache, "restore", fail)
     assert found(tiers, LONG) == 0
     assert "the prompt cache is not used: RuntimeError: broken" in caplog.text

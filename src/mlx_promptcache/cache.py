@@ -283,11 +283,25 @@ class PromptCache:
         """
         try:
             self.bring(tokens, plan=plan, limit=limit)
+        except PromptCacheError as exc:
+            return _unused(exc)
+        return self.restore(tokens, model, plan=plan, limit=limit, later=later)
+
+    def restore(
+        self,
+        tokens: Sequence[int],
+        model: Any,
+        *,
+        plan: Plan | None = None,
+        limit: int | None = None,
+        later: bool = False,
+    ) -> Resumed:
+        """As `resume`, of what is here: a remote was asked already, with `bring`."""
+        try:
             with self._store.shared():
                 return self._resume(tokens, model, plan, limit, later=later)
         except PromptCacheError as exc:
-            log.warning("the prompt cache is not used: %s", exc)
-            return Resumed(None, None, Match(0, False, None, str(exc)))
+            return _unused(exc)
 
     def bring(
         self, tokens: Sequence[int], *, plan: Plan | None = None, limit: int | None = None
@@ -743,3 +757,8 @@ class PromptCache:
         """Read every byte of these states (of all, if none is named) and check it."""
         with self._store.shared():
             return verification.verify(self._store, names)
+
+
+def _unused(exc: PromptCacheError) -> Resumed:
+    log.warning("the prompt cache is not used: %s", exc)
+    return Resumed(None, None, Match(0, False, None, str(exc)))

@@ -119,7 +119,7 @@ class Tiers(mlx_cache.LRUPromptCache):  # type: ignore[misc]
             cache.bring(tokens, limit=last)
             if held and cache.match(tokens, limit=last).position <= held:
                 return None
-            state, layers, _ = cache.resume(tokens, self.below.model, limit=last)
+            state, layers, _ = cache.restore(tokens, self.below.model, limit=last)
         except Exception as exc:  # noqa: BLE001 - a cache that fails is a miss, whatever it is
             self._tell(f"the prompt cache is not used: {type(exc).__name__}: {exc}")
             return None
