@@ -643,7 +643,9 @@ class PromptCache:
             StoreError: the file system refuses.
         """
         self.blueprint = Blueprint.of(model, self.kv)
-        state = self.take_down(model, tokens, prompt_cache)
+        return self._added(self.take_down(model, tokens, prompt_cache))
+
+    def _added(self, state: State) -> Saved:
         with self._writing(state):
             saved = Saver(self._finder, state, sync=False, exact=False).save(None)
         return self._sent(saved)
@@ -695,10 +697,7 @@ class PromptCache:
                 self._touch(found.snapshot, refs)
         if found.position == state.n_past:
             return None
-        state = replace(state, trail=Trail(refs))
-        with self._writing(state):
-            saved = Saver(self._finder, state, sync=False, exact=False).save(None)
-        return self._sent(saved)
+        return self._added(replace(state, trail=Trail(refs)))
 
     def _refs_of(self, prompt_cache: Sequence[Any], tokens: tuple[int, ...]) -> tuple[Ref, ...]:
         """The blocks that these objects came from, if `fetch` made them."""
