@@ -449,9 +449,7 @@ class Runner:
         if run.cached_tokens < len(made.tokens):
             self._wait_for_weights()  # that is no part of computing the prompt
         run.prefill(made.tokens, cuts, marks=marks, progress=progress)
-        if self.cache is not None and not self.cache.read_only:
-            self.cache.rates.note_computed(run.prefilled_tokens, run.prefill_seconds)
-        return run
+        return self._timed(run)
 
     def go_on(
         self,
@@ -475,6 +473,10 @@ class Runner:
         run.sampling = self._fitting(sampling)
         self._run = run
         run.go_on(made, progress=progress)
+        return self._timed(run)
+
+    def _timed(self, run: Run) -> Run:
+        """Remember how fast a prompt was computed."""
         if self.cache is not None and not self.cache.read_only:
             self.cache.rates.note_computed(run.prefilled_tokens, run.prefill_seconds)
         return run
