@@ -236,6 +236,11 @@ class Runner:
         return self.cache
 
     @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end an answer; none without a tokenizer."""
+        return frozenset(() if self.tokenizer is None else self.tokenizer.eos_token_ids)
+
+    @property
     def speculative(self) -> bool:
         """Whether a draft model proposes tokens."""
         return self._draft_model is not None
