@@ -10,7 +10,9 @@ All of it runs in the thread that computes; only files are written by another.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
 import mlx.core as mx
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlx_promptcache")
 
+MOST_NAMESPACES = 64  # whose caches are at hand: anybody may name new ones
 MOST_LACKING = 2  # tokens that layers may be behind those of an answer
 
 
@@ -62,10 +65,24 @@ class Below:
     key: Any
     model: Any
     cache: PromptCache
+    _private: OrderedDict[str, PromptCache] = field(default_factory=OrderedDict, compare=False)
 
     def of(self, tokens: Tokens) -> PromptCache:
-        """The cache of the namespace of these tokens."""
-        return self.cache.with_salt(tokens.namespace) if tokens.namespace else self.cache
+        """The cache of the namespace of these tokens: the same one while it is used, for each sends
+        to a remote by a thread of its own.
+        """
+        if not tokens.namespace:
+            return self.cache
+        cache = self._private.pop(tokens.namespace, None) or self.cache.with_salt(tokens.namespace)
+        self._private[tokens.namespace] = cache
+        if len(self._private) > MOST_NAMESPACES:
+            _closing([self._private.popitem(last=False)[1]])
+        return cache
+
+    def finish_sending(self) -> None:
+        """Wait until a remote has what was kept, but not longer than was said."""
+        for thread in _closing([self.cache, *self._private.values()]):
+            thread.join()
 
 
 class Tiers(mlx_cache.LRUPromptCache):  # type: ignore[misc]
@@ -187,6 +204,15 @@ class Tiers(mlx_cache.LRUPromptCache):  # type: ignore[misc]
         """Call what was held now: there is no state to wait for."""
         held, self._held = self._held, []
         _call(held)
+
+
+def _closing(caches: Iterable[PromptCache]) -> list[threading.Thread]:
+    """Threads that wait, each for a bounded time, until what was kept is sent."""
+    supplies = [cache.supply for cache in caches if cache.supply is not None]
+    threads = [threading.Thread(target=supply.close, daemon=True) for supply in supplies]
+    for thread in threads:
+        thread.start()
+    return threads
 
 
 def _call(calls: Iterable[Callable[[], None]]) -> None:
