@@ -43,7 +43,6 @@ FLOORS = [
     "quarantine",
     "headers",
     "facts",
-    "branches",
     "eviction",
     "room",
     "catalog",

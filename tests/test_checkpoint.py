@@ -21,6 +21,7 @@ from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 import processes
 import tiny
 from mlx_promptcache import Runner, Sampling, checkpoint
+from mlx_promptcache.cli.options import ModelChoice
 from mlx_promptcache.errors import ModelError
 
 PROMPT = [1, 2, 3, 4, 5]
@@ -100,7 +101,7 @@ def test_the_weights_are_those_that_mlx_lm_loads(what: str, place: str, tmp_path
     if what == "adapted":
         adapter = adapted(model, tmp_path / "adapter")
     expected = mlx_lm.load(str(model), adapter_path=None if adapter is None else str(adapter))[0]
-    loaded, config, weights = checkpoint.load(model, adapter)
+    loaded, config, weights, _ = checkpoint.load(model, adapter)
     weights.wait()
     assert bits(loaded) == bits(expected)
     assert not any(module.training for module in loaded.modules())
@@ -111,6 +112,23 @@ def test_the_weights_are_those_that_mlx_lm_loads(what: str, place: str, tmp_path
         assert any("lora_a" in name for name in bits(loaded))
     logits = [m(mx.array([PROMPT]))[0, -1] for m in (loaded, expected)]
     assert tiny.bits(logits[0]) == tiny.bits(logits[1])
+
+
+def test_a_command_knows_a_model_by_its_files_from_before_they_were_read(
+    model: Path, tmp_path: Path
+) -> None:
+    """Else states of the old weights would be taken for those of the new ones."""
+    store = str(tmp_path / "store")
+    choice = ModelChoice(str(model), None, store, None, 64, 5000, None, None, 3, "", False)
+    before, loaded = choice.certain_fingerprint(), choice.begin()
+    (weights,) = model.glob("*.safetensors")
+    data = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    runner = choice.runner(loaded=loaded)
+    assert runner.model is not None
+    assert runner.fingerprint == before.digest
+    assert choice.runner().fingerprint != before.digest
 
 
 def test_loading_draws_from_the_global_key_as_mlx_lm_does(original: Path, place: str) -> None:
@@ -311,7 +329,7 @@ def test_a_process_may_end_while_weights_are_read(original: Path, tmp_path: Path
     )
     source = (
         "import sys; from pathlib import Path; from mlx_promptcache import checkpoint\n"
-        "model, config, weights = checkpoint.load(Path(sys.argv[1]), None)\n"
+        "model, config, weights, _ = checkpoint.load(Path(sys.argv[1]), None)\n"
         "print(weights._thread.is_alive()); sys.exit(3)"
     )
     for _ in range(2):

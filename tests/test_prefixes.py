@@ -6,23 +6,27 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from known import model_of
 from mlx_promptcache import PromptCache, Runner, cli
-from mlx_promptcache.catalog import Catalog
+from mlx_promptcache.catalog import OK, Catalog, Entry
 from mlx_promptcache.cli import drawing
-from mlx_promptcache.prefixes import tree_of, walk
+from mlx_promptcache.facts import Facts, Snapshot, Use
+from mlx_promptcache.prefixes import Branch, join, tree_of, walk
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from mlx_promptcache.tree import agreeing
 from tiny import random_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from mlx_promptcache.prefixes import Branch
+    Row = tuple[str, int]  # a block and a position
 
 SHARED = random_tokens(300, 1, 16)
 
@@ -37,8 +41,11 @@ def kept(directory: Path, prompts: Sequence[Sequence[int]]) -> Store:
 
 
 def trees(store: Store) -> list[Branch]:
-    branches, others = tree_of(Catalog(store))
+    """The tree of a store, as it is drawn."""
+    catalog = Catalog(store)
+    branches, others = tree_of(catalog.facts, catalog.entries())
     assert others == []
+    join(branches)
     return branches
 
 
@@ -150,7 +157,8 @@ def test_what_cannot_be_read_has_no_place_in_the_tree(tmp_path: Path) -> None:
     store = kept(tmp_path, [SHARED, [1, 2]])
     path = store.path(SNAPSHOTS, store.read_name("1"))
     path.write_bytes(b"")
-    branches, others = tree_of(Catalog(store))
+    catalog = Catalog(store)
+    branches, others = tree_of(catalog.facts, catalog.entries())
     assert [state.name for branch, _ in walk(branches) for state in branch.states] == ["0"]
     assert [(entry.name, entry.status) for entry in others] == [("1", "damaged")]
 
@@ -160,6 +168,118 @@ def test_states_of_other_models_are_trees_of_their_own(tmp_path: Path) -> None:
     cache = PromptCache(tmp_path, "another")
     cache.save("theirs", Runner(model_of("smallest"), None, cache).prefill(SHARED), sync=False)
     assert len(trees(Store(tmp_path))) == 2
+
+
+# Beside one that is made row by row
+
+
+@st.composite
+def paths(draw: st.DrawFn) -> dict[str, list[Use]]:
+    """States of a few short blocks each. A block's name says where it begins."""
+    found: dict[str, list[Use]] = {}
+    for number in range(draw(st.integers(0, 7))):
+        position, uses = 0, []
+        for _ in range(draw(st.integers(1, 4))):
+            which, rows = draw(st.sampled_from("ab")), draw(st.integers(1, 4))
+            uses.append(Use(f"00/{position}{which}-0-end", "digest", position, rows))
+            position += rows
+        found[f"state {number}"] = uses
+    return found
+
+
+def tree_from(found: Mapping[str, Sequence[Use]]) -> list[Branch]:
+    """The tree of states that are stored nowhere; each file has a byte."""
+    file = SimpleNamespace(size=1)
+    snapshots = {
+        stem: Snapshot(uses[-1].start + uses[-1].rows, 0, 0.0, False, "{}", tuple(uses))
+        for stem, uses in found.items()
+    }
+    facts = SimpleNamespace(
+        snapshot=snapshots.__getitem__,
+        snapshots=dict.fromkeys(snapshots, file),
+        blocks={use.stem: file for uses in found.values() for use in uses},
+    )
+    entries = [
+        Entry(None, stem, told.n_past, 0, 0, 0, 0.0, 0.0, 0, OK, None, stem)
+        for stem, told in snapshots.items()
+    ]
+    return tree_of(cast("Facts", facts), entries)[0]
+
+
+def common(one: Sequence[Use], other: Sequence[Use]) -> int:
+    """How many rows two states have in common."""
+    rows: list[list[Row]] = [
+        [(use.stem, use.start + i) for use in uses for i in range(use.rows)]
+        for uses in (one, other)
+    ]
+    return next(
+        (i for i, (a, b) in enumerate(zip(*rows, strict=False)) if a != b), min(map(len, rows))
+    )
+
+
+@given(paths())
+def test_two_states_part_in_the_tree_where_their_rows_do(found: dict[str, list[Use]]) -> None:
+    ways = {
+        state.stem: [*above, branch]
+        for branch, above in walk(tree_from(found))
+        for state in branch.states
+    }
+    assert sorted(ways) == sorted(found)
+    for one in found:
+        for other in found:
+            shared = [a for a, b in zip(ways[one], ways[other], strict=False) if a is b]
+            end = shared[-1].end if shared else 0
+            assert end == common(found[one], found[other])
+
+
+@given(paths())
+def test_each_branch_goes_on_where_its_parent_ends_and_each_file_is_counted_once(
+    found: dict[str, list[Use]],
+) -> None:
+    tree = tree_from(found)
+    for branch, above in walk(tree):
+        assert branch.start == (above[-1].end if above else 0) < branch.end
+        assert branch.states or len(branch.branches) > 1  # else it would be one with the next
+        assert all(state.tokens == branch.end for state in branch.states)
+        assert branch.bytes == len(branch.blocks) + len(branch.states)
+    stems = [stem for branch, _ in walk(tree) for stem in branch.blocks]
+    assert sorted(stems) == sorted({use.stem for uses in found.values() for use in uses})
+
+
+@given(paths())
+def test_what_is_joined_has_the_same_states_and_files_on_fewer_branches(
+    found: dict[str, list[Use]],
+) -> None:
+    tree, joined = tree_from(found), tree_from(found)
+    join(joined)
+    for each in ("states", "blocks"):
+        one, other = (
+            [x for b, _ in walk(some) for x in getattr(b, each)] for some in (tree, joined)
+        )
+        assert sorted(map(repr, one)) == sorted(map(repr, other))
+    for branch, above in walk(joined):
+        assert branch.start == (above[-1].end if above else 0) < branch.end
+        assert len(branch.branches) != 1
+        assert branch.bytes == len(branch.blocks) + len(branch.states)
+
+
+def test_a_block_that_is_used_in_part_is_cut_where_the_shorter_state_ends() -> None:
+    whole, more = Use("00/a-0-b", "digest", 0, 10), Use("00/c-0-d", "digest", 4, 2)
+    tree = tree_from({"long": [whole], "short": [whole._replace(rows=4), more]})
+    assert [
+        (branch.start, branch.end, branch.blocks, [state.stem for state in branch.states])
+        for branch, _ in walk(tree)
+    ] == [
+        (0, 4, [whole.stem], []),
+        (4, 6, [more.stem], ["short"]),
+        (4, 10, [], ["long"]),
+    ]  # fmt: skip
+
+
+def test_a_conversation_of_a_thousand_turns_is_no_matter() -> None:
+    uses = [Use(f"00/{i}-0-end", "digest", i, 1) for i in range(1100)]  # deeper than Python recurs
+    tree = tree_from({str(n): uses[:n] for n in range(1, 1101)})
+    assert [len(above) for _, above in walk(tree)] == [*range(1100)]
 
 
 # As it is shown
@@ -223,8 +343,6 @@ def test_a_tree_is_nested_in_json(store: Store, capsys: pytest.CaptureFixture[st
 
 def test_a_deep_tree_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A conversation that is forked at every turn."""
-    from mlx_promptcache.prefixes import Branch
-
     root = branch = Branch(0, 1)
     for depth in range(1, 3000):
         branch.branches = [Branch(depth, depth + 1), Branch(depth, depth + 2)]

@@ -130,7 +130,8 @@ def test_writing_can_be_switched_off(program: Program, monkeypatch: pytest.Monke
         ("prune", "--max-size", "0"), ("clear", "mine", "--yes"), ("clear", "--all", "--yes"),
         ("verify", "--quarantine"), ("save", "other", "-p", PROMPT),
         ("generate", *GREEDY, "-p", PROMPT, "--save-as", "other"),
-        ("load", "mine", "-n", "2", "--save-as", "other"),
+        ("load", "mine", "-n", "2", "--save-as", "other"), ("pull", "file:///nowhere"),
+        ("import", "state.safetensors"), ("import", __file__, "--format", "mlx-lm", "-p", PROMPT),
     ],
 )  # fmt: skip
 def test_where_writing_is_off_whatever_would_delete_or_name_is_refused_at_once(

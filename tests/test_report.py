@@ -77,6 +77,25 @@ def test_the_tree_has_every_state_once_and_the_bytes_of_every_block(store: Store
     assert sorted(root["end"] for root in roots) == [40, 300]
 
 
+def test_the_tree_is_that_of_a_list(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["list", "--cache-dir", str(store.directory), "--tree", "--json"]) == 0
+    (tree,) = json.loads(capsys.readouterr().out)["trees"]
+    listed: list[tuple[Any, ...]] = []
+    waiting = [(-1, branch) for branch in reversed(tree["branches"])]
+    while waiting:
+        parent, branch = waiting.pop()
+        waiting += [(len(listed), below) for below in reversed(branch["branches"])]
+        states = [state["snapshot"] for state in branch["states"]]
+        listed.append((parent, branch["from"], branch["to"], states))
+    found = told(store)
+    ids = [state["snapshot"] for state in found["states"]]
+    assert len(listed) == 4
+    assert listed == [
+        (branch["parent"], branch["start"], branch["end"], [ids[i] for i in branch["states"]])
+        for branch in found["tree"]
+    ]
+
+
 def test_hits_are_told_by_hour_and_by_state_and_nonsense_is_passed_over(store: Store) -> None:
     identity = told(store)["states"][0]["snapshot"]
     use = {"when": WHEN, "what": identity, "rows": 100, "seconds": 2.5}
@@ -212,7 +231,7 @@ def test_a_page_that_cannot_be_written_is_one_sentence(program: Program, tmp_pat
     program("save", "few", "-p", SECRET)
     for file in (tmp_path / "none" / "page.html", tmp_path):
         assert "cannot be written" in one_line(program("report", "--output", file))
-    assert [path for path in tmp_path.rglob(".tmp-*") if path.suffix == ".html"] == []
+    assert list(tmp_path.rglob(".tmp-*")) == []
 
 
 def test_open_shows_the_page_in_the_browser(

@@ -114,6 +114,27 @@ def test_a_list_opens_each_file_at_most_once_and_lists_each_directory_once(
     assert len(count.listed) == len(set(count.listed))
 
 
+def test_a_save_reads_nothing_of_what_it_has_just_written(tmp_path: Path) -> None:
+    """Whether blocks have all rows of windows is asked for every snapshot on the way."""
+    cache = PromptCache(tmp_path, "rotating")
+    runner = Runner(tiny.rotating(), None, cache)
+    state = runner.prefill(random_tokens(900, seed=1, vocab=16), boundaries=[100, 300, 500, 700])
+    with Counted(tmp_path) as count:
+        assert len(cache.save("it", state, sync=False).snapshots) == 5
+    assert count.opened == []
+
+
+def test_an_export_opens_each_block_for_its_header_and_for_its_rows(
+    runner: Runner, tmp_path: Path
+) -> None:
+    keep(tmp_path / "store", runner, random_tokens(900, seed=1, vocab=16))
+    cache = PromptCache(tmp_path / "store", "smallest")
+    (entry,) = cache.list()
+    with Counted(tmp_path) as count:
+        cache.export(entry.snapshot, tmp_path / "it.safetensors")
+    assert opened(count, BLOCKS) == 2 * len(Store(cache.directory).stems(BLOCKS)) == 8
+
+
 def test_names_are_read_once_for_many_hits_and_again_when_one_has_changed(
     runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

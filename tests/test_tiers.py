@@ -11,15 +11,16 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import tiny
 from known import model_of
-from mlx_promptcache import Match, PromptCache
+from mlx_promptcache import Match, PromptCache, tiers
 from mlx_promptcache.backlog import Backlog
 from mlx_promptcache.blueprint import Blueprint
 from mlx_promptcache.fingerprint import KVSettings
 from mlx_promptcache.layers import live_arrays, quantise
+from mlx_promptcache.supply import Supply
 from mlx_promptcache.tiers import Below, Tiers, Tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 KEY = ("a model", None, None)
@@ -31,6 +32,21 @@ def backlog() -> Iterator[Backlog]:
     made = Backlog()
     yield made
     assert made.close(10) == 0
+
+
+class Remote(Supply):
+    """A remote that has nothing, and tells what was asked of it."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.closed = threading.Event()
+
+    def bring(self, root: str, tokens: Sequence[int], position: int) -> None:
+        self.asked.append(position)
+
+    def close(self) -> None:
+        self.closed.wait(0.1)  # what is on its way takes a while
+        self.closed.set()
 
 
 def tiers_of(kind: str, directory: Path, backlog: Backlog, max_size: int = 10) -> Tiers:
@@ -103,6 +119,44 @@ def test_quantised_layers_are_found_as_they_were(
     assert [type(layer) for layer in restored] == [type(layer) for layer in layers]
 
 
+def test_a_remote_is_asked_once_for_a_prompt(tmp_path: Path, backlog: Backlog) -> None:
+    tiers = tiers_of("plain", tmp_path / "store", backlog)
+    insert(tiers, LONG[:100])
+    tiers = tiers_of("plain", tmp_path / "store", backlog)
+    assert tiers.below is not None
+    tiers.below.cache.supply = remote = Remote()
+    assert found(tiers, LONG) == 100
+    assert remote.asked == [100]
+
+
+def test_at_the_end_what_is_on_its_way_to_a_remote_is_waited_for(
+    tmp_path: Path, backlog: Backlog
+) -> None:
+    below = tiers_of("plain", tmp_path / "store", backlog).below
+    assert below is not None
+    caches = [below.of(Tokens(LONG, namespace)) for namespace in ("", "mine", "yours")]
+    remotes = [Remote() for _ in caches]
+    for cache, remote in zip(caches, remotes, strict=True):
+        cache.supply = remote
+    below.finish_sending()
+    assert [remote.closed.is_set() for remote in remotes] == [True] * 3
+
+
+def test_the_cache_of_a_namespace_is_made_once_while_it_is_used(
+    tmp_path: Path, backlog: Backlog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiers, "MOST_NAMESPACES", 2)
+    below = tiers_of("plain", tmp_path / "store", backlog).below
+    assert below is not None
+    first, second = (below.of(Tokens(LONG, namespace)) for namespace in ("mine", "yours"))
+    assert first is below.of(Tokens(LONG, "mine")) is not second
+    second.supply = remote = Remote()
+    below.of(Tokens(LONG, "theirs"))  # there is no room for three
+    assert remote.closed.wait(10)
+    assert first is below.of(Tokens(LONG, "mine"))
+    assert second is not below.of(Tokens(LONG, "yours"))
+
+
 def test_the_deeper_of_memory_and_disk_wins(tmp_path: Path, backlog: Backlog) -> None:
     first, second = (tiers_of("plain", tmp_path / "store", backlog) for _ in range(2))
     insert(first, LONG[:100])
@@ -119,13 +173,13 @@ def test_nothing_is_read_that_memory_has_as_well(
     tiers = tiers_of("plain", tmp_path / "store", backlog)
     insert(tiers, LONG[:100])
     asked: list[int] = []
-    resume = PromptCache.resume
+    restore = PromptCache.restore
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         asked.append(1)
-        return resume(*args, **kwargs)
+        return restore(*args, **kwargs)
 
-    monkeypatch.setattr(PromptCache, "resume", counted)
+    monkeypatch.setattr(PromptCache, "restore", counted)
     assert (found(tiers, LONG), asked) == (100, [])
     assert found(tiers_of("plain", tmp_path / "store", backlog), LONG) == 100
     assert asked == [1]
@@ -266,6 +320,6 @@ def test_a_store_that_is_in_nobodys_way_when_it_fails(
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(PromptCache, "resume", fail)
+    monkeypatch.setattr(PromptCache, "restore", fail)
     assert found(tiers, LONG) == 0
     assert "the prompt cache is not used: RuntimeError: broken" in caplog.text

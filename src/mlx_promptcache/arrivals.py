@@ -20,10 +20,10 @@ from mlx_promptcache.container import Header, Packed
 from mlx_promptcache.errors import DamagedFile, PromptCacheError, SignatureError
 from mlx_promptcache.store import BLOCKS
 from mlx_promptcache.tree import BlockName
-from mlx_promptcache.writer import ID_DIGITS, Writer, record_of
+from mlx_promptcache.writer import Writer, record_of, variant_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from mlx_promptcache.budget import Budget
@@ -118,25 +118,17 @@ class Arrivals:
 
     def local(self, stem: str, digest: str) -> str | None:
         """The stem that a block of this digest has in the store; None if it is not there."""
-        name = BlockName.parse(stem)
-        if name is None:
-            return None
-        for own in self._store.beginning(BLOCKS, str(name._replace(variant=""))):
-            with contextlib.suppress(PromptCacheError):
-                if headers.block_header(self._store, own).digest == digest:
-                    return own
-        return None
+        return next((own for own, there in self._like(stem) if there == digest), None)
 
     def has(self, stem: str) -> bool:
         """Whether the block of a shared stem is in the store."""
-        name = BlockName.parse(stem)
-        if name is None:
-            return True
-        for own in self._store.beginning(BLOCKS, str(name._replace(variant=""))):
+        return any(shared_stem(own, digest) == stem for own, digest in self._like(stem))
+
+    def _like(self, stem: str) -> Iterator[tuple[str, str]]:
+        """The blocks of the store with the name of this one, each with its digest."""
+        for own in self._store.beginning(BLOCKS, str(_named(stem)._replace(variant=""))):
             with contextlib.suppress(PromptCacheError):
-                if shared_stem(own, headers.block_header(self._store, own).digest) == stem:
-                    return True
-        return False
+                yield own, headers.block_header(self._store, own).digest
 
     def add(self, blocks: Iterable[Arrival], kept: Iterable[str] = ()) -> dict[str, str]:
         """Add blocks; return the stems that they have in the store by those that they came with.
@@ -148,43 +140,48 @@ class Arrivals:
         came = list(blocks)
         if not came:
             return {}
-        needed = sum(len(block.data) + room.FILE_BYTES for block in came)
         self._store.create()
-        with self._store.adding():
-            room.make(self._store, self._budget, needed, kept=list(kept), asked_for=False)
-            with self._store.shared():
-                writer = Writer(self._store, self._bad, sync=False)
-                stems = {block.stem: self._block(writer, block) for block in came}
-                self._count(writer, writer.written)
+        with self._adding([len(block.data) for block in came], kept) as writer:
+            stems = {block.stem: self._block(writer, block) for block in came}
         for block in came:
             block.settled()
         return stems
 
     def _block(self, writer: Writer, block: Arrival) -> str:
-        name = BlockName.parse(block.stem)
-        assert name is not None  # noqa: S101 - the header was checked against it
         packed = Packed([block.data], block.header.digest)
-        return writer.block(name._replace(variant=""), packed, record_of(block.header))
+        plain = _named(block.stem)._replace(variant="")
+        return writer.block(plain, packed, record_of(block.header))
 
     def complete(self, snapshot: Arrival, stems: Sequence[str]) -> str:
         """Add a snapshot whose blocks have these stems in the store, and return its stem there.
         Raises as `add` does.
         """
-        stem, packed = _using(snapshot, stems)
-        with self._store.adding():
-            needed = packed.size + room.FILE_BYTES
-            room.make(self._store, self._budget, needed, kept=list(stems), asked_for=False)
-            with self._store.shared():
-                writer = Writer(self._store, self._bad, sync=False)
-                writer.snapshot(stem, packed)
-                self._count(writer, bool(writer.bytes))
+        refs = zip(stems, snapshot.header.content["refs"], strict=True)
+        stem, packed = _using(snapshot, [(own, ref[1]) for own, ref in refs])
+        with self._adding([packed.size], stems) as writer:
+            writer.snapshot(stem, packed)
         snapshot.settled()
         return stem
 
-    def _count(self, writer: Writer, files: int) -> None:
-        self._store.record_write(writer.bytes)
-        self.files += files
-        self.bytes += writer.bytes
+    @contextlib.contextmanager
+    def _adding(self, sizes: Sequence[int], kept: Iterable[str]) -> Iterator[Writer]:
+        """What writes files of these sizes, for which there is room then, and is counted after."""
+        needed = sum(sizes) + len(sizes) * room.FILE_BYTES
+        with self._store.adding():
+            room.make(self._store, self._budget, needed, kept=list(kept), asked_for=False)
+            with self._store.shared():
+                writer = Writer(self._store, self._bad, sync=False)
+                yield writer
+                self._store.record_write(writer.bytes)
+                self.files += writer.written + len(writer.snapshots)
+                self.bytes += writer.bytes
+
+
+def _named(stem: str) -> BlockName:
+    name = BlockName.parse(stem)
+    if name is None:
+        raise DamagedFile("it names a block that there cannot be")
+    return name
 
 
 def shared_stem(stem: str, digest: str) -> str:
@@ -193,27 +190,18 @@ def shared_stem(stem: str, digest: str) -> str:
     Raises:
         DamagedFile: it is no block's stem.
     """
-    name = BlockName.parse(stem)
-    if name is None:
-        raise DamagedFile("it names a block that there cannot be")
-    variant = hashlib.sha256(digest.encode()).hexdigest()[:ID_DIGITS]
-    return str(name._replace(variant=variant))
+    return str(_named(stem)._replace(variant=variant_of(digest)))
 
 
-def _using(snapshot: Arrival, stems: Sequence[str]) -> tuple[str, Packed]:
-    """The file of a snapshot whose blocks have these stems, and its own stem. It is the very file
-    that came unless a block has another stem here.
+def _using(snapshot: Arrival, blocks: Iterable[tuple[str, str]]) -> tuple[str, Packed]:
+    """The file of a snapshot that uses these blocks, and its own stem. It is the very file that
+    came unless a block has another stem here.
     """
-    header = snapshot.header
-    refs = header.content["refs"]
-    told = [[stem, *ref[1:]] for stem, ref in zip(stems, refs, strict=True)]
-    if told == refs:
-        return snapshot.stem, Packed([snapshot.data], header.digest)
-    content = {**header.content, "refs": told}
-    head = container.head_of(header.kind, content, header.notes, header.entries)
-    payload = snapshot.data[header.size - sum(e.stored_bytes for e in header.entries.values()) :]
-    stem = f"{snapshot.stem[:-ID_DIGITS]}{head.digest[:ID_DIGITS]}"
-    return stem, Packed([*head.chunks, payload], head.digest)
+    stem, header = headers.using(snapshot.header, snapshot.stem, blocks)
+    if stem == snapshot.stem:
+        return stem, Packed([snapshot.data], header.digest)
+    arrays = snapshot.data[len(snapshot.data) - header.stored_bytes :]
+    return stem, container.repacked(header, [arrays])
 
 
 def _whole(remote: Remote, file: RemoteFile) -> tuple[bytes, Path | None]:

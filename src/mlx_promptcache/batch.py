@@ -175,7 +175,7 @@ class Batch:
     def _wave(
         self, waves: Waves, questions: list[Question], each_step: Callable[[], None]
     ) -> Iterator[Answer]:
-        shared, ends = len(self._prefix), set(self._ends())
+        shared, ends = len(self._prefix), self._runner.ends
         told = [
             (q.prompt.tokens, q.prompt.tokens[shared:], self._sampling_of(q)) for q in questions
         ]
@@ -189,10 +189,6 @@ class Batch:
             each_step()
             if not going:
                 return
-
-    def _ends(self) -> Iterable[int]:
-        tokenizer = self._runner.tokenizer
-        return () if tokenizer is None else tokenizer.eos_token_ids
 
     def _took(self, one: _Going, token: int, ended: bool) -> str | None:
         """Add a token to an answer; return why it ends there, if it does."""
@@ -316,12 +312,10 @@ class _Decoder:
     """mlx-lm's batch generator, one question at a time in and one token of each at a time out."""
 
     def __init__(self, runner: Runner, size: int) -> None:
-        tokenizer = runner.tokenizer
-        ends = [] if tokenizer is None else sorted(tokenizer.eos_token_ids)
         layers = runner.make_layers()
         self._generator = engine.generate().BatchGenerator(
             runner.model,
-            stop_tokens=[[token] for token in ends],
+            stop_tokens=[[token] for token in sorted(runner.ends)],
             completion_batch_size=size,
             prefill_batch_size=min(size, MOST_PREFILLED_TOGETHER) if may_be_padded(layers) else 1,
             prefill_step_size=runner.prefill_step,

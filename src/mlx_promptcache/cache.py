@@ -34,7 +34,7 @@ from mlx_promptcache.errors import (
 from mlx_promptcache.facts import Facts, memo_of
 from mlx_promptcache.finder import Finder
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings
-from mlx_promptcache.layers import capture, check_quantised, leaves, make_layers
+from mlx_promptcache.layers import capture, check_quantised, leaves, lengths, make_layers
 from mlx_promptcache.loader import Loader
 from mlx_promptcache.passes import UNKNOWN
 from mlx_promptcache.quarantine import BadFile, Quarantine
@@ -43,6 +43,7 @@ from mlx_promptcache.saver import Saver, most_bytes
 from mlx_promptcache.state import Origin, Ref, State, Trail
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store, check_name
 from mlx_promptcache.tokenizer_store import TokenizerStore
+from mlx_promptcache.tree import id_of
 from mlx_promptcache.writer import Synced
 
 if TYPE_CHECKING:
@@ -259,7 +260,7 @@ class PromptCache:
         name = None
         with contextlib.suppress(StoreError):
             name = self._store.name_of(stem)
-        return name or stem.rpartition("-")[2]
+        return name or id_of(stem)
 
     def resume(
         self,
@@ -282,11 +283,25 @@ class PromptCache:
         """
         try:
             self.bring(tokens, plan=plan, limit=limit)
+        except PromptCacheError as exc:
+            return _unused(exc)
+        return self.restore(tokens, model, plan=plan, limit=limit, later=later)
+
+    def restore(
+        self,
+        tokens: Sequence[int],
+        model: Any,
+        *,
+        plan: Plan | None = None,
+        limit: int | None = None,
+        later: bool = False,
+    ) -> Resumed:
+        """As `resume`, of what is here: a remote was asked already, with `bring`."""
+        try:
             with self._store.shared():
                 return self._resume(tokens, model, plan, limit, later=later)
         except PromptCacheError as exc:
-            log.warning("the prompt cache is not used: %s", exc)
-            return Resumed(None, None, Match(0, False, None, str(exc)))
+            return _unused(exc)
 
     def bring(
         self, tokens: Sequence[int], *, plan: Plan | None = None, limit: int | None = None
@@ -374,7 +389,7 @@ class PromptCache:
         self._store.record_use(
             {
                 "when": round(time.time(), 3),
-                "what": source and source.rpartition("-")[2],
+                "what": source and id_of(source),
                 "rows": state.n_past,
                 "seconds": round(state.trail.seconds_per_token * state.n_past, 3),
             }
@@ -425,7 +440,7 @@ class PromptCache:
             DamagedFile: the name is there, and cannot be read.
         """
         try:
-            return self._store.read_name(name).rpartition("-")[2]
+            return id_of(self._store.read_name(name))
         except DamagedFile:
             raise
         except CacheMiss:
@@ -628,7 +643,9 @@ class PromptCache:
             StoreError: the file system refuses.
         """
         self.blueprint = Blueprint.of(model, self.kv)
-        state = self.take_down(model, tokens, prompt_cache)
+        return self._added(self.take_down(model, tokens, prompt_cache))
+
+    def _added(self, state: State) -> Saved:
         with self._writing(state):
             saved = Saver(self._finder, state, sync=False, exact=False).save(None)
         return self._sent(saved)
@@ -644,12 +661,11 @@ class PromptCache:
         expected = [path for path, _ in leaves(make_layers(model, self.kv))]
         if expected != [path for path, _ in leaves(prompt_cache)]:
             raise UnsupportedLayer("these layers are not those that the model makes")
-        offsets = {layer.offset for _, layer in leaves(prompt_cache) if hasattr(layer, "offset")}
-        held = offsets - {0} or offsets  # a model may make layers that it never writes to
-        if held - {len(tokens)}:
+        others = lengths(prompt_cache) - {len(tokens)}
+        if others:
             raise UnsupportedLayer(
-                f"{len(tokens)} tokens were given, and the layers hold "
-                f"{max(held - {len(tokens)})}: give those that they hold"
+                f"{len(tokens)} tokens were given, and the layers hold {max(others)}: give those "
+                "that they hold"
             )
         if not tokens:
             raise UnsupportedLayer("no tokens were given: give those that the layers hold")
@@ -681,10 +697,7 @@ class PromptCache:
                 self._touch(found.snapshot, refs)
         if found.position == state.n_past:
             return None
-        state = replace(state, trail=Trail(refs))
-        with self._writing(state):
-            saved = Saver(self._finder, state, sync=False, exact=False).save(None)
-        return self._sent(saved)
+        return self._added(replace(state, trail=Trail(refs)))
 
     def _refs_of(self, prompt_cache: Sequence[Any], tokens: tuple[int, ...]) -> tuple[Ref, ...]:
         """The blocks that these objects came from, if `fetch` made them."""
@@ -743,3 +756,8 @@ class PromptCache:
         """Read every byte of these states (of all, if none is named) and check it."""
         with self._store.shared():
             return verification.verify(self._store, names)
+
+
+def _unused(exc: PromptCacheError) -> Resumed:
+    log.warning("the prompt cache is not used: %s", exc)
+    return Resumed(None, None, Match(0, False, None, str(exc)))

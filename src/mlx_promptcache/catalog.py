@@ -14,8 +14,8 @@ from mlx_promptcache import headers
 from mlx_promptcache.deletion import Deletion
 from mlx_promptcache.errors import CacheMiss, DamagedFile, ForeignFile, PromptCacheError, StoreError
 from mlx_promptcache.facts import Facts, Snapshot
-from mlx_promptcache.store import SNAPSHOTS, Store
-from mlx_promptcache.tree import SnapshotName
+from mlx_promptcache.store import SNAPSHOTS, Store, no_state
+from mlx_promptcache.tree import SnapshotName, id_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -112,11 +112,9 @@ class Catalog:
         for name in self._with_parts(unicodedata.normalize("NFC", name) for name in names):
             stem = self.names.get(name)
             if stem is None:
-                stems = [s for s in self._snapshots if _id_of(s) == name]
+                stems = [s for s in self._snapshots if id_of(s) == name]
                 if not stems:
-                    raise CacheMiss(
-                        f"there is no state named {name!r}; `list` shows those that are"
-                    )
+                    raise no_state(name)
                 chosen += self.entries(stems)
             elif stem in self._snapshots:
                 chosen += [e for e in self.entries([stem]) if e.name == name]
@@ -133,7 +131,7 @@ class Catalog:
             yield from sorted(parts)
 
     def _entry(self, name: str | None, stem: str) -> Entry:
-        told, file, identity = self._snapshots[stem], self.facts.snapshots[stem], _id_of(stem)
+        told, file, identity = self._snapshots[stem], self.facts.snapshots[stem], id_of(stem)
         if not isinstance(told, Snapshot):
             status = STALE if isinstance(told, ForeignFile) else DAMAGED
             return Entry(
@@ -303,14 +301,6 @@ class Catalog:
         return False
 
 
-def _id_of(stem: str) -> str:
-    return stem.rpartition("-")[2]
-
-
-def _no_state(name: str) -> CacheMiss:
-    return CacheMiss(f"there is no state named {name!r}; `list` shows those that are")
-
-
 def _lost_name(name: str) -> Entry:
     return Entry(
         name, "", 0, 0, 0, 0, 0.0, 0.0, 0, DAMAGED, "the snapshot that it names is not there", ""
@@ -328,7 +318,7 @@ def find(store: Store, name: str) -> tuple[str, Header]:
     except DamagedFile:
         raise
     except CacheMiss:
-        stems = [stem for stem in store.stems(SNAPSHOTS) if _id_of(stem) == name]
+        stems = [stem for stem in store.stems(SNAPSHOTS) if id_of(stem) == name]
         if not any(map(SnapshotName.parse, stems)):
             raise
         stem = stems[0]

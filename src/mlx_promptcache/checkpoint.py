@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from mlx_promptcache.fingerprint import Fingerprint
     from mlx_promptcache.ranks import Ranks
 
 AT_ONCE = 16  # arrays that are waited for together; fewer leave cores idle, all could not be left
@@ -70,11 +71,14 @@ class Weights:
 
 
 class Loaded(NamedTuple):
-    """A model, its configuration, and its weights, which are being read."""
+    """A model, its configuration, and its weights, which are being read; and the fingerprint of its
+    files from before that, if it was looked for.
+    """
 
     model: Any
     config: Mapping[str, Any]
     weights: Weights
+    fingerprint: Fingerprint | None = None
 
 
 def load(path: Path, adapter: Path | None, *, ranks: Ranks | None = None) -> Loaded:

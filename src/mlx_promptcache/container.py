@@ -104,6 +104,11 @@ class Header:
         """Bytes that all arrays together take in memory."""
         return sum(raw_bytes(entry.dtype, entry.shape) for entry in self.entries.values())
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that all arrays together take in the file: its last ones."""
+        return sum(entry.stored_bytes for entry in self.entries.values())
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -147,6 +152,12 @@ def head_of(kind: str, content: Json, notes: Json, entries: Mapping[str, Entry])
     """
     head, digest = _sealed(kind, content, notes, {n: _row(e) for n, e in entries.items()})
     return Packed([head], digest)
+
+
+def repacked(header: Header, stored: Iterable[bytes | memoryview]) -> Packed:
+    """Return the file of a header whose arrays have these stored bytes, in their order."""
+    head = head_of(header.kind, header.content, header.notes, header.entries)
+    return Packed([*head.chunks, *stored], head.digest)
 
 
 def _sealed(kind: str, content: Json, notes: Json, table: Mapping[str, Json]) -> tuple[bytes, str]:

@@ -22,7 +22,6 @@ from mlx_promptcache.errors import (
     PromptError,
     RankError,
     StoreError,
-    UnsupportedLayer,
 )
 from mlx_promptcache.prompt import Prompt, answered, continued, messages_of
 from mlx_promptcache.sampling import Sampling
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_promptcache")
 
 SESSIONS = "chat."  # what the names of sessions begin with
-USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
+USER, SYSTEM = "user", "system"
 MOST_BRANCHES = 1000
 
 
@@ -365,9 +364,7 @@ class Conversation:
 
     @property
     def _cache(self) -> PromptCache:
-        if self._runner.cache is None:
-            raise UnsupportedLayer(self._runner.why_not_kept or "there is no prompt cache")
-        return self._runner.cache
+        return self._runner.needed_cache
 
     def _open(self, name: str, system: str | None) -> None:
         """Take up a session, if there is one."""

@@ -7,19 +7,20 @@ does not leave the store.
 
 from __future__ import annotations
 
+import itertools
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mlx_promptcache import catalog, container, cuts, headers, parcel
 from mlx_promptcache.errors import CacheMiss, DamagedFile, StoreError
 from mlx_promptcache.files import write_once
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store, check_name
-from mlx_promptcache.tree import BlockName, Keys
+from mlx_promptcache.tree import BlockName, Keys, id_of
 from mlx_promptcache.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from mlx_promptcache.container import Header
@@ -63,16 +64,17 @@ def export(store: Store, name: str, path: Path, *, replace_file: bool = False) -
         stem, snapshot = catalog.find(store, name)
         try:
             own = pieces(store, snapshot)
-            snapshot = naming(snapshot, own)
+            _, snapshot = naming(snapshot, stem, own)
             named = name_of(store, name)
             notes = {"made": round(time.time(), 3), "version": __version__}
             head = parcel.head_of(named, snapshot, [piece.header for piece in own], notes)
-            _write(path, head, _arrays(store, stem, snapshot, own), replace_file=replace_file)
+            arrays = _arrays(store, stem, snapshot, own)
+            write(path, itertools.chain(head.chunks, arrays), replace_file=replace_file)
         except DamagedFile as exc:
             raise DamagedFile(f"the state {name!r} is damaged: {exc}; save it again") from exc
     size = path.stat().st_size
     n_past = snapshot.content["n_past"]
-    return Exported(named, stem.rpartition("-")[2], n_past, len(own), size)
+    return Exported(named, id_of(stem), n_past, len(own), size)
 
 
 def name_of(store: Store, name: str) -> str | None:
@@ -98,15 +100,14 @@ def pieces(store: Store, snapshot: Header, *, cut: bool = True) -> list[Piece]:
     Raises:
         DamagedFile: a block is not there, or is not the one that it used.
     """
-    tokens = headers.tokens_of(store, snapshot)
-    keys = Keys(headers.root_of(snapshot), tokens)
+    blocks = headers.blocks_of(store, snapshot)
+    keys = Keys(headers.root_of(snapshot), headers.tokens_in(snapshot, blocks))
     found = []
-    for stem, _, start, rows in snapshot.content["refs"]:
+    for (stem, _, start, rows), header in zip(snapshot.content["refs"], blocks, strict=True):
+        if rows == len(header.content["tokens"]) or not cut:
+            found.append(Piece(header, stem))
+            continue
         with store.reader(BLOCKS, stem) as reader:
-            header = headers.checked_block(reader.header(), stem)
-            if rows == len(header.content["tokens"]) or not cut:
-                found.append(Piece(header, stem))
-                continue
             packed = cuts.first_rows(reader.read, header, rows, keys[start + rows])
         found.append(_cut(stem, packed))
     return found
@@ -122,13 +123,9 @@ def _cut(stem: str, packed: container.Packed) -> Piece:
     return Piece(header, str(own), tuple(packed.chunks))
 
 
-def naming(snapshot: Header, pieces: list[Piece]) -> Header:
-    """The snapshot that uses these very blocks, whole."""
-    refs = [
-        [piece.stem, piece.header.digest, ref[2], ref[3]]
-        for piece, ref in zip(pieces, snapshot.content["refs"], strict=True)
-    ]
-    return replace(snapshot, content={**snapshot.content, "refs": refs})
+def naming(snapshot: Header, stem: str, pieces: Sequence[Piece]) -> tuple[str, Header]:
+    """The snapshot that uses these very blocks, whole, and its stem."""
+    return headers.using(snapshot, stem, [(piece.stem, piece.header.digest) for piece in pieces])
 
 
 def _arrays(
@@ -162,21 +159,17 @@ def _stored(store: Store, kind: str, stem: str, header: Header) -> Iterator[memo
             yield container.read_stored(reader.read, entry)
 
 
-def _write(
-    path: Path,
-    head: container.Packed,
-    arrays: Iterator[bytes | memoryview],
-    *,
-    replace_file: bool,
-) -> None:
-    def chunks() -> Iterator[bytes | memoryview]:
-        yield from head.chunks
-        yield from arrays
+def write(path: Path, chunks: Iterable[bytes | memoryview], *, replace_file: bool) -> None:
+    """Write a file whole or not at all, and sync it.
 
+    Raises:
+        StoreError: there is a file of that name, and it is not to be replaced; or the file system
+            refuses.
+    """
     try:
         if not replace_file:
             check_free(path)
-        if not write_once(path, chunks(), sync=True, replace=replace_file):
+        if not write_once(path, chunks, sync=True, replace=replace_file):
             check_free(path)
     except OSError as exc:
         raise StoreError(f"{path} cannot be written: {exc.strerror}") from exc

@@ -19,6 +19,7 @@ from mlx_promptcache.engine import cache as mlx_cache
 from mlx_promptcache.layers import (
     ROWS,
     TOKEN_AXIS,
+    exchange,
     leaves,
     live_arrays,
     make_layers,
@@ -49,8 +50,7 @@ class Fed:
         self._pass(count)
         if to_be_quantised(self.layers, self._kv):
             quantise(self.layers, self._kv)
-        for _, layer in leaves(self.layers):  # or each pass would hold on to all before it
-            vars(layer).update({name: _blank(value) for name, value in vars(layer).items()})
+        exchange(self.layers, _blank)  # or each pass would hold on to all before it
 
     def _pass(self, count: int) -> None:
         self._model(mx.zeros((1, count), mx.int32), cache=self.layers)
@@ -112,12 +112,6 @@ def _rows(kind: Kind, count: int) -> mx.array:
     return mx.zeros((*shape[:TOKEN_AXIS], count, *shape[TOKEN_AXIS + 1 :]), dtype)
 
 
-def _blank(value: Any) -> Any:
-    """The same with zeros in all arrays."""
-    if isinstance(value, mx.array):
-        return mx.zeros(value.shape, value.dtype)
-    if isinstance(value, dict):
-        return {name: _blank(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)([_blank(item) for item in value])
-    return value
+def _blank(array: mx.array) -> mx.array:
+    """The same with zeros."""
+    return mx.zeros(array.shape, array.dtype)

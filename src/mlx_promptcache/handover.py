@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from mlx_promptcache.cache import PromptCache
     from mlx_promptcache.layers import Layer
     from mlx_promptcache.runner import Runner
     from mlx_promptcache.state import Origin, State
@@ -44,8 +43,7 @@ def hand_over(
         CacheMiss, UnsupportedLayer: there is no such state, or mlx-lm's files cannot hold it.
         StoreError: there is such a file, or the file system refuses.
     """
-    cache = _cache(runner)
-    state = cache.load(name)
+    state = runner.needed_cache.load(name)
     layers = runner.make_layers()
     fill(layers, state.contents, state.n_past, runner.kv)
     rest = _rest(runner, state)
@@ -64,12 +62,6 @@ def _rest(runner: Runner, state: State) -> list[int]:
         return []
     whole = runner.prompter.left_open(origin)
     return list(whole[state.n_past :]) if whole[: state.n_past] == state.tokens else []
-
-
-def _cache(runner: Runner) -> PromptCache:
-    if runner.cache is None:
-        raise UnsupportedLayer(runner.why_not_kept or "there is no prompt cache to use")
-    return runner.cache
 
 
 # From mlx-lm

@@ -9,13 +9,16 @@ from __future__ import annotations
 import functools
 import math
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from mlx_promptcache import container
 from mlx_promptcache.errors import DamagedFile
 from mlx_promptcache.fingerprint import PHASES
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from mlx_promptcache.tree import (
     CELL,
+    ID_DIGITS,
     BlockName,
     Keys,
     SnapshotName,
@@ -26,7 +29,7 @@ from mlx_promptcache.tree import (
 from mlx_promptcache.windows import Span, Window
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from mlx_promptcache.container import Header
 
@@ -214,7 +217,7 @@ def _are_layers(opaque: Any, windows: Any, header: Header) -> bool:
     """
     if not all(map(_is_told_layers, (opaque, windows))) or opaque.keys() & windows.keys():
         return False
-    if not all(_is_window(told.get("window")) for told in windows.values()):
+    if not all(_is_size_and_keep(told.get("window")) for told in windows.values()):
         return False
     arrays = sorted(
         f"{path}/{name}" for path, told in opaque.items() for name in _arrays_in(told["attributes"])
@@ -250,7 +253,7 @@ def _is_told_layers(layers: Any) -> bool:
     )
 
 
-def _is_window(window: Any) -> bool:
+def _is_size_and_keep(window: Any) -> bool:
     return (
         isinstance(window, list)
         and [type(n) for n in window] == [int, int]
@@ -280,21 +283,49 @@ def _arrays_in(value: Any, depth: int = MOST_NESTED) -> list[str]:
     return []
 
 
-def tokens_of(store: Store, snapshot: Header) -> list[int]:
-    """The tokens of a snapshot, from its blocks, checked against its key.
+def using(snapshot: Header, stem: str, blocks: Iterable[tuple[str, str]]) -> tuple[str, Header]:
+    """A snapshot whose rows stand in these blocks instead, told by stem and digest; and its stem.
+    With its own blocks it is what it was.
+    """
+    refs = [[*block, *ref[2:]] for block, ref in zip(blocks, snapshot.content["refs"], strict=True)]
+    content = {**snapshot.content, "refs": refs}
+    head = container.head_of(snapshot.kind, content, snapshot.notes, snapshot.entries)
+    own = f"{stem[:-ID_DIGITS]}{head.digest[:ID_DIGITS]}"
+    return own, replace(snapshot, content=content, digest=head.digest)
+
+
+def blocks_of(store: Store, snapshot: Header) -> list[Header]:
+    """The headers of a snapshot's blocks.
 
     Raises:
         CacheMiss: a block is not there; DamagedFile if it is not the one that the snapshot used.
     """
-    tokens: list[int] = []
-    for stem, digest, start, rows in snapshot.content["refs"]:
+    found = []
+    for stem, digest, start, _ in snapshot.content["refs"]:
         header = block_header(store, stem)
         if header.digest != digest or header.content["start"] != start:
             raise DamagedFile("a block that it needs was replaced by another")
-        tokens += header.content["tokens"][:rows]
+        found.append(header)
+    return found
+
+
+def tokens_in(snapshot: Header, blocks: Iterable[Header]) -> list[int]:
+    """The tokens of a snapshot, from its blocks.
+
+    Raises:
+        DamagedFile: they are not those of its key.
+    """
+    tokens: list[int] = []
+    for block, ref in zip(blocks, snapshot.content["refs"], strict=True):
+        tokens += block.content["tokens"][: ref[3]]
     if Keys(root_of(snapshot), tokens)[len(tokens)] != snapshot.content["key"]:
         raise DamagedFile("its tokens are not those of its name")
     return tokens
+
+
+def tokens_of(store: Store, snapshot: Header) -> list[int]:
+    """The tokens of a snapshot, from the store. Raises as `blocks_of` and `tokens_in`."""
+    return tokens_in(snapshot, blocks_of(store, snapshot))
 
 
 def text_of(origin: Mapping[str, Any]) -> str | None:

@@ -11,21 +11,20 @@ import contextlib
 from typing import TYPE_CHECKING, NamedTuple
 
 from mlx_promptcache import container, cuts, headers, parcel, room
-from mlx_promptcache.container import Header
 from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError, StoreError
 from mlx_promptcache.files import Reader
 from mlx_promptcache.fingerprint import Fingerprint
 from mlx_promptcache.parcel import Part
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store, check_name
 from mlx_promptcache.tree import BlockName
-from mlx_promptcache.writer import ID_DIGITS, Saved, Writer, check_free, record_of
+from mlx_promptcache.writer import Saved, Writer, check_free, record_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from mlx_promptcache.budget import Budget
-    from mlx_promptcache.container import Read
+    from mlx_promptcache.container import Header, Read
     from mlx_promptcache.parcel import Parcel
     from mlx_promptcache.quarantine import Quarantine
 
@@ -200,9 +199,4 @@ def _written(writer: Writer, block: Part, read: Read) -> Ref:
 
 def _named(found: Parcel, refs: list[Ref]) -> tuple[str, Header]:
     """The snapshot that uses these blocks, and its stem."""
-    header = found.snapshot.header
-    told = [[*ref, *old[2:]] for ref, old in zip(refs, header.content["refs"], strict=True)]
-    content = {**header.content, "refs": told}
-    digest = container.head_of(header.kind, content, header.notes, header.entries).digest
-    stem = f"{found.snapshot.stem[:-ID_DIGITS]}{digest[:ID_DIGITS]}"
-    return stem, Header(header.kind, content, header.notes, header.entries, digest, header.size)
+    return headers.using(found.snapshot.header, found.snapshot.stem, refs)

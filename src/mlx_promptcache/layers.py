@@ -24,7 +24,7 @@ from mlx_promptcache.tree import CELL
 from mlx_promptcache.windows import Window
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from mlx_promptcache.fingerprint import KVSettings
 
@@ -95,6 +95,14 @@ def leaves(layers: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from leaves(layer.caches, f"{prefix}{i}.")
         else:
             yield f"{prefix}{i}", layer
+
+
+def lengths(layers: Iterable[Any]) -> set[Any]:
+    """How many tokens the layers say that they hold: one number where all agree. A model may make
+    layers that it never writes to: these do not count, unless all are such.
+    """
+    said = {layer.offset for _, layer in leaves(layers) if hasattr(layer, "offset")}
+    return said - {0} or said
 
 
 def is_sliceable(layer: Any, n_past: int) -> bool:
@@ -168,6 +176,23 @@ def may_be_padded(layers: Iterable[Any]) -> bool:
     each would be alone. Rows can be masked; many models' other layers take padding for tokens.
     """
     return all(type(layer) in (mlx_cache.KVCache, mlx_cache.RotatingKVCache) for layer in layers)
+
+
+def exchange(layers: Iterable[Any], other: Callable[[mx.array], mx.array]) -> None:
+    """Put another array in the place of each that the layers hold, in the same order."""
+    for _, layer in leaves(layers):
+        held = vars(layer)
+        held.update({name: _exchanged(value, other) for name, value in held.items()})
+
+
+def _exchanged(value: Any, other: Callable[[mx.array], mx.array]) -> Any:
+    if isinstance(value, mx.array):
+        return other(value)
+    if isinstance(value, dict):
+        return {name: _exchanged(item, other) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_exchanged(item, other) for item in value])
+    return value
 
 
 def let_go(layers: Iterable[Any]) -> None:

@@ -21,10 +21,17 @@ from mlx_promptcache.arrays import dtype_name, from_array
 from mlx_promptcache.blueprint import Blueprint
 from mlx_promptcache.container import ITEMSIZE, LARGEST_HEADER_BYTES, UNREADABLE, Array
 from mlx_promptcache.engine import cache as mlx_cache
-from mlx_promptcache.errors import DamagedFile, ForeignFile, StoreError, UnsupportedLayer
-from mlx_promptcache.files import write_once
+from mlx_promptcache.errors import DamagedFile, ForeignFile, UnsupportedLayer
 from mlx_promptcache.headers import MOST_NESTED
-from mlx_promptcache.layers import TOKEN_AXIS, capture, check_quantised, fill, leaves, make_layers
+from mlx_promptcache.layers import (
+    TOKEN_AXIS,
+    capture,
+    check_quantised,
+    fill,
+    leaves,
+    lengths,
+    make_layers,
+)
 from mlx_promptcache.passes import UNKNOWN
 from mlx_promptcache.state import State
 
@@ -62,18 +69,16 @@ def write(
     """
     for where, layer in leaves(layers):
         _check_known(where, layer)
-    if not replace_file:
-        exporter.check_free(path)
-    try:
-        with tempfile.TemporaryFile(dir=path.parent) as file:
-            mlx_cache.save_prompt_cache(file, _unpadded(layers), dict(metadata))
-            file.seek(0)
-            chunks = iter(lambda: file.read(PIECE_BYTES), b"")
-            if not write_once(path, chunks, sync=True, replace=replace_file):
-                exporter.check_free(path)
-    except OSError as exc:
-        raise StoreError(f"{path} cannot be written: {exc.strerror}") from exc
+    exporter.write(path, _chunks(path, layers, metadata), replace_file=replace_file)
     return path.stat().st_size
+
+
+def _chunks(path: Path, layers: Sequence[Any], metadata: Mapping[str, str]) -> Iterator[bytes]:
+    """What mlx-lm writes, by way of a file beside that has no name."""
+    with tempfile.TemporaryFile(dir=path.parent) as file:
+        mlx_cache.save_prompt_cache(file, _unpadded(layers), dict(metadata))
+        file.seek(0)
+        yield from iter(lambda: file.read(PIECE_BYTES), b"")
 
 
 def _check_known(where: str, layer: Any) -> None:
@@ -258,10 +263,9 @@ def held(layers: Sequence[Any]) -> int | None:
     Raises:
         UnsupportedLayer: they do not agree.
     """
-    offsets = {layer.offset for _, layer in leaves(layers) if hasattr(layer, "offset")}
-    if not all(type(offset) is int for offset in offsets):
+    numbers = lengths(layers)
+    if not all(type(number) is int for number in numbers):
         raise UnsupportedLayer("its layers do not say how many tokens they hold")
-    numbers = offsets - {0} or offsets  # a model may make layers that it never writes to
     if len(numbers) > 1:
         raise UnsupportedLayer("its layers hold different numbers of tokens")
     return next(iter(numbers), None)

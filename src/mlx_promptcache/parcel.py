@@ -14,8 +14,16 @@ from mlx_promptcache import container, headers
 from mlx_promptcache.container import UNREADABLE, Header, Packed
 from mlx_promptcache.errors import DamagedFile
 from mlx_promptcache.fingerprint import PHASES
-from mlx_promptcache.tree import CELL, BlockName, Keys, SnapshotName, cell_start, root_key, shard
-from mlx_promptcache.writer import ID_DIGITS
+from mlx_promptcache.tree import (
+    CELL,
+    ID_DIGITS,
+    BlockName,
+    Keys,
+    SnapshotName,
+    cell_start,
+    root_key,
+    shard,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -64,10 +72,8 @@ class Part:
         Raises:
             DamagedFile: an array does not agree with its checksum.
         """
-        header = self.header
-        head = container.head_of(header.kind, header.content, header.notes, header.entries)
-        stored = [container.read_stored(read, entry) for entry in header.entries.values()]
-        return Packed([*head.chunks, *stored], head.digest)
+        entries = self.header.entries.values()
+        return container.repacked(self.header, [container.read_stored(read, e) for e in entries])
 
 
 @dataclass(frozen=True)

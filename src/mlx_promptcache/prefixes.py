@@ -17,27 +17,30 @@ from mlx_promptcache.errors import PromptCacheError
 from mlx_promptcache.tree import CELL, SnapshotName, cell_start
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from mlx_promptcache.catalog import Catalog, Entry
+    from mlx_promptcache.catalog import Entry
     from mlx_promptcache.facts import Facts, Use
 
+    Uses = Sequence[Use]
     Step = tuple[str, int]  # a block without its variant, and how many rows less than none
     Chain = tuple[Step, ...]
 
 
 @dataclass
 class Branch:
-    """Tokens `[start, end)` that all states on it and beyond it share, without a fork.
+    """Tokens `[start, end)` that all states on it and beyond it share.
 
-    `states` end on it, the first ones first; `branches` go on from its end. `bytes` are those of
-    the files that stand for its own tokens, `hits` those of all states on it and beyond it.
+    `states` end on it, the first ones first; `branches` go on from its end. `blocks` are those that
+    stand for its own tokens: one of which states use a part counts where it begins. `bytes` are
+    those of these files and of the states on it, `hits` those of all states on it and beyond it.
     """
 
     start: int
     end: int
     states: list[Entry] = field(default_factory=list)
     branches: list[Branch] = field(default_factory=list)
+    blocks: list[str] = field(default_factory=list)
     bytes: int = 0
     hits: int = 0
 
@@ -47,20 +50,31 @@ class _Path(NamedTuple):
 
     chain: Chain
     end: int
-    uses: Sequence[Use]
     entries: list[Entry]
 
 
-def tree_of(catalog: Catalog) -> tuple[list[Branch], list[Entry]]:
-    """The tree of a store, its largest branches first; and the states that have no place in it,
-    because they cannot be read.
+def tree_of(facts: Facts, entries: Sequence[Entry]) -> tuple[list[Branch], list[Entry]]:
+    """The tree of these states, its largest branches first; and those that have no place in it,
+    because they cannot be read. A branch ends where a state does, or where states part.
     """
-    entries = catalog.entries()
-    paths, others = _paths(catalog.facts, entries)
-    root = _grown(sorted(paths, key=lambda path: (path.chain, path.end)))
-    _join(root)
-    _count(root, catalog.facts, {id(e): path.uses for path in paths for e in path.entries})
-    return root.branches, others
+    uses = _uses(facts, entries)
+    root = _grown(sorted(_paths(entries, uses), key=lambda path: (path.chain, path.end)))
+    _place(root.branches, facts, uses)
+    _count(root)
+    return root.branches, [entry for entry in entries if entry.stem not in uses]
+
+
+def join(branches: Iterable[Branch]) -> None:
+    """Let what goes on without a fork be one branch, however many states end on it: a conversation
+    is then one branch, and not as deep a tree as it has turns.
+    """
+    for branch, _ in walk(branches):
+        while len(branch.branches) == 1:
+            (only,) = branch.branches
+            branch.end, branch.branches = only.end, only.branches
+            branch.states += only.states
+            branch.blocks += only.blocks
+            branch.bytes += only.bytes
 
 
 def walk(branches: Iterable[Branch]) -> Iterator[tuple[Branch, list[Branch]]]:
@@ -75,40 +89,49 @@ def walk(branches: Iterable[Branch]) -> Iterator[tuple[Branch, list[Branch]]]:
 # Paths
 
 
-def _paths(facts: Facts, entries: Sequence[Entry]) -> tuple[list[_Path], list[Entry]]:
+def _uses(facts: Facts, entries: Iterable[Entry]) -> dict[str, Uses]:
+    """The blocks of each state that can be read."""
+    found: dict[str, Uses] = {}
+    for entry in entries:
+        with contextlib.suppress(PromptCacheError):
+            found[entry.stem] = facts.snapshot(entry.stem).uses
+    return found
+
+
+def _paths(entries: Iterable[Entry], found: Mapping[str, Uses]) -> list[_Path]:
     named: dict[str, list[Entry]] = {}
     for entry in entries:
         named.setdefault(entry.stem, []).append(entry)
-    found: dict[str, tuple[Use, ...]] = {}
-    for stem in named:
-        with contextlib.suppress(PromptCacheError):
-            found[stem] = facts.snapshot(stem).uses
-    cells = {stem: _cells(stem, uses) for stem, uses in found.items()}
+    blocks = {stem: _block(stem) for stem in {use.stem for uses in found.values() for use in uses}}
+    cells = {stem: _cells(stem, uses, blocks) for stem, uses in found.items()}
     usual: dict[str, Chain] = {}  # how the cell that ends with a key is cut, whoever asks
     for chains in cells.values():
         for end_key, chain in chains:
             usual[end_key] = min(usual.get(end_key, chain), chain)
-    paths = [
+    return [
         _Path(
             tuple(step for end_key, chain in cells[stem] for step in usual.get(end_key, chain)),
             uses[-1].start + uses[-1].rows,
-            uses,
             named[stem],
         )
         for stem, uses in found.items()
     ]
-    return paths, [entry for entry in entries if entry.stem not in found]
 
 
-def _cells(stem: str, uses: Sequence[Use]) -> list[tuple[str, Chain]]:
+def _block(stem: str) -> tuple[str, str]:
+    """A block without its variant, and the key of its first position."""
+    start, token, end = stem.split("-", 3)[:3]
+    return f"{start}-{token}-{end}", start[len("3f/") :]
+
+
+def _cells(stem: str, uses: Uses, blocks: Mapping[str, tuple[str, str]]) -> list[tuple[str, Chain]]:
     """The blocks of each cell, and the key of its end; an own key where a state ends within."""
     name = SnapshotName.parse(stem)
     chains: dict[int, list[Step]] = {}
     keys: dict[int, str] = {}
-    for use in uses:
-        block = use.stem.split("-", 3)
-        chains.setdefault(cell_start(use.start), []).append(("-".join(block[:3]), -use.rows))
-        keys[use.start] = block[0][len("3f/") :]
+    for used, _, start, rows in uses:
+        block, keys[start] = blocks[used]
+        chains.setdefault(cell_start(start), []).append((block, -rows))
     end = uses[-1].start + uses[-1].rows
     keys[end] = name.key if name is not None and end % CELL == 0 else stem
     return [(keys.get(g + CELL, stem), tuple(chain)) for g, chain in chains.items()]
@@ -155,38 +178,29 @@ def _fork(on_the_way: list[Branch], position: int) -> None:
         on_the_way.append(middle)
 
 
-def _join(root: Branch) -> None:
-    """Let what goes on without a fork be one branch."""
-    for branch, _ in walk(root.branches):
-        while len(branch.branches) == 1:
-            (only,) = branch.branches
-            branch.end, branch.branches = only.end, only.branches
-            branch.states += only.states
+# Counting
 
 
-def _count(root: Branch, facts: Facts, uses: dict[int, Sequence[Use]]) -> None:
-    seen: set[str] = set()
-    for branch, above in walk(root.branches):
-        way = [*above, branch]
-        for state in branch.states:
-            for stem, start, size in _files(facts, state, uses[id(state)]):
-                if stem not in seen:
-                    seen.add(stem)
-                    next(b for b in reversed(way) if b.start <= start).bytes += size
-        hits = sum({state.stem: state.hits for state in branch.states}.values())
-        for each in way:
-            each.hits += hits
-    for branch, _ in [(root, []), *walk(root.branches)]:
-        branch.branches.sort(key=lambda b: -_bytes(b))
+def _place(branches: Iterable[Branch], facts: Facts, uses: Mapping[str, Uses]) -> None:
+    """Let each file stand on the branch on which it begins."""
+    placed: set[str] = set()
+    for branch, above in walk(branches):
+        way = [branch, *reversed(above)]
+        for stem in dict.fromkeys(state.stem for state in branch.states):
+            branch.bytes += facts.snapshots[stem].size
+            for use in uses[stem]:
+                if use.stem not in placed and use.stem in facts.blocks:
+                    placed.add(use.stem)
+                    own = next(each for each in way if each.start <= use.start)
+                    own.blocks.append(use.stem)
+                    own.bytes += facts.blocks[use.stem].size
 
 
-def _files(facts: Facts, state: Entry, uses: Sequence[Use]) -> Iterator[tuple[str, int, int]]:
-    """The files of a state, where they begin, and their bytes."""
-    for use in uses:
-        if use.stem in facts.blocks:
-            yield use.stem, use.start, facts.blocks[use.stem].size
-    yield state.stem, state.tokens, facts.snapshots[state.stem].size
-
-
-def _bytes(branch: Branch) -> int:
-    return branch.bytes + sum(below.bytes for below, _ in walk(branch.branches))
+def _count(root: Branch) -> None:
+    """Sum up hits from the ends on, and let the largest branches come first."""
+    totals: dict[int, int] = {}
+    for branch in reversed([branch for branch, _ in walk([root])]):
+        own = {state.stem: state.hits for state in branch.states}
+        branch.hits = sum(own.values()) + sum(below.hits for below in branch.branches)
+        branch.branches.sort(key=lambda below: -totals[id(below)])
+        totals[id(branch)] = branch.bytes + sum(totals[id(below)] for below in branch.branches)

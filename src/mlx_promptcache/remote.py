@@ -88,11 +88,15 @@ class Remote:
             ) from exc
 
     @property
+    def _protocols(self) -> set[str]:
+        """What the file system is called in URLs."""
+        protocol = self._fs()[0].protocol
+        return {protocol} if isinstance(protocol, str) else set(protocol)
+
+    @property
     def _moves(self) -> bool:
         """Whether a file is written under another name first, and moved when it is whole."""
-        protocol = self._fs()[0].protocol
-        names = {protocol} if isinstance(protocol, str) else set(protocol)
-        return not names & OBJECT_STORES
+        return not self._protocols & OBJECT_STORES
 
     # What is there
 
@@ -225,9 +229,7 @@ class Remote:
         """Whether several threads may ask at once: others, as SFTP, have one connection, on which
         they may wait for each other without end.
         """
-        fs = self._fs()[0]
-        names = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-        return bool(fs.async_impl or names & IN_THREADS)
+        return bool(self._fs()[0].async_impl or self._protocols & IN_THREADS)
 
 
 def _file(row: dict[str, Any]) -> RemoteFile | None:

@@ -16,13 +16,14 @@ from importlib import resources
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from mlx_promptcache import branches, headers, room
+from mlx_promptcache import headers, prefixes, room
 from mlx_promptcache.budget import Drive
 from mlx_promptcache.catalog import Catalog
 from mlx_promptcache.errors import PromptCacheError
 from mlx_promptcache.eviction import Eviction
 from mlx_promptcache.facts import memo_of
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS
+from mlx_promptcache.tree import id_of
 from mlx_promptcache.version import __version__
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def gather(
         "blocks": len(catalog.facts.blocks),
         "models": [_parts(told) for told in _models(snapshots)],
         "states": states,
-        "tree": _tree(catalog.facts, entries, snapshots),
+        "tree": _tree(catalog.facts, entries),
         "hits": _by_hour(uses),
         "written": {day: n for day, n in store.written_by_day().items() if 0 <= n < MOST_BYTES},
         "budget": _budget(store, budget),
@@ -193,23 +194,24 @@ def _text(store: Store, stem: str) -> str | None:
     return f"{text[: LONGEST_TEXT // 4]} ... {text[-LONGEST_TEXT * 3 // 4 :]}"
 
 
-def _tree(facts: Facts, entries: Sequence[Entry], snapshots: Mapping[str, Snapshot]) -> list[Json]:
+def _tree(facts: Facts, entries: Sequence[Entry]) -> list[Json]:
     """The branches, each with the index of the one before it; states by their index."""
-    indices: dict[str, list[int]] = defaultdict(list)
-    for i, entry in enumerate(entries):
-        indices[entry.stem].append(i)
-    grown = branches.grow({stem: snapshot.uses for stem, snapshot in snapshots.items()})
-    return [
-        {
-            "parent": branch.parent,
-            "start": branch.start,
-            "end": branch.end,
-            "blocks": len(branch.files),
-            "bytes": sum(facts.blocks[s].size for s in branch.files if s in facts.blocks),
-            "states": [i for stem in branch.states for i in indices[stem]],
-        }
-        for branch in grown
-    ]
+    states = {id(entry): i for i, entry in enumerate(entries)}
+    indices: dict[int, int] = {}
+    rows: list[Json] = []
+    for branch, above in prefixes.walk(prefixes.tree_of(facts, entries)[0]):
+        indices[id(branch)] = len(rows)
+        rows.append(
+            {
+                "parent": indices[id(above[-1])] if above else -1,
+                "start": branch.start,
+                "end": branch.end,
+                "blocks": len(branch.blocks),
+                "bytes": sum(facts.blocks[stem].size for stem in branch.blocks),
+                "states": [states[id(entry)] for entry in branch.states],
+            }
+        )
+    return rows
 
 
 # What goes next
@@ -231,8 +233,8 @@ def _order(
     return [
         {
             "kind": kind.removesuffix("s"),
-            "id": stem.rpartition("-")[2] if kind == SNAPSHOTS else stem.rpartition("/")[2],
-            "of": stem.rpartition("-")[2] if kind == SNAPSHOTS else users.get(stem),
+            "id": id_of(stem) if kind == SNAPSHOTS else stem.rpartition("/")[2],
+            "of": id_of(stem) if kind == SNAPSHOTS else users.get(stem),
             "end": _end(facts, kind, stem, snapshots),
             "bytes": file.on_disk,
             "freed_bytes": so_far,

@@ -272,9 +272,7 @@ class Run:
         At each step `state()` is the state that holds the tokens yielded so far.
         """
         self._settle()
-        tokenizer = self._runner.tokenizer
-        ends = set(tokenizer.eos_token_ids) if tokenizer is not None else set()
-        text = TextStream(tokenizer, stop)
+        ends, text = self._runner.ends, TextStream(self._runner.tokenizer, stop)
         limit = self._runner.room_for(self._held, max_tokens)
         draw = Draw(self.sampling, self._tokens, self._runner.ranks)
         key, token = draw(self.key, self._logits)

@@ -146,11 +146,11 @@ class Runner:
         shard: str | None = None,
     ) -> Runner:
         """Load a model through mlx-lm and open its store, which may take `max_bytes` on disk (see
-        `PromptCache`). `loaded` is this very model, if `checkpoint.load` has begun to load it. A
-        store of another user is a miss for every prompt, and nothing is written there, unless
-        `allow_foreign` is set; so is a store that cannot be read. With `shard` (`tensor` or
-        `pipeline`) the processes that `mlx.launch` has started load a part of it each, and run it
-        together (see `Ranks`).
+        `PromptCache`). `loaded` is this very model, if `checkpoint.load` has begun to load it,
+        with its fingerprint, if that is known. A store of another user is a miss for every prompt,
+        and nothing is written there, unless `allow_foreign` is set; so is a store that cannot be
+        read. With `shard` (`tensor` or `pipeline`) the processes that `mlx.launch` has started load
+        a part of it each, and run it together (see `Ranks`).
 
         Raises:
             ModelError: there is no such model or adapter, or mlx-lm cannot load it.
@@ -179,19 +179,22 @@ class Runner:
                     Store(directory, allow_foreign=allow_foreign, read_only=read_only).check()
                 except (ForeignStore, UnreadableStore):  # who asks it for something is told
                     read_only = True
-                fingerprint = remembered(path, adapter=adapter, kv=kv, salt=salt, draft=draft_path)
+                fingerprint = None if loaded is None else loaded.fingerprint
+                fingerprint = fingerprint or remembered(
+                    path, adapter=adapter, kv=kv, salt=salt, draft=draft_path
+                )
                 cache = _cache(ranks)(
                     directory, fingerprint, kv=kv, read_only=read_only, max_bytes=max_bytes,
                     allow_foreign=allow_foreign,
                 )  # fmt: skip
-            model, told, weights = loaded or checkpoint.load(path, adapter, ranks=ranks)
-            tokenizer = _tokenizer(path, told, cache)
+            loaded = loaded or checkpoint.load(path, adapter, ranks=ranks)
+            tokenizer = _tokenizer(path, loaded.config, cache)
             draft, others = None, None
             if draft_path is not None:
-                draft, _, others = checkpoint.load(draft_path, None)
+                draft, _, others, _ = checkpoint.load(draft_path, None)
             length = None if max_kv_size is not None else models.context_length(settings)
             runner = cls(
-                model,
+                loaded.model,
                 tokenizer,
                 cache,
                 kv=kv,
@@ -200,7 +203,7 @@ class Runner:
                 num_draft_tokens=num_draft_tokens,
                 ranks=ranks,
             )
-        runner._awaited = [each for each in (weights, others) if each is not None]
+        runner._awaited = [each for each in (loaded.weights, others) if each is not None]
         return runner
 
     @property
@@ -220,6 +223,22 @@ class Runner:
         """What is fed: the model, or the model and its draft model as one."""
         self._wait_for_weights()
         return self._whole
+
+    @property
+    def needed_cache(self) -> PromptCache:
+        """The cache, for what cannot be done without one.
+
+        Raises:
+            UnsupportedLayer: there is none, because states of this model cannot be kept, say.
+        """
+        if self.cache is None:
+            raise UnsupportedLayer(self.why_not_kept or "there is no prompt cache")
+        return self.cache
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end an answer; none without a tokenizer."""
+        return frozenset(() if self.tokenizer is None else self.tokenizer.eos_token_ids)
 
     @property
     def speculative(self) -> bool:
@@ -435,9 +454,7 @@ class Runner:
         if run.cached_tokens < len(made.tokens):
             self._wait_for_weights()  # that is no part of computing the prompt
         run.prefill(made.tokens, cuts, marks=marks, progress=progress)
-        if self.cache is not None and not self.cache.read_only:
-            self.cache.rates.note_computed(run.prefilled_tokens, run.prefill_seconds)
-        return run
+        return self._timed(run)
 
     def go_on(
         self,
@@ -461,6 +478,10 @@ class Runner:
         run.sampling = self._fitting(sampling)
         self._run = run
         run.go_on(made, progress=progress)
+        return self._timed(run)
+
+    def _timed(self, run: Run) -> Run:
+        """Remember how fast a prompt was computed."""
         if self.cache is not None and not self.cache.read_only:
             self.cache.rates.note_computed(run.prefilled_tokens, run.prefill_seconds)
         return run

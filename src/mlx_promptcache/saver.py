@@ -13,9 +13,18 @@ from mlx_promptcache.passes import PassRecord
 from mlx_promptcache.room import FILE_BYTES
 from mlx_promptcache.state import Ref, State
 from mlx_promptcache.store import BLOCKS
-from mlx_promptcache.tree import BlockName, Keys, SnapshotName, cell_start, pieces, shard
+from mlx_promptcache.tree import (
+    ID_DIGITS,
+    BlockName,
+    Keys,
+    SnapshotName,
+    cell_start,
+    id_of,
+    pieces,
+    shard,
+)
 from mlx_promptcache.windows import Span, widest
-from mlx_promptcache.writer import ID_DIGITS, Saved, Synced, Writer, check_free
+from mlx_promptcache.writer import Saved, Synced, Writer, check_free
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,6 +90,7 @@ class Saver:
         self._writer = Writer(finder.store, finder.bad, sync=sync, exact=exact, synced=synced)
         self._keys = Keys(finder.root(state.phase), state.tokens)
         self._window_rows = known_window_rows(state)
+        self._spans: dict[str, Span] = {}
 
     def save(self, name: str | None, *, replace: bool = False, share: bool = False) -> Saved:
         """Write what is missing. The caller holds the shared lock.
@@ -119,7 +129,7 @@ class Saver:
         if not all(self._snapshot_there(mark, list(refs)) for mark in marks):
             return None
         stem = self._snapshot_there(state, list(refs))
-        return Saved(None, stem.rpartition("-")[2], 0, len(refs), 0, refs=refs) if stem else None
+        return Saved(None, id_of(stem), 0, len(refs), 0, refs=refs) if stem else None
 
     def _count(self, other: Saver) -> None:
         saved = other.save(None, share=True)
@@ -192,6 +202,7 @@ class Saver:
         packed = container.pack(headers.BLOCK, content, notes, arrays)
         name = BlockName(self._shard(begin), keys[begin], state.tokens[begin], keys[end])
         stem = self._writer.block(name, packed, record)
+        self._spans[stem] = Span(end if window is None else window["from"], end)
         return Ref(stem, packed.digest, begin, end - begin)
 
     def _snapshot(self, state: State, refs: list[Ref]) -> str:
@@ -227,12 +238,18 @@ class Saver:
         windows = [layer.window for layer in state.contents if layer.window is not None]
         if not windows:
             return True
-        covered = []
-        for ref in refs:
-            span = headers.window_span(headers.block_header(self._store, ref.stem))
-            covered.append(Span(span.start, min(span.stop, ref.end)))
+        spans = [(self._window_span(ref.stem), ref.end) for ref in refs]
+        covered = [Span(span.start, min(span.stop, end)) for span, end in spans]
         n = state.n_past
         return widest(windows).deepest(covered, n) == n
+
+    def _window_span(self, stem: str) -> Span:
+        """The positions for which a block has the rows of windows. What this save wrote it knows;
+        other headers are read once, however many snapshots are taken on the way.
+        """
+        if stem not in self._spans:
+            self._spans[stem] = headers.window_span(headers.block_header(self._store, stem))
+        return self._spans[stem]
 
     def _notes(self) -> dict[str, Any]:
         return {

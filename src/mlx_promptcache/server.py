@@ -134,12 +134,12 @@ def _run(host: str, port: int, provider: Provider, serving: Serving) -> None:
     except OSError as exc:
         raise ServingError(f"cannot listen at {host}:{port}: {exc.strerror or exc}") from exc
     finally:
-        _stop(generator, backlog)
+        _stop(generator, backlog, provider.tiers)
     if provider.failure is not None:
         raise ServingError(f"mlx-lm cannot load the model: {provider.failure}")
 
 
-def _stop(generator: Generator, backlog: Backlog) -> None:
+def _stop(generator: Generator, backlog: Backlog, tiers: Tiers) -> None:
     """End the threads, when all answers are given or nobody waits for them any more."""
     ending = threading.Thread(target=generator.stop_and_join, daemon=True)
     ending.start()
@@ -147,6 +147,8 @@ def _stop(generator: Generator, backlog: Backlog) -> None:
     left = backlog.close(LAST_SECONDS)
     if left:
         log.warning("%d states could not be written in time, and are lost", left)
+    if tiers.below is not None:
+        tiers.below.finish_sending()
 
 
 class Provider(mlx_server.ModelProvider):  # type: ignore[misc]

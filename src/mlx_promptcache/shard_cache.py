@@ -110,7 +110,7 @@ class ShardCache(PromptCache):
                 return Resumed(None, None, Match(0, False, None, reason, stored))
             if agreed.position < len(tokens):
                 limit = agreed.position
-            own = super().resume(tokens, model, plan=plan, limit=limit)
+            own = self.restore(tokens, model, plan=plan, limit=limit)
             got = [row[0] for row in self.ranks.told("reading a prefix", own.match.position)]
             if min(got) == agreed.position:
                 reason = own.match.reason or refused

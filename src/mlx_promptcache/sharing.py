@@ -21,7 +21,7 @@ from mlx_promptcache.remote import Remote
 from mlx_promptcache.signatures import Trust
 from mlx_promptcache.store import BLOCKS, NAMES, SNAPSHOTS
 from mlx_promptcache.tree import SnapshotName
-from mlx_promptcache.writer import ID_DIGITS, check_free
+from mlx_promptcache.writer import check_free
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -159,16 +159,14 @@ class Sharing:
             if cut:
                 raise
             return None
-        named = exporter.naming(snapshot, pieces) if cut else snapshot
-        head = container.head_of(named.kind, named.content, named.notes, named.entries)
-        own = f"{stem[:-ID_DIGITS]}{head.digest[:ID_DIGITS]}"
+        own, named = exporter.naming(snapshot, stem, pieces) if cut else (stem, snapshot)
 
         def read() -> bytes:
             data = exporter.file_of(self.store, SNAPSHOTS, stem, snapshot)
             if own == stem:
                 return data
-            arrays = sum(entry.stored_bytes for entry in snapshot.entries.values())
-            return b"".join([*head.chunks, data[len(data) - arrays :]])
+            arrays = data[len(data) - snapshot.stored_bytes :]
+            return b"".join(container.repacked(named, [arrays]).chunks)
 
         files = [
             _File(

@@ -96,9 +96,7 @@ class SpeculativeRun(Run):
 
     def steps(self, max_tokens: int, stop: Sequence[str] = ()) -> Iterator[Step]:
         """Generate up to `max_tokens` tokens; see `Run.steps`."""
-        tokenizer = self._runner.tokenizer
-        ends = set(tokenizer.eos_token_ids) if tokenizer is not None else set()
-        text = TextStream(tokenizer, stop)
+        ends, text = self._runner.ends, TextStream(self._runner.tokenizer, stop)
         limit = self._runner.room_for(len(self._tokens), max_tokens)
         for count in range(1, limit + 1):
             value, drafted = self._next()

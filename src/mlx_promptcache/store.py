@@ -670,13 +670,18 @@ class Store:
                 yield use
 
 
+def no_state(name: str) -> CacheMiss:
+    """What is said of a name that nothing has."""
+    return CacheMiss(f"there is no state named {name!r}; `list` shows those that are")
+
+
 def _stem_in(name: str, path: str | Path, users: Collection[int]) -> str:
     """The stem in the file of a name. Raises as `Store.read_name` does."""
     try:
         with contextlib.closing(Reader(path, users)) as reader:
             text = reader.read(0, LONGEST_NAME_BYTES * 2).decode("ascii")
     except CacheMiss:
-        raise CacheMiss(f"there is no state named {name!r}; `list` shows those that are") from None
+        raise no_state(name) from None
     except UnicodeDecodeError:
         text = ""
     stem, end = text[:-1], text[-1:]
@@ -716,10 +721,6 @@ def _is_name(name: str) -> bool:
     except StoreError:
         return False
     return True
-
-
-def _damaged(name: str) -> DamagedFile:
-    return DamagedFile(f"the name {name!r} is damaged: save it again, or delete it (`clear`)")
 
 
 def _names(directory: str) -> list[str]:

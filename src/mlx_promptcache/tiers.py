@@ -10,13 +10,15 @@ All of it runs in the thread that computes; only files are written by another.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
 import mlx.core as mx
 
 from mlx_promptcache.engine import cache as mlx_cache
-from mlx_promptcache.layers import leaves
+from mlx_promptcache.layers import leaves, lengths
 from mlx_promptcache.namespaces import COMMON
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlx_promptcache")
 
+MOST_NAMESPACES = 64  # whose caches are at hand: anybody may name new ones
 MOST_LACKING = 2  # tokens that layers may be behind those of an answer
 
 
@@ -62,10 +65,24 @@ class Below:
     key: Any
     model: Any
     cache: PromptCache
+    _private: OrderedDict[str, PromptCache] = field(default_factory=OrderedDict, compare=False)
 
     def of(self, tokens: Tokens) -> PromptCache:
-        """The cache of the namespace of these tokens."""
-        return self.cache.with_salt(tokens.namespace) if tokens.namespace else self.cache
+        """The cache of the namespace of these tokens: the same one while it is used, for each sends
+        to a remote by a thread of its own.
+        """
+        if not tokens.namespace:
+            return self.cache
+        cache = self._private.pop(tokens.namespace, None) or self.cache.with_salt(tokens.namespace)
+        self._private[tokens.namespace] = cache
+        if len(self._private) > MOST_NAMESPACES:
+            _closing([self._private.popitem(last=False)[1]])
+        return cache
+
+    def finish_sending(self) -> None:
+        """Wait until a remote has what was kept, but not longer than was said."""
+        for thread in _closing([self.cache, *self._private.values()]):
+            thread.join()
 
 
 class Tiers(mlx_cache.LRUPromptCache):  # type: ignore[misc]
@@ -119,7 +136,7 @@ class Tiers(mlx_cache.LRUPromptCache):  # type: ignore[misc]
             cache.bring(tokens, limit=last)
             if held and cache.match(tokens, limit=last).position <= held:
                 return None
-            state, layers, _ = cache.resume(tokens, self.below.model, limit=last)
+            state, layers, _ = cache.restore(tokens, self.below.model, limit=last)
         except Exception as exc:  # noqa: BLE001 - a cache that fails is a miss, whatever it is
             self._tell(f"the prompt cache is not used: {type(exc).__name__}: {exc}")
             return None
@@ -189,6 +206,15 @@ class Tiers(mlx_cache.LRUPromptCache):  # type: ignore[misc]
         _call(held)
 
 
+def _closing(caches: Iterable[PromptCache]) -> list[threading.Thread]:
+    """Threads that wait, each for a bounded time, until what was kept is sent."""
+    supplies = [cache.supply for cache in caches if cache.supply is not None]
+    threads = [threading.Thread(target=supply.close, daemon=True) for supply in supplies]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
 def _call(calls: Iterable[Callable[[], None]]) -> None:
     for call in calls:
         call()
@@ -198,12 +224,6 @@ def _arrays(layer: Any) -> list[mx.array]:
     return [*layer.rows.values(), *layer.arrays.values()]
 
 
-def _lengths(layers: Layers) -> set[int]:
-    """How many tokens layers hold, as far as they say so."""
-    said = {getattr(leaf, "offset", None) for _, leaf in leaves(layers)}
-    return {length for length in said if isinstance(length, int)} - {0}  # some are never used
-
-
 def _cut_to(tokens: Tokens, layers: Layers) -> Tokens | None:
     """The tokens that these layers hold; None if that cannot be.
 
@@ -211,10 +231,10 @@ def _cut_to(tokens: Tokens, layers: Layers) -> Tokens | None:
     model one more: all are cut to the shortest. Where mlx-lm could not let layers forget what was
     proposed in vain, they hold something else.
     """
-    lengths = _lengths(layers)
-    if lengths <= {len(tokens)}:
+    held = {length for length in lengths(layers) if isinstance(length, int)} - {0}
+    if held <= {len(tokens)}:
         return tokens
-    shortest = min(*lengths, len(tokens))
+    shortest = min(*held, len(tokens))
     if not mlx_cache.can_trim_prompt_cache(layers) or len(tokens) - shortest > MOST_LACKING:
         return None
     for _, leaf in leaves(layers):

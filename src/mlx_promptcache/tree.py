@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 CELL = 256
 KEY_BYTES = 16
 TOKEN_BYTES = 4
+ID_DIGITS = 16  # of a snapshot's id, and of a variant
 
 _NUMBER = r"(0|[1-9][0-9]{0,9})"
 _BLOCK = re.compile(
@@ -133,6 +134,11 @@ class SnapshotName(NamedTuple):
         if found is None or found[1] != shard(found[2]):
             return None
         return cls(found[2], int(found[3]), found[4], found[5])
+
+
+def id_of(stem: str) -> str:
+    """The id of a snapshot, which ends its stem."""
+    return stem.rpartition("-")[2]
 
 
 class Stretch(NamedTuple):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_promptcache.layers import leaves, live_arrays
+from mlx_promptcache.layers import exchange, live_arrays
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -54,7 +54,8 @@ def _told(forward: Forward, layers: list[Any], count: int) -> list[Told] | None:
     told: list[Told] = []
 
     def passing(*arrays: mx.array) -> list[mx.array]:
-        _set(layers, iter(arrays))
+        given = iter(arrays)
+        exchange(layers, lambda _: next(given))
         logits, _ = forward(mx.zeros((1, count), mx.int32), layers)
         return [logits, *live_arrays(layers)]
 
@@ -67,23 +68,6 @@ def _told(forward: Forward, layers: list[Any], count: int) -> list[Told] | None:
     finally:
         mx.enable_compile()
     return told
-
-
-def _set(layers: list[Any], arrays: Iterator[mx.array]) -> None:
-    """Put other arrays in the place of those that the layers hold, in the order of these."""
-    for _, layer in leaves(layers):
-        held = vars(layer)
-        held.update({name: _exchanged(value, arrays) for name, value in held.items()})
-
-
-def _exchanged(value: Any, arrays: Iterator[mx.array]) -> Any:
-    if isinstance(value, mx.array):
-        return next(arrays)
-    if isinstance(value, dict):
-        return {name: _exchanged(item, arrays) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)([_exchanged(item, arrays) for item in value])
-    return value
 
 
 def _most_bytes(told: list[Told]) -> int:

@@ -10,7 +10,7 @@ from mlx_promptcache import container, headers
 from mlx_promptcache.errors import CacheMiss, PromptCacheError, StoreError
 from mlx_promptcache.passes import PassRecord
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS
-from mlx_promptcache.tree import SnapshotName
+from mlx_promptcache.tree import ID_DIGITS, SnapshotName, id_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from mlx_promptcache.quarantine import Quarantine
     from mlx_promptcache.store import Store
     from mlx_promptcache.tree import BlockName
-
-ID_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,7 @@ class Writer:
             StoreError: the file system refuses.
         """
         identity = f"{packed.digest} {record}" if self._exact else packed.digest
-        variant = hashlib.sha256(identity.encode()).hexdigest()[:ID_DIGITS]
-        for stem in (str(name), str(name._replace(variant=variant))):
+        for stem in (str(name), str(name._replace(variant=variant_of(identity)))):
             for _ in range(2):  # once more, where a damaged file had the name
                 if self._store.write(BLOCKS, stem, packed, sync=self._sync):
                     self.written += 1
@@ -170,9 +167,15 @@ class Writer:
         if name is not None:
             self._store.write_name(name, snapshot, sync=self._sync)
         self._store.record_write(self.bytes)
-        identity = snapshot.rpartition("-")[2]
         snapshots = tuple(self.snapshots)
-        return Saved(name, identity, self.written, self.shared, self.bytes, snapshots)
+        return Saved(name, id_of(snapshot), self.written, self.shared, self.bytes, snapshots)
+
+
+def variant_of(identity: str) -> str:
+    """What a block's name ends with where another may have its plain one: made of its digest, or of
+    all that makes it another block.
+    """
+    return hashlib.sha256(identity.encode()).hexdigest()[:ID_DIGITS]
 
 
 def check_free(store: Store, name: str, key: str) -> None:

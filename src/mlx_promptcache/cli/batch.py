@@ -30,7 +30,7 @@ from mlx_promptcache.cli.options import (
 from mlx_promptcache.errors import PromptError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from mlx_promptcache.batch import Answer, Batch, Question
     from mlx_promptcache.cli.session import Session
@@ -139,8 +139,9 @@ class Work:
                             stop=self._stop, size=self._size, progress=progress,
                         )  # fmt: skip
                     self._keep(batch)
-                    with self._bar(len(told), len(told) - len(missing)) as advance:
-                        self._answer(batch, missing, told, out, interrupt.check, advance)
+                    hidden = self._quiet or self._as_json or not sys.stdout.isatty()
+                    with output.bar("answers", quiet=hidden) as bar:
+                        self._answer(batch, missing, told, out, interrupt.check, bar)
             except Interrupted:
                 self._interrupted = True
         self._session.remember()
@@ -155,9 +156,10 @@ class Work:
         told: list[Line],
         out: Printed | Written,
         check: Callable[[], None],
-        advance: Callable[[], None],
+        bar: Callable[[int, int], None],
     ) -> None:
         keys = {question.index: key for question, key in missing}
+        bar(len(out.rows), len(told))
         for answer in batch.answers((question for question, _ in missing), each_step=check):
             self._answers.append(answer)
             out.add(
@@ -170,7 +172,7 @@ class Work:
                     "cached_tokens": answer.cached_tokens,
                 }
             )
-            advance()
+            bar(len(out.rows), len(told))
 
     def _missing(self, told: list[Line], out: Printed | Written) -> list[tuple[Question, str]]:
         """The questions without an answer, and their keys. What is no question is told in `out`."""
@@ -236,20 +238,6 @@ class Work:
     def _keep(self, batch: Batch) -> None:
         if batch.shared is not None:
             self._session.keep(None, batch.shared.prompt_state())
-
-    @contextlib.contextmanager
-    def _bar(self, total: int, done: int) -> Iterator[Callable[[], None]]:
-        if not sys.stderr.isatty() or self._quiet or self._as_json or not sys.stdout.isatty():
-            yield lambda: None
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeRemainingColumn as Left
-
-        columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), Left())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("answers", total=total, completed=done)
-            yield lambda: bar.advance(task)
 
     def _summary(
         self, told: list[Line], out: Printed | Written, batch: Batch | None, seconds: float

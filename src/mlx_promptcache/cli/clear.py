@@ -85,10 +85,9 @@ def command(**options: Any) -> int:
                 forget(store)
     if options["as_json"]:
         told = done or options["dry_run"]
-        snapshots = [stem.rpartition("-")[2] for stem in plan.snapshots]
         output.print_json(
             {
-                "removed": [*plan.names, *snapshots] if told else [],
+                "removed": output.removed(plan) if told else [],
                 "freed_bytes": plan.freed_bytes if options["dry_run"] else freed,
                 "dry_run": options["dry_run"],
             }

@@ -19,6 +19,7 @@ from mlx_promptcache.cli.options import (
     output_options,
     take,
 )
+from mlx_promptcache.tree import id_of
 
 STANDARD = "-"
 
@@ -70,7 +71,7 @@ def _exported(choice: ModelChoice, path: Path, options: dict[str, Any]) -> expor
     model = choice.model or str(choice.path())
     found = hand_over(choice.runner(read_only=True), name, path, model, replace_file=force)
     named = exporter.name_of(store, name)
-    return replace(found, name=named, snapshot=stem.rpartition("-")[2])
+    return replace(found, name=named, snapshot=id_of(stem))
 
 
 def _path(file: str) -> Path:

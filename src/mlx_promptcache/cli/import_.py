@@ -22,7 +22,7 @@ from mlx_promptcache.cli.options import (
     prompt_options,
     take,
 )
-from mlx_promptcache.errors import DamagedFile, StoreError, UnsupportedLayer
+from mlx_promptcache.errors import DamagedFile
 from mlx_promptcache.quarantine import Quarantine
 from mlx_promptcache.store import check_name
 
@@ -72,8 +72,7 @@ def _own(choice: ModelChoice, path: Path, options: dict[str, Any]) -> tuple[Save
     store, fingerprint = choice.store(), choice.fingerprint()
     if fingerprint is None:
         raise click.UsageError("a state is imported for a model: give --model")
-    if places.writing_is_off():
-        raise StoreError("this prompt cache is read-only")
+    store.check_writable()
     budget, bad = Budget.chosen(options["max_size"]), Quarantine(store, read_only=False)
     name, force = options["name"], options["force"]
     try:
@@ -97,10 +96,9 @@ def _mlx_lms(
     from mlx_promptcache.cli.prompts import origin_of
     from mlx_promptcache.handover import take_over
 
-    runner = choice.runner(max_bytes=options["max_size"])
-    if runner.cache is None:
-        raise UnsupportedLayer(str(runner.why_not_kept))
+    runner = choice.runner(max_bytes=options["max_size"], saves=True)
+    cache = runner.needed_cache
     state = take_over(runner, path, origin_of(prompts, runner.prompter)[0])
-    saved = runner.cache.save(options["name"], state, replace=options["force"])
-    places.remember_store(runner.cache.directory)
+    saved = cache.save(options["name"], state, replace=options["force"])
+    places.remember_store(cache.directory)
     return saved, state.n_past

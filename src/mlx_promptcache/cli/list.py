@@ -15,7 +15,7 @@ from mlx_promptcache.cli import drawing, output
 from mlx_promptcache.cli.options import ModelChoice, examples, model_options, output_options, take
 from mlx_promptcache.errors import ForeignStore
 from mlx_promptcache.facts import memo_of
-from mlx_promptcache.prefixes import tree_of
+from mlx_promptcache.prefixes import join, tree_of
 from mlx_promptcache.store import Store
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def command(**options: Any) -> int:
             where = {"store": str(store.directory)} if options["everywhere"] else {}
             shown = catalog.entries()
             if options["as_tree"]:
-                branches, shown = tree_of(catalog)
+                branches, shown = tree_of(catalog.facts, shown)
+                join(branches)
                 trees.append((store, branches))
             entries += [entry_json(entry) | where for entry in shown]
             blocks += len(catalog.facts.blocks)

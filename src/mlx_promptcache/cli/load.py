@@ -20,7 +20,6 @@ from mlx_promptcache.cli.options import (
     shard_option,
     take,
 )
-from mlx_promptcache.errors import UnsupportedLayer
 from mlx_promptcache.store import check_name
 
 if TYPE_CHECKING:
@@ -61,11 +60,10 @@ def command(**options: Any) -> int:
     asked.sampling()  # what makes no sense is told before the model is loaded
     saves = options["save_as"] is not None
     runner = choice.runner(max_bytes=options["max_size"], saves=saves)
-    if runner.cache is None:
-        raise UnsupportedLayer(str(runner.why_not_kept))
+    cache = runner.needed_cache
     session = Session(runner, as_json=options["as_json"], quiet=options["quiet"], seed=asked.seed)
     began = time.perf_counter()
-    state = runner.cache.load(options["name"])
+    state = cache.load(options["name"])
     run = runner.resume(state, asked.sampling(state.sampling, runner.tokenizer))
     run.load_seconds = time.perf_counter() - began
     likeliest = _likeliest(runner, state)

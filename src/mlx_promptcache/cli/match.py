@@ -71,14 +71,10 @@ def command(**options: Any) -> int:
 def _cache(choice: ModelChoice) -> PromptCache:
     from mlx_promptcache import places
     from mlx_promptcache.cache import PromptCache
-    from mlx_promptcache.fingerprint import remembered
 
-    path = choice.path(download=False)
-    adapter, draft = choice.parts(download=False)
-    fingerprint = remembered(path, adapter=adapter, kv=choice.kv, salt=choice.salt, draft=draft)
     return PromptCache(
-        places.store_directory(path, choice.cache_dir),
-        fingerprint,
+        places.store_directory(choice.path(download=False), choice.cache_dir),
+        choice.certain_fingerprint(),
         kv=choice.kv,
         read_only=True,
         allow_foreign=choice.allow_foreign_store,

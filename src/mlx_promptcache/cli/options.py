@@ -340,13 +340,16 @@ class ModelChoice:
         if self.model is None and self.cache_dir is not None:
             return None
         try:
-            path = self.path(download=False)
-            adapter, draft = self.parts(download=False)
-            return remembered(path, adapter=adapter, kv=self.kv, salt=self.salt, draft=draft)
+            return self.certain_fingerprint()
         except ModelError:
             if self.cache_dir is None:
                 raise
             return None
+
+    def certain_fingerprint(self, *, download: bool = False) -> Fingerprint:
+        """The fingerprint of the model. Raises ModelError if there is none."""
+        path, (adapter, draft) = self.path(download=download), self.parts(download=download)
+        return remembered(path, adapter=adapter, kv=self.kv, salt=self.salt, draft=draft)
 
     @functools.cached_property
     def ranks(self) -> Ranks | None:
@@ -386,8 +389,9 @@ class ModelChoice:
         needs_store: bool = True,
         saves: bool = False,
     ) -> Loaded | None:
-        """Begin to load the model: while its weights are read other things can be imported. What
-        several processes load together is begun by none: None.
+        """Begin to load the model: while its weights are read other things can be imported, and its
+        fingerprint was looked for before. What several processes load together is begun by none:
+        None.
 
         Raises:
             ForeignStore: the store is another user's, and there must be one: it `needs_store`.
@@ -396,7 +400,7 @@ class ModelChoice:
         """
         if self.ranks is not None:
             return None
-        path, adapter = self.path(), Path(self.adapter_path) if self.adapter_path else None
+        path, fingerprint = self.path(), None
         models.config(path)  # whether there is a model at all
         if use_cache:
             try:
@@ -407,11 +411,11 @@ class ModelChoice:
             except (ForeignStore, UnreadableStore):
                 if needs_store:
                     raise
-            draft = models.find(self.draft_model) if self.draft_model else None
-            remembered(path, adapter=adapter, kv=self.kv, salt=self.salt, draft=draft)
+            fingerprint = self.certain_fingerprint(download=True)
         from mlx_promptcache import checkpoint
 
-        return checkpoint.load(path, adapter)
+        loaded = checkpoint.load(path, Path(self.adapter_path) if self.adapter_path else None)
+        return loaded._replace(fingerprint=fingerprint)
 
     def runner(
         self,

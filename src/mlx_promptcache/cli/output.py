@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_promptcache.tree import id_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -123,6 +125,11 @@ def plan(plan: Deletion, *, dry_run: bool) -> str:
     names = f" ({', '.join(plan.names)})" if plan.names else ""
     what = "would delete" if dry_run else "to delete"
     return f"{what}: {told}, {size(plan.freed_bytes)}{names}"
+
+
+def removed(plan: Deletion) -> list[str]:
+    """The names that a plan deletes, and the ids of its snapshots, as JSON."""
+    return [*plan.names, *map(id_of, plan.snapshots)]
 
 
 def saved(saved: Saved) -> dict[str, Any]:

@@ -63,9 +63,8 @@ def command(**options: Any) -> int:
 
 def plan_json(plan: Deletion) -> dict[str, Any]:
     """What a plan deletes, as JSON: names and snapshots' ids, and how many files of other kinds."""
-    snapshots = [stem.rpartition("-")[2] for stem in plan.snapshots]
     return {
-        "removed": [*plan.names, *snapshots],
+        "removed": output.removed(plan),
         "blocks": len(plan.blocks),
         "tokenizers": len(plan.tokenizers),
         "leftovers": len(plan.leftovers),

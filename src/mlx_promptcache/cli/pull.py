@@ -16,7 +16,6 @@ from mlx_promptcache.cli.options import (
     output_options,
     take,
 )
-from mlx_promptcache.errors import StoreError
 
 
 @click.command(
@@ -35,9 +34,8 @@ from mlx_promptcache.errors import StoreError
 def command(**options: Any) -> int:
     """Parse, fetch, tell."""
     choice, names = take(ModelChoice, options), options["names"]
-    if places.writing_is_off():
-        raise StoreError("this prompt cache is read-only")
     sharing = transfer.sharing(choice, options["url"], max_bytes=options["max_size"])
+    sharing.store.check_writable()  # before anything is fetched
     with output.bar("pull", quiet=options["quiet"]) as progress:
         moved = sharing.pull(names, replace=options["force"], progress=progress)
     if moved.states:

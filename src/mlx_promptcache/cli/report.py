@@ -6,9 +6,6 @@ unless they are asked for.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 import webbrowser
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from mlx_promptcache.cli.options import (
     take,
 )
 from mlx_promptcache.errors import StoreError
+from mlx_promptcache.files import write_once
 
 STANDARD_OUTPUT = "-"
 DEFAULT = "mlx-promptcache-report.html"
@@ -81,15 +79,8 @@ def _write(path: Path, page: str) -> None:
     try:
         if path.exists() and not path.is_file():  # a pipe, or a device
             path.write_text(page, "utf-8")
-            return
-        fd, temporary = tempfile.mkstemp(prefix=".tmp-", suffix=".html", dir=path.parent)
-        try:
-            with os.fdopen(fd, "w", encoding="utf-8") as file:
-                file.write(page)
-            Path(temporary).replace(path)
-        finally:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink(missing_ok=True)
+        else:
+            write_once(path, [page.encode()], sync=False, replace=True)
     except OSError as exc:
         raise StoreError(
             f"{path} cannot be written: {exc.strerror}; choose another file with --output"

@@ -21,7 +21,6 @@ from mlx_promptcache.cli.options import (
     shard_option,
     take,
 )
-from mlx_promptcache.errors import UnsupportedLayer
 from mlx_promptcache.store import check_name
 
 
@@ -55,9 +54,8 @@ def command(**options: Any) -> int:
 
     runner = choice.runner(max_bytes=options["max_size"], saves=True)
     session = Session(runner, as_json=options["as_json"], quiet=options["quiet"], seed=0)
-    if runner.cache is None:
-        raise UnsupportedLayer(str(runner.why_not_kept))
-    remote.attach(runner.cache)
+    cache = runner.needed_cache
+    remote.attach(cache)
     prompt = runner.prompter.beginning(origin_of(prompts, runner.prompter)[0])
     with session.interrupt:
         try:
@@ -75,7 +73,7 @@ def command(**options: Any) -> int:
             output.error("interrupted: what was computed is kept, without a name")
             return 130
         state = run.state()
-        saved = runner.cache.save(name, state, replace=options["force"], exact=options["exact"])
+        saved = cache.save(name, state, replace=options["force"], exact=options["exact"])
     session.remember()
     answer = {
         **output.saved(saved),
