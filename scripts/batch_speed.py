@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=64, help="of a batch")
     parser.add_argument("--looped", type=int, default=6, help="of a loop")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--json", metavar="FILE")
     asked = parser.parse_args()
     samples: dict[str, list[Sample]] = {"loop": [], "batch": []}

@@ -155,9 +155,38 @@ def test_questions_of_one_length_are_fed_together(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(wave.Waves, "_feed", watched)
     prefix = random_tokens(200, 1)
     lengths = [9, 3] * 6
-    asked = [Question(i, Prompt((*prefix, *[7] * n)), 2) for i, n in enumerate(lengths)]
+    asked = [
+        Question(i, Prompt((*prefix, i, *random_tokens(n - 1, i))), 2)
+        for i, n in enumerate(lengths)
+    ]
     answered(Batch(runner_of("plain"), Prompt(tuple(prefix)), size=3), asked)
     assert fed == [[2] * 3, [2] * 3, [8] * 3, [8] * 3]
+
+
+def test_what_all_questions_begin_with_is_fed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = random_tokens(200, 1)
+    asked = [
+        Question(i, Prompt((*prefix, *random_tokens(50, 2), *random_tokens(1 + i % 3, 9 + i))), 4)
+        for i in range(9)
+    ]
+    runner = runner_of("plain")
+    made = Batch(runner, Prompt(tuple(prefix)), sampling=PENALTIES, size=3)
+    fed: list[int] = []
+    kind = type(runner.model)
+    call = kind.__call__
+
+    def watched(self: Any, inputs: Any, *args: Any, **more: Any) -> Any:
+        fed.append(inputs.size)
+        return call(self, inputs, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "__call__", watched)
+        answers = answered(made, asked)
+    assert fed[0] == 50
+    assert sum(fed[1:]) < 9 * 10
+    for question in asked:
+        assert list(answers[question.index].tokens) == alone(runner, question, PENALTIES)
+        assert answers[question.index].cached_tokens == len(prefix)
 
 
 def test_a_model_that_takes_no_shared_rows_answers_nevertheless(

@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_promptcache import engine
 from mlx_promptcache.engine import cache as mlx_cache
 from mlx_promptcache.errors import PromptError
-from mlx_promptcache.layers import leaves, may_be_padded
+from mlx_promptcache.layers import leaves, live_arrays, may_be_padded
 from mlx_promptcache.prompt import TextStream
 from mlx_promptcache.sampling import Sampling
 from mlx_promptcache.wave import MOST_TOKENS, Waves
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlx_promptcache")
 
-SIZE = 8
+SIZE = 16
 LONGER = 16  # times that a prefix is longer than answers for which waves are worth while
 SORTED = 4  # waves among which questions are sorted by their length
 SEEDS = 1 << 64  # what there are
@@ -153,14 +153,32 @@ class Batch:
         room = max(map(self._fed, questions)) + max(q.max_tokens for q in questions)
         asked = {question.index: question for question in self._alike(questions, size)}
         try:
-            waves = Waves(self._runner.model, self._layers, size=size, room=room)
+            layers, held = self._beginning(questions)
+            waves = Waves(self._runner.model, layers, size=size, room=room)
             while asked:
-                for answer in self._wave(waves, list(asked.values())[:size], each_step):
+                for answer in self._wave(waves, list(asked.values())[:size], held, each_step):
                     del asked[answer.index]
                     yield answer
         except CANNOT as exc:
             log.debug("this model takes no rows that several questions share: %s", exc)
             left += asked.values()
+
+    def _beginning(self, questions: list[Question]) -> tuple[list[Any], int]:
+        """Layers from which all these questions go on, and how many tokens these hold: the prefix,
+        and what the questions have in common after it. For some questions it is not worth a pass.
+        """
+        assert self._state is not None  # noqa: S101
+        assert self._layers is not None  # noqa: S101
+        shared = len(self._prefix)
+        asked = [question.prompt.tokens[shared:-1] for question in questions]
+        both = zip(min(asked), max(asked), strict=False)  # what these two share all others do
+        common = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both)]
+        if len(questions) <= self._size or not common:
+            return self._layers, shared
+        layers = self._state.layers(self._runner.whole)
+        self._runner.model(mx.array([common]), cache=layers)
+        mx.eval(live_arrays(layers))
+        return layers, shared + len(common)
 
     def _alike(self, questions: list[Question], size: int) -> Iterator[Question]:
         """These questions in about their order, and those together that are about as long: what is
@@ -173,12 +191,14 @@ class Batch:
         return len(question.prompt.tokens) - len(self._prefix)
 
     def _wave(
-        self, waves: Waves, questions: list[Question], each_step: Callable[[], None]
+        self,
+        waves: Waves,
+        questions: list[Question],
+        held: int,
+        each_step: Callable[[], None],
     ) -> Iterator[Answer]:
         shared, ends = len(self._prefix), self._runner.ends
-        told = [
-            (q.prompt.tokens, q.prompt.tokens[shared:], self._sampling_of(q)) for q in questions
-        ]
+        told = [(q.prompt.tokens, q.prompt.tokens[held:], self._sampling_of(q)) for q in questions]
         going = dict(enumerate(map(self._going, questions)))
         for tokens in waves.decode(told):
             for row, one in list(going.items()):

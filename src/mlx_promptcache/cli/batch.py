@@ -47,12 +47,12 @@ NO_PROMPT = {"prompt": None, "prompt_file": None}
     help=__doc__,
     epilog=examples(
         "batch --prefix-file few-shot.txt questions.jsonl --output answers.jsonl",
-        "batch --prompt-cache shots questions.jsonl --batch-size 16 --json",
+        "batch --prompt-cache shots questions.jsonl --batch-size 8 --json",
     ),
 )
 @click.argument("file", metavar="FILE.jsonl")
 @click.option("--output", metavar="OUT.jsonl", help="Where answers go; a later run goes on there.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True,
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True,
               help="How many questions are decoded together.")  # fmt: skip
 @click.option("--prefix", help="Text before each prompt.")
 @click.option("--prefix-file", metavar="FILE", help="The same, from a file.")
