@@ -188,10 +188,11 @@ def _choosing(usual: Callable[..., mx.array]) -> Callable[..., mx.array]:
         cache: Any,
         scale: float,
         mask: Any,
-        sinks: mx.array | None = None,
+        **more: Any,  # sinks, and whatever other releases of mlx-lm have
     ) -> mx.array:
-        if isinstance(cache, SharedRows) and sinks is None and cache.attends(keys, values, mask):
+        plain = all(value is None for value in more.values())
+        if plain and isinstance(cache, SharedRows) and cache.attends(keys, values, mask):
             return cache.attend(queries, scale)
-        return usual(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+        return usual(queries, keys, values, cache=cache, scale=scale, mask=mask, **more)
 
     return attention
