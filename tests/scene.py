@@ -51,6 +51,9 @@ class Scene:
             self.ids[name] = saved.snapshot
         self.states["new"] = Runner(self.model).prefill(self.prompts["new"])
         self.digests = {name: digest(state) for name, state in self.states.items()}
+        marks = [state.at(mark) for state in self.states.values() for mark in state.marks]
+        self.rights = {*self.digests.values(), *map(digest, marks)}
+        """What any state of the store may be, to the last bit."""
         self.answers = {name: self.answer(None, name) for name in self.prompts}
         self.files = self._files(directory)
         self.taken = Store(directory / STORE).taken()

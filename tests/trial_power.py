@@ -159,7 +159,7 @@ class Trials:
         self.counts["stores with damage"] += bool(cache.verify().damaged)
         told = cache.list()
         cache.match(scene.prompts["new"])
-        rights = set(scene.digests.values())
+        rights = scene.rights
         for name in {entry.name or entry.snapshot for entry in told}:
             loaded = self._loaded(directory, name)
             if loaded is not None and loaded not in rights:
