@@ -352,12 +352,11 @@ def test_ctrl_c_in_a_script_ends_it_and_keeps_what_was_said(
     process = subprocess.Popen(
         [sys.executable, "-m", "mlx_promptcache", "chat", *chosen, "-n", "2000", *SAME],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=processes.environment(),
+        env=processes.environment(), bufsize=0,
     )  # fmt: skip
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(b"The cat\nnever asked\n")
-    process.stdin.flush()
     first = process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=WAIT_SECONDS)

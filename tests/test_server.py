@@ -210,10 +210,13 @@ def test_what_was_answered_survives_a_kill_whatever_the_model(
 
 
 def test_what_one_server_answered_another_one_finds_at_a_place_that_they_share(
-    models: dict[str, Path], tmp_path: Path
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    remote = ("--model", models["plain"], "--remote", f"file://{tmp_path}/shared")
+    at = ("--remote", f"file://{tmp_path}/shared", "--remote-seconds", "60")
+    remote = ("--model", models["plain"], *at)
     for store, cached in (("one", False), ("two", True)):
+        # Another machine, which does not know that this model computes sooner than it is answered.
+        monkeypatch.setenv("XDG_CACHE_HOME", f"{tmp_path}/memo of {store}")
         with serving(*remote, "--cache-dir", tmp_path / store) as server:
             answer = server.ask(PROMPT)
             assert (answer.cached_tokens == answer.prompt_tokens - 1) == cached
