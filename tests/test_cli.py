@@ -7,6 +7,7 @@ Most commands run in this process, on a tiny model that lies on disk; what is ab
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -736,6 +737,29 @@ def test_list_all_knows_every_store_that_was_written_to(program: Program, tmp_pa
     shutil.rmtree(tmp_path / "second")
     names = {e["name"] for e in program("list", "--all", "--json").json["entries"]}
     assert "more" not in names
+
+
+@pytest.mark.parametrize("tree", [(), ("--tree",)])
+def test_a_store_that_cannot_be_read_hides_no_other_from_list_all(
+    tree: tuple[str, ...], program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "memos"))  # no stores of other tests
+    program("save", "few", "-p", PROMPT)
+    program.directory = tmp_path / "second"
+    program("save", "more", "-p", PROMPT)
+    scan = os.scandir
+
+    def fails(path: Any = ".") -> Any:
+        if str(path).startswith(f"{tmp_path}/second"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", fails)
+    ended = program("list", "--all", *tree)
+    assert (ended.code, ended.err.count("second")) == (0, 1)
+    assert "few" in ended.out
+    assert "more" not in ended.out
+    assert program("list", *tree).code == 1  # who asks for it is told
 
 
 def test_a_store_whose_path_is_no_text_is_saved_to_and_listed(

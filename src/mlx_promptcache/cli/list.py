@@ -13,14 +13,13 @@ from mlx_promptcache import places
 from mlx_promptcache.catalog import Catalog, Entry
 from mlx_promptcache.cli import drawing, output
 from mlx_promptcache.cli.options import ModelChoice, examples, model_options, output_options, take
-from mlx_promptcache.errors import ForeignStore
+from mlx_promptcache.errors import PromptCacheError
 from mlx_promptcache.facts import memo_of
 from mlx_promptcache.prefixes import join, tree_of
 from mlx_promptcache.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from mlx_promptcache.fingerprint import Fingerprint
     from mlx_promptcache.prefixes import Branch
 
 log = logging.getLogger("mlx_promptcache")
@@ -40,39 +39,61 @@ log = logging.getLogger("mlx_promptcache")
 def command(**options: Any) -> int:
     """Parse, look, print."""
     choice = take(ModelChoice, options)
+    shown = Shown(as_tree=options["as_tree"])
     if options["everywhere"]:
-        found = [(store, None) for store in _known(choice)]
+        for directory in places.known_stores():
+            store = Store(directory, allow_foreign=choice.allow_foreign_store)
+            try:
+                shown.add(store, None, {"store": str(directory)})
+            except (
+                PromptCacheError
+            ) as exc:  # another user's by now, or not to be read: the others are
+                log.warning("%s", exc)
     else:
-        store = choice.store()
-        found = [(store, choice.fingerprint())]  # type: ignore[list-item]
-    entries: list[dict[str, Any]] = []
-    trees: list[tuple[Store, list[Branch]]] = []
-    total = blocks = 0
-    written: Counter[str] = Counter()
-    for store, fingerprint in found:
+        shown.add(choice.store(), choice.fingerprint(), {})
+    if options["as_tree"]:
+        told = {"total_bytes": shown.total_bytes, "blocks": shown.blocks}
+        _show_trees(shown.trees, shown.entries, told, as_json=options["as_json"])
+    elif options["as_json"]:
+        told = {"total_bytes": shown.total_bytes, "blocks": shown.blocks}
+        output.print_json({"entries": shown.entries, **told})
+    else:
+        _print(shown.entries, shown.total_bytes, shown.blocks)
+        if shown.written:
+            click.echo(_wear(shown.written))
+    return 0
+
+
+class Shown:
+    """What is shown of some stores: their states, or what is no part of a tree."""
+
+    def __init__(self, *, as_tree: bool) -> None:
+        self._as_tree = as_tree
+        self.entries: list[dict[str, Any]] = []
+        self.trees: list[tuple[Store, list[Branch]]] = []
+        self.total_bytes = self.blocks = 0
+        self.written: Counter[str] = Counter()
+
+    def add(self, store: Store, fingerprint: Fingerprint | None, where: dict[str, str]) -> None:
+        """Add all of a store. `where` goes to each of its states.
+
+        Raises:
+            StoreError, CacheLocked: the store cannot be read; nothing of it is shown.
+        """
+        store.allow()
         with store.shared():
             catalog = Catalog(store, fingerprint, memo_of(store))
-            where = {"store": str(store.directory)} if options["everywhere"] else {}
-            shown = catalog.entries()
-            if options["as_tree"]:
-                branches, shown = tree_of(catalog.facts, shown)
+            entries, branches = catalog.entries(), None
+            if self._as_tree:
+                branches, entries = tree_of(catalog.facts, entries)
                 join(branches)
-                trees.append((store, branches))
-            entries += [entry_json(entry) | where for entry in shown]
-            blocks += len(catalog.facts.blocks)
-            total += catalog.facts.total_bytes
-            written.update(store.written_by_day())
+            blocks, total = len(catalog.facts.blocks), catalog.facts.total_bytes
+            self.written.update(store.written_by_day())
             catalog.facts.keep()
-    if options["as_tree"]:
-        told = {"total_bytes": total, "blocks": blocks}
-        _show_trees(trees, entries, told, as_json=options["as_json"])
-    elif options["as_json"]:
-        output.print_json({"entries": entries, "total_bytes": total, "blocks": blocks})
-    else:
-        _print(entries, total, blocks)
-        if written:
-            click.echo(_wear(written))
-    return 0
+        self.entries += [entry_json(entry) | where for entry in entries]
+        self.trees += [] if branches is None else [(store, branches)]
+        self.blocks += blocks
+        self.total_bytes += total
 
 
 def _show_trees(
@@ -97,18 +118,6 @@ def _show_trees(
         click.echo(output.printable(f"{name}: {entry['status']}: {entry['reason']}"))
     if not any(branches for _, branches in trees) and not others:
         click.echo("nothing is stored")
-
-
-def _known(choice: ModelChoice) -> Iterator[Store]:
-    """The stores that this user has written to, without those that are another user's by now."""
-    for directory in places.known_stores():
-        store = Store(directory, allow_foreign=choice.allow_foreign_store)
-        try:
-            store.allow()
-        except ForeignStore as exc:
-            log.warning("%s", exc)
-        else:
-            yield store
 
 
 def entry_json(entry: Entry) -> dict[str, Any]:
