@@ -927,6 +927,30 @@ def test_processes_that_save_at_the_same_time_leave_a_whole_store(tmp_path: Path
     assert_whole(tmp_path, 2)
 
 
+@pytest.mark.parametrize("kind", ["plain", "rotating", "recurrent", "hybrid"])
+def test_a_state_of_one_thread_is_saved_by_another(kind: str, tmp_path: Path) -> None:
+    cache = PromptCache(tmp_path, kind)
+    runner = Runner(tiny.KINDS[kind](), None, cache)
+    run = runner.start(random_tokens(300, 1), sampling=Sampling(seed=1))
+    ended, _ = run.prompt_state(), list(run.steps(5))
+    states = {"prompt": ended, "answer": run.state()}
+    failed: list[Exception] = []
+
+    def save() -> None:
+        try:
+            for name, state in states.items():
+                cache.save(name, state)
+        except Exception as exc:  # noqa: BLE001 - a thread's own would be lost
+            failed.append(exc)
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    thread.join()
+    assert not failed
+    for name, state in states.items():
+        assert digest(cache.load(name)) == digest(state)
+
+
 def test_threads_that_save_at_the_same_time_leave_a_whole_store(tmp_path: Path) -> None:
     """MLX runs in one thread; the states are made before, and written by several."""
     whole = [token % 16 for token in random_tokens(330, seed=21)]

@@ -57,6 +57,11 @@ class Layer:
     padded: Mapping[str, mx.array] = field(default_factory=dict)
 
     @property
+    def held(self) -> list[mx.array]:
+        """All its arrays."""
+        return [*self.rows.values(), *self.arrays.values(), *self.padded.values()]
+
+    @property
     def sliceable(self) -> bool:
         """Whether any prefix of its rows is a valid layer."""
         return self.attributes is None and self.window is None

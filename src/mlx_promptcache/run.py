@@ -339,7 +339,7 @@ class Run:
     def state(self) -> State:
         """The state that holds the prompt and the tokens yielded so far."""
         self._settle()
-        return self._take_down()
+        return self._take_down().evaluated()
 
     def prompt_state(self) -> State:
         """The state at the end of the prompt, also after tokens were generated.
@@ -351,7 +351,7 @@ class Run:
             raise PromptError("the prompt was broken off: there is no state at its end")
         whole, mark = self._as_held(), self._end
         earlier = tuple(m for m in self._marks if m.position < mark.position)
-        return replace(whole.at(mark), origin=self.origin, marks=earlier)
+        return replace(whole.at(mark), origin=self.origin, marks=earlier).evaluated()
 
     def _whole_origin(self) -> Origin:
         """How the tokens held were made: the prompt, and the text that was generated after it."""

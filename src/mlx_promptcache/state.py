@@ -11,14 +11,14 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
+
 from mlx_promptcache.fingerprint import PLAIN, QUANTISED, KVSettings
 from mlx_promptcache.layers import Layer, fill, make_layers
 from mlx_promptcache.sampling import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    import mlx.core as mx
 
     from mlx_promptcache.passes import Pass
     from mlx_promptcache.window_rows import WindowRows
@@ -179,6 +179,16 @@ class State:
         """Bytes that the state takes in memory."""
         rest = [a for a in (self.logits, self.embedding, self.rng) if a is not None]
         return sum(layer.nbytes for layer in self.contents) + sum(a.nbytes for a in rest)
+
+    def evaluated(self) -> State:
+        """The state itself, with nothing left to be computed of it: then any thread may use it.
+        What is to be computed belongs to a stream of MLX, and that to one thread.
+        """
+        layers = [*self.contents, *(layer for mark in self.marks for layer in mark.layers)]
+        rest = [(self.logits, self.embedding, self.rng)]
+        rest += [(mark.logits, mark.embedding, mark.rng) for mark in self.marks]
+        mx.eval(rest, [layer.held for layer in layers], [rows.arrays for rows in self.passed])
+        return self
 
     @property
     def phase(self) -> str:

@@ -15,8 +15,6 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
-import mlx.core as mx
-
 from mlx_promptcache.engine import cache as mlx_cache
 from mlx_promptcache.layers import leaves, lengths
 from mlx_promptcache.namespaces import COMMON
@@ -190,7 +188,7 @@ class Tiers(mlx_cache.LRUPromptCache):  # type: ignore[misc]
             return None
         try:
             state = self.below.cache.take_down(self.below.model, tokens, prompt_cache)
-            mx.eval([array for layer in state.contents for array in _arrays(layer)], state.rng)
+            state.evaluated()
         except Exception as exc:  # noqa: BLE001 - whatever it is, answers must go on
             self._tell(f"a state is not kept: {exc}")
             return None
@@ -218,10 +216,6 @@ def _closing(caches: Iterable[PromptCache]) -> list[threading.Thread]:
 def _call(calls: Iterable[Callable[[], None]]) -> None:
     for call in calls:
         call()
-
-
-def _arrays(layer: Any) -> list[mx.array]:
-    return [*layer.rows.values(), *layer.arrays.values()]
 
 
 def _cut_to(tokens: Tokens, layers: Layers) -> Tokens | None:
