@@ -533,12 +533,27 @@ def test_answers_to_something_else_are_left_alone(
     assert out.read_bytes() == before
 
 
-def test_a_file_that_is_no_file_of_answers_is_left_alone(program: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text", ["my diary\nday two", "one line", '{"model": "x", "key": "y"}', '{"index": 1}\n']
+)
+def test_a_file_that_is_no_file_of_answers_is_left_alone(
+    text: str, program: Any, tmp_path: Path
+) -> None:
     out = tmp_path / "out.jsonl"
-    out.write_text("my diary\nday two", "utf-8")
+    out.write_text(text, "utf-8")
     ended = program("--output", str(out))
-    assert (ended.code, out.read_text("utf-8")) == (1, "my diary\nday two")
+    assert (ended.code, out.read_text("utf-8")) == (1, text)
     assert "no answers" in ended.err
+
+
+def test_answers_do_not_go_to_the_file_of_the_questions(program: Any, tmp_path: Path) -> None:
+    program()
+    asked = (tmp_path / "questions.jsonl").read_bytes()
+    ended = program("--output", str(tmp_path / "elsewhere" / ".." / "questions.jsonl"))
+    assert ended.code == 1  # there is no such directory
+    ended = program("--output", str(tmp_path / "." / "questions.jsonl"))
+    assert (ended.code, (tmp_path / "questions.jsonl").read_bytes()) == (2, asked)
+    assert "choose another" in ended.err
 
 
 def test_two_runs_do_not_write_to_one_file(program: Any, tmp_path: Path) -> None:

@@ -727,6 +727,42 @@ def test_python_dash_m_is_the_same_program() -> None:
         assert command in ended.out
 
 
+def test_a_name_that_is_taken_is_told_before_anything_is_computed(program: Program) -> None:
+    program("save", "few", "-p", PROMPT)
+    ended = program("save", "few", "-p", f"{PROMPT} and more of it", "--json")
+    assert ended.code == 1
+    assert "there is another state named 'few'" in ended.err
+    assert [e["tokens"] for e in program("list", "--json").json["entries"]] == [
+        program("show", "few", "--json").json["tokens"]
+    ]  # nothing else was computed and kept
+
+
+def test_a_name_that_a_run_takes_from_another_state_is_told(program: Program) -> None:
+    few = ("generate", *GREEDY, "-p", PROMPT, "--save-as", "few")
+    assert "stood for another state" not in program(*few).err
+    assert "stood for another state" not in program(*few).err  # the same
+    onto = ("generate", *GREEDY, "--prompt-cache", "few", "-p", " on", "--save-as", "few")
+    assert "stood for another state" not in program(*onto).err
+    assert (
+        "stood for another state" not in program("load", "few", "-n", "2", "--save-as", "few").err
+    )
+    before = program("show", "few", "--json").json["snapshot"]
+    told = program("generate", *GREEDY, "-p", "else", "--save-as", "few").err
+    assert f"'few' stood for another state before, which has no name now: {before}" in told
+    assert program("show", before).code == 0
+
+
+@pytest.mark.parametrize("option", [("--salt", "x"), ("--max-kv-size", "512")])
+def test_a_state_of_other_options_is_not_to_be_saved_again(
+    option: tuple[str, ...], program: Program
+) -> None:
+    program("save", "few", "-p", PROMPT, *option)
+    ended = program("load", "few")
+    assert ended.code == 1
+    assert "give the options that it was made with" in ended.err
+    assert program("load", "few", *option).code == 0
+
+
 def test_list_all_knows_every_store_that_was_written_to(program: Program, tmp_path: Path) -> None:
     program("save", "few", "-p", PROMPT)
     program.directory = tmp_path / "second"

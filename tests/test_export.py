@@ -17,7 +17,7 @@ import tiny
 from known import model_of
 from mlx_promptcache import PromptCache, Runner, container, cuts
 from mlx_promptcache.container import Header
-from mlx_promptcache.errors import CacheMiss, DamagedFile, ForeignFile, StoreError
+from mlx_promptcache.errors import CacheMiss, DamagedFile, ForeignFile, SignatureError, StoreError
 from mlx_promptcache.files import Reader
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings
 from mlx_promptcache.headers import block_header
@@ -34,6 +34,16 @@ if TYPE_CHECKING:
 
 LENGTH = 300
 SHORTER = 40
+
+
+def test_a_store_that_asks_for_signatures_takes_no_exported_file(tmp_path: Path) -> None:
+    filled(tmp_path).export("few", tmp_path / "few.safetensors")
+    other = PromptCache(tmp_path / "other", "plain")
+    other.directory.mkdir()
+    (other.directory / "trusted_keys").write_text("# nobody\n")
+    with pytest.raises(SignatureError, match="takes only what is signed"):
+        other.import_file(tmp_path / "few.safetensors")
+    assert not other.list()
 
 
 def filled(directory: Path, kind: str = "smallest", *, name: str = "few") -> PromptCache:

@@ -43,8 +43,8 @@ from mlx_promptcache.saver import Saver, most_bytes
 from mlx_promptcache.state import Origin, Ref, State, Trail
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store, check_name
 from mlx_promptcache.tokenizer_store import TokenizerStore
-from mlx_promptcache.tree import id_of
-from mlx_promptcache.writer import Synced
+from mlx_promptcache.tree import Keys, id_of
+from mlx_promptcache.writer import Synced, check_free
 
 if TYPE_CHECKING:
     import builtins
@@ -446,6 +446,11 @@ class PromptCache:
         except CacheMiss:
             return None
 
+    def check_free(self, name: str, tokens: Sequence[int]) -> None:
+        """Raise StoreError if a name stands for a state of other tokens."""
+        root = self._finder.root(self.kv.phase_at(len(tokens)))
+        check_free(self._store, name, Keys(root, tokens)[len(tokens)])
+
     def link(self, name: str, other: str, *, replace: bool = False) -> None:
         """Let a name stand for the state of another name, or of a snapshot's id, from now on. No
         row is read, and nothing but the name is written.
@@ -470,8 +475,11 @@ class PromptCache:
         """The snapshot of a name or of an id, if it is of this model. Raises CacheMiss."""
         stem, header = catalog.find(self._store, name)
         if header.content["fingerprint"] != self.fingerprint.digest:
-            other = self.fingerprint.explain(headers.fingerprint_parts(header))
-            raise CacheMiss(f"the state {name!r} was made with {other}; save it again")
+            parts = headers.fingerprint_parts(header)
+            chosen = not set(self.fingerprint.differences(parts)) & set(catalog.STALE_PARTS)
+            advice = "give the options that it was made with" if chosen else "save it again"
+            told = self.fingerprint.explain(parts)
+            raise CacheMiss(f"the state {name!r} was made with {told}; {advice}")
         return stem, header
 
     def save(

@@ -10,12 +10,18 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, NamedTuple
 
-from mlx_promptcache import container, cuts, headers, parcel, room
-from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError, StoreError
+from mlx_promptcache import container, cuts, headers, parcel, room, signatures
+from mlx_promptcache.errors import (
+    CacheMiss,
+    DamagedFile,
+    PromptCacheError,
+    SignatureError,
+    StoreError,
+)
 from mlx_promptcache.files import Reader
 from mlx_promptcache.fingerprint import Fingerprint
 from mlx_promptcache.parcel import Part
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store, check_name
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, TRUSTED_KEYS, Store, check_name
 from mlx_promptcache.tree import BlockName
 from mlx_promptcache.writer import Saved, Writer, check_free, record_of
 
@@ -53,8 +59,10 @@ def add(
         CacheMiss: it is another model's; DamagedFile if it is not what was exported.
         StoreError: the name is taken or cannot be one, there is no room within the budget, or the
             file system refuses.
+        SignatureError: the store takes signed files alone.
         CacheLocked: somebody adds to the store or deletes from it, and does not come to an end.
     """
+    check_unsigned(store)
     with reading(path) as reader:
         with told_of(path):
             found = parcel.opened(reader.header())
@@ -70,6 +78,15 @@ def add(
             _make_room(store, budget, reader.size, found, there)
             with store.shared(), told_of(path):
                 return _write(store, bad, found, there, reader.read, name), len(found.tokens)
+
+
+def check_unsigned(store: Store) -> None:
+    """Raise SignatureError if a store takes signed files alone: nobody signs what is exported."""
+    if signatures.is_asked_for(store.directory):
+        raise SignatureError(
+            f"the store {store.directory} takes only what is signed (its file {TRUSTED_KEYS}), and "
+            "exported files are not: pull the state from a remote that has it signed"
+        )
 
 
 def _make_room(

@@ -58,7 +58,9 @@ class Prompter:
         """
         tokens = self._encode(origin)
         if not tokens:
-            raise PromptError("the prompt is empty: give some text with --prompt")
+            raise PromptError(
+                "the prompt is empty: give some text with --prompt (-p - reads standard input)"
+            )
         ends = set() if prefix is None else {agreeing(self._stable(prefix), tokens)}
         if self._marks_turns:
             ends.add(self._left_by_next_turn(origin, tokens))
@@ -87,7 +89,9 @@ class Prompter:
             PromptError: it is empty or all seam, or the template refuses it.
         """
         if not (origin.text or origin.messages):
-            raise PromptError("the prompt is empty: give some text with --prompt")
+            raise PromptError(
+                "the prompt is empty: give some text with --prompt (-p - reads standard input)"
+            )
         tokens = self._stable(origin)
         if not tokens:
             raise PromptError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache.errors import SignatureError
@@ -92,8 +93,7 @@ class Trust:
     @classmethod
     def of(cls, store: Path) -> Trust | None:
         """Whom a store trusts; None if it asks for no signatures. Raises as `load` does."""
-        path = store / TRUSTED_KEYS
-        return cls.load(path) if path.exists() or path.is_symlink() else None
+        return cls.load(store / TRUSTED_KEYS) if is_asked_for(store) else None
 
     def accepts(self, kind: str, stem: str, seal: bytes, signature: str | None) -> bool:
         """Whether somebody who is trusted signed this file."""
@@ -101,6 +101,11 @@ class Trust:
         return signed is not None and any(
             _verifies(key, signed, _message(kind, stem, seal)) for key in self._keys
         )
+
+
+def is_asked_for(store: Path) -> bool:
+    """Whether a store takes from elsewhere only what is signed."""
+    return os.path.lexists(store / TRUSTED_KEYS)
 
 
 def _message(kind: str, stem: str, seal: bytes) -> bytes:

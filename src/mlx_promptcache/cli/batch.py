@@ -75,6 +75,7 @@ def command(**options: Any) -> int:
     stored = None if name is None else catalog.find(choice.store(), name)[1].content["origin"]
     sampling = asked.sampling()  # what makes no sense is told before the model is looked for
     told = lines(options["file"])
+    _check_apart(options["file"], options["output"])
     read_only = options["prompt_cache_ro"]
     loaded = choice.begin(read_only=read_only, needs_store=name is not None)
     from mlx_promptcache.cli.session import Session
@@ -84,6 +85,15 @@ def command(**options: Any) -> int:
     sampling = replace(asked.sampling(tokenizer=runner.tokenizer), seed=asked.seed or 0)
     work = Work(session, options, sampling, _base(runner, prompts, stored))
     return work.run(told)
+
+
+def _check_apart(questions: str, answers: str | None) -> None:
+    """Raise UsageError if the answers would be written to the file of the questions."""
+    if answers is None or questions == "-":
+        return
+    with contextlib.suppress(OSError):
+        if Path(questions).expanduser().samefile(Path(answers).expanduser()):
+            raise click.UsageError("--output is the file of the questions: choose another")
 
 
 def _base(runner: Runner, prompts: PromptChoice, stored: dict[str, Any] | None) -> Origin:

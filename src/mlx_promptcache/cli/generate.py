@@ -41,7 +41,7 @@ if TYPE_CHECKING:
         'generate -p "Why is the sky blue?"',
         'generate --prefix-file few-shot.txt -p "Sentence: It rains." -n 3 --temp 0',
         'generate --prompt-cache shots -p "Sentence: It rains."',
-        "generate --messages chat.json --save-as talk",
+        "generate --messages chat.json --save-as answer",
     ),
 )
 @prompt_options
@@ -162,7 +162,7 @@ def _keep(session: Session, run: Run | None, options: dict[str, Any]) -> PromptC
     session.keep(None, run.prompt_state(), exact=exact)
     if options["prompt_cache_all"] or name is not None or (interrupted and session.tokens):
         try:
-            session.keep(name, run.state(), exact=exact)
+            session.keep(name, run.state(), exact=exact, onto=options["prompt_cache"])
         except PromptCacheError as exc:
             return exc
     return None

@@ -92,7 +92,7 @@ def _mlx_lms(
             "--prompt-file or -p"
         )
     with importer.reading(path):  # before the model, which takes long
-        pass
+        importer.check_unsigned(choice.store())
     from mlx_promptcache.cli.prompts import origin_of
     from mlx_promptcache.handover import take_over
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     Row = dict[str, Any]
 
 NEEDED = ("index", "key")
+BEGINNING = b'{"index": '  # of every answer
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ class Written:
         whole = 0
         for raw in self._file.read().splitlines(keepends=True):
             row = _row(raw)
-            if row is None and not raw.endswith(b"\n"):
+            broken_off = not raw.endswith(b"\n") and raw[: len(BEGINNING)] == BEGINNING[: len(raw)]
+            if row is None and broken_off:
                 break
             if row is None:
                 raise PromptError(

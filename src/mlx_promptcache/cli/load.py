@@ -72,7 +72,7 @@ def command(**options: Any) -> int:
             session.generate(run, options["max_tokens"], options["stop"])
             interrupted = session.finish_reason == "interrupted"
             if options["prompt_cache_all"] or options["save_as"] is not None or interrupted:
-                session.keep(options["save_as"], run.state())
+                session.keep(options["save_as"], run.state(), onto=options["name"])
     session.end_together()
     if session.broken_pipe is not None:
         raise session.broken_pipe

@@ -198,7 +198,10 @@ def _biases(
 
 
 sampling_options = _options(
-    click.option("-n", "--max-tokens", type=int, help="How many tokens to generate at the most."),
+    click.option(
+        "-n", "--max-tokens", type=int,
+        help="How many tokens to generate at the most: 100, chat 256, load none if you do not say.",
+    ),
     click.option("--temp", type=float, help="Temperature; 0 takes the likeliest token."),
     click.option("--top-p", type=float, help="Nucleus sampling."),
     click.option("--top-k", type=int, help="Draw from so many of the likeliest tokens."),

@@ -28,7 +28,9 @@ def origin_of(choice: PromptChoice, prompter: Prompter) -> tuple[Origin, Origin 
     prefix = choice.prefix_text()
     text = choice.text()
     if not prefix and not text:
-        raise PromptError("the prompt is empty: give some text with --prompt")
+        raise PromptError(
+            "the prompt is empty: give some text with --prompt (-p - reads standard input)"
+        )
     system = choice.system_prompt if template else None
     whole = Origin(prefix + text, None, system, template)
     return whole, Origin(prefix, None, system, template) if prefix and text else None

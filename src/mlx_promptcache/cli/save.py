@@ -57,6 +57,8 @@ def command(**options: Any) -> int:
     cache = runner.needed_cache
     remote.attach(cache)
     prompt = runner.prompter.beginning(origin_of(prompts, runner.prompter)[0])
+    if not options["force"] and runner.ranks is None:  # before it is computed, which takes long
+        cache.check_free(name, prompt.tokens)
     with session.interrupt:
         try:
             with session.progress() as progress:

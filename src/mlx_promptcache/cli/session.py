@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_promptcache import places
 from mlx_promptcache.cli import output
 from mlx_promptcache.cli.interrupt import Interrupt, Interrupted
-from mlx_promptcache.errors import PromptCacheError
+from mlx_promptcache.errors import DamagedFile, PromptCacheError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -119,8 +119,11 @@ class Session:
                 raise
             self.broken_pipe = exc
 
-    def keep(self, name: str | None, state: State, *, exact: bool = False) -> None:
-        """Save a state. With no name it is a convenience, and failing is a notice.
+    def keep(
+        self, name: str | None, state: State, *, exact: bool = False, onto: str | None = None
+    ) -> None:
+        """Save a state. With no name it is a convenience, and failing is a notice. A name that
+        stood for another state is told, but for `onto`, whose state this one goes on from.
 
         Raises:
             PromptCacheError: a state that was to be named cannot be saved.
@@ -132,7 +135,12 @@ class Session:
             if name is None:
                 saved = cache.keep(state, exact=exact)
             else:
+                before = None if name == onto else self._taken_from(name, state)
                 saved = cache.save(name, state, replace=True, exact=exact)
+                if before is not None:
+                    log.warning(
+                        "%r stood for another state before, which has no name now: %s", name, before
+                    )
         except PromptCacheError as exc:
             if name is not None:
                 raise
@@ -140,6 +148,17 @@ class Session:
             return
         self.remember()
         self.saved = saved if self.saved is None else self.saved + saved
+
+    def _taken_from(self, name: str, state: State) -> str | None:
+        """The snapshot that a name stands for, if it has other tokens than this state."""
+        cache = self.runner.needed_cache
+        try:
+            cache.check_free(name, state.tokens)
+        except DamagedFile:
+            return None
+        except StoreError:
+            return cache.snapshot(name)
+        return None
 
     def remember(self) -> None:
         """Let `list --all` know of this store."""
