@@ -727,6 +727,31 @@ def test_python_dash_m_is_the_same_program() -> None:
         assert command in ended.out
 
 
+def test_a_stored_prompt_that_other_options_cannot_use_is_told(program: Program) -> None:
+    program("save", "few", "-p", PROMPT)
+    on = ("generate", *GREEDY, "--prompt-cache", "few", "-p", " on")
+    assert program(*on).err == ""
+    other = program(*on, "--salt", "x")
+    assert other.code == 0
+    assert "nothing of the state 'few' is used" in other.err
+    assert "salt" in other.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a full device")
+def test_standard_output_without_room_is_one_sentence(program: Program) -> None:
+    program("save", "few", "-p", PROMPT)
+    line = (
+        f"exec {sys.executable} -m mlx_promptcache list --cache-dir {program.directory} >/dev/full"
+    )
+    done = subprocess.run(
+        ["sh", "-c", line], capture_output=True, text=True, env=processes.environment(),
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("mlx-promptcache: there is no room for what is printed")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_name_that_is_taken_is_told_before_anything_is_computed(program: Program) -> None:
     program("save", "few", "-p", PROMPT)
     ended = program("save", "few", "-p", f"{PROMPT} and more of it", "--json")

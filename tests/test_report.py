@@ -216,15 +216,25 @@ def test_no_prompt_is_in_a_report_unless_it_is_asked_for(
 def test_the_page_is_written_for_its_owner_alone_in_the_place_of_an_older_one(
     program: Program, tmp_path: Path
 ) -> None:
-    program("save", "few", "-p", SECRET)
     file = tmp_path / "page.html"
-    file.write_text("older", "utf-8")
+    assert program("report", "--output", file).code == 0  # of the empty store
+    file.chmod(0o644)
+    program("save", "few", "-p", SECRET)
     ended = program("report", "--output", file)
     assert (ended.code, ended.out, ended.err) == (0, f"{file}\n", "")
     assert file.stat().st_mode & 0o777 == 0o600
     assert [state["name"] for state in data_of(file.read_text("utf-8"))["states"]] == ["few"]
     assert sorted(path.name for path in tmp_path.glob("*.html")) == ["page.html"]
     assert program("report", "--output", "-").out.startswith("<!doctype html>")
+
+
+def test_a_file_that_is_no_report_stays(program: Program, tmp_path: Path) -> None:
+    mine = tmp_path / "notes.html"
+    mine.write_text("<!doctype html>\n<title>mine</title>", "utf-8")
+    assert "no report" in one_line(program("report", "--output", mine))
+    assert mine.read_text("utf-8") == "<!doctype html>\n<title>mine</title>"
+    mine.write_text("", "utf-8")  # as mktemp makes it
+    assert program("report", "--output", mine).code == 0
 
 
 def test_a_page_that_cannot_be_written_is_one_sentence(program: Program, tmp_path: Path) -> None:

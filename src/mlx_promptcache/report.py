@@ -28,6 +28,7 @@ from mlx_promptcache.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from mlx_promptcache.budget import Budget
     from mlx_promptcache.catalog import Entry
@@ -43,6 +44,7 @@ MOST_BYTES = 1 << 53  # what JavaScript counts one by one
 LONGEST_TEXT = 4000  # characters of a prompt: its begin, and its end, which tells it from others
 ESCAPED = str.maketrans({c: f"\\u{ord(c):04x}" for c in "<>&\x7f"})  # with all that is not ASCII
 MARK = "{{%s}}"  # where the page takes a part
+POLICY = b"default-src 'none'; style-src 'sha256-"  # near the beginning of every page
 
 
 def gather(
@@ -286,6 +288,12 @@ def page(report: Json) -> str:
     ):
         html = html.replace(MARK % name, part)
     return html
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a report, of this release or of an older one. Raises OSError."""
+    with path.open("rb") as file:
+        return POLICY in file.read(1024)
 
 
 def _part(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import keyword
 import os
@@ -134,6 +135,10 @@ def run(arguments: list[str]) -> int:
     except Exception as exc:
         if output.debug():
             raise
+        if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:  # the store has its own sentence
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            output.error("there is no room for what is printed: free some, or print it elsewhere")
+            return FAILED
         output.error(
             f"this should not have happened: {type(exc).__name__}: {exc} "
             "(MLX_PROMPTCACHE_DEBUG=1 shows where)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from mlx_promptcache.prompt import Prompt
     from mlx_promptcache.run import Run
     from mlx_promptcache.runner import Runner
+
+log = logging.getLogger("mlx_promptcache")
 
 
 @click.command(
@@ -98,6 +101,8 @@ def command(**options: Any) -> int:
                 run = runner.start(
                     prompt, exact=options["exact"], sampling=sampling, progress=progress, later=True
                 )
+            if name is not None and not run.cached_tokens and run.match is not None:
+                log.warning("nothing of the state %r is used: %s", name, run.match.reason)
             if limit:
                 session.generate(run, limit, options["stop"])
             session.finish_reason = session.finish_reason or "length"

@@ -79,6 +79,8 @@ def _write(path: Path, page: str) -> None:
     try:
         if path.exists() and not path.is_file():  # a pipe, or a device
             path.write_text(page, "utf-8")
+        elif path.exists() and path.stat().st_size and not report.is_page(path):
+            raise StoreError(f"{path} is there, and no report: choose another file with --output")
         else:
             write_once(path, [page.encode()], sync=False, replace=True)
     except OSError as exc:
