@@ -391,6 +391,30 @@ def test_a_model_that_tells_of_no_context_has_no_end(
         server.ask(PROMPT)
 
 
+@pytest.mark.parametrize("hub", ["nowhere", "a file", "a cache"])
+def test_the_model_that_is_served_is_listed_whatever_is_downloaded(
+    hub: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / hub))
+    (tmp_path / "a file").write_text("no cache")
+    downloaded(tmp_path / "a cache" / "models--owner--name")
+    with serving("--model", models["plain"], "--cache-dir", tmp_path / "store") as server:
+        listed = {model.id for model in server.client().models.list()}
+        assert listed - {"owner/name"} == {str(models["plain"].resolve())}
+        assert ("owner/name" in listed) == (hub == "a cache")
+        assert "could not be answered" not in server.told
+
+
+def downloaded(repo: Path) -> None:
+    """Write what the Hub's cache has of a repo that looks like a model."""
+    snapshot = repo / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors.index.json", "tokenizer_config.json"):
+        (snapshot / name).write_text("{}")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("1")
+
+
 # What cannot be served
 
 

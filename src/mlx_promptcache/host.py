@@ -15,8 +15,9 @@ from mlx_promptcache.errors import ServingError
 
 TRIED = "0.31.3 to 0.32.2"
 NAMES = (
-    "argparse", "main", "run", "APIHandler.do_POST", "APIHandler._set_completion_headers",
-    "ResponseGenerator.generate", "ResponseGenerator.stop_and_join",
+    "argparse", "main", "run", "scan_cache_dir", "APIHandler.do_POST",
+    "APIHandler._set_completion_headers", "ResponseGenerator.generate",
+    "ResponseGenerator.stop_and_join",
 )  # fmt: skip
 PARAMETERS = {
     "APIHandler.handle_chat_completions": {"self"},

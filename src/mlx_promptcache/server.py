@@ -98,6 +98,7 @@ def main(options: Callable[[argparse.ArgumentParser], tuple[argparse.Namespace, 
         "argparse": SimpleNamespace(ArgumentParser=_parser_with(parse), Namespace=None),
         "ModelProvider": lambda arguments: Provider(arguments, chosen[0]),
         "run": lambda host, port, provider: _run(host, port, provider, chosen[0]),
+        "scan_cache_dir": _scan(mlx_server.scan_cache_dir),
     }
     with _replaced(stand_ins):
         mlx_server.main()
@@ -106,6 +107,19 @@ def main(options: Callable[[argparse.ArgumentParser], tuple[argparse.Namespace, 
 def _parser_with(parse: Callable[[Any], argparse.Namespace]) -> type[argparse.ArgumentParser]:
     names = {"parse_args": parse, "parse_args_of": argparse.ArgumentParser.parse_args}
     return type("Parser", (argparse.ArgumentParser,), names)
+
+
+def _scan(scanned: Callable[[], Any]) -> Callable[[], Any]:
+    """What finds downloaded models; none where there is no place that can be looked through."""
+    from huggingface_hub.errors import CacheNotFound
+
+    def scan() -> Any:
+        try:
+            return scanned()
+        except (CacheNotFound, OSError, ValueError):
+            return SimpleNamespace(repos=())
+
+    return scan
 
 
 @contextlib.contextmanager
