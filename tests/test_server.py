@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import re
 import shutil
 import signal
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 PROMPT = "The cat sat on the mat, and the dog sat on the cat. " * 20
 KINDS = ("plain", "rotating", "hybrid")
 DRAFT = "bare"
+CONTEXT = 100
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,29 @@ def shared(
     chosen = ("--model", models["plain"], "--cache-dir", store, "--salt-per-user")
     with serving(*chosen) as server:
         yield server, store
+
+
+@pytest.fixture(scope="module")
+def short(
+    models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Server, Path]]:
+    """A server whose model's context is short, and a model whose context has no end."""
+    directory = tmp_path_factory.mktemp("short")
+    chosen = made_for(CONTEXT, models["plain"], directory / "short")
+    endless = made_for(None, models["plain"], directory / "endless")
+    with serving("--model", chosen, "--cache-dir", directory / "store") as server:
+        yield server, endless
+
+
+def made_for(context: int | None, model: Path, copy: Path) -> Path:
+    """A copy of a model whose configuration tells of another context."""
+    config = json.loads((model / "config.json").read_text())
+    config["max_position_embeddings"] = context
+    if context is None:
+        del config["max_position_embeddings"]
+    shutil.copytree(model, copy)
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +274,8 @@ def test_an_answer_that_takes_too_long_is_broken_off_and_its_prompt_is_kept(
 ) -> None:
     store = tmp_path / "store"
     chosen = ("--cache-dir", store, "--stop-seconds", "0.3")
-    with serving("--model", models["plain"], *chosen) as server:
+    endless = made_for(None, models["plain"], tmp_path / "endless")
+    with serving("--model", endless, *chosen) as server:
         pieces = server.client().chat.completions.create(
             model="default_model", stream=True, max_tokens=10**6, extra_body=letter,
             messages=[{"role": "user", "content": PROMPT}],
@@ -312,17 +338,81 @@ def test_a_prompt_with_images_says_whose_it_is_as_well(monkeypatch: pytest.Monke
     told = ([1, 9, 2], [[1, 9, 2]], ["assistant"], "normal", SimpleNamespace(cache_key=[1, -5, 2]))
     monkeypatch.setattr(mlx_lm.server.ResponseGenerator, "_tokenize", lambda *_: told)
     generator = server_module.Generator.__new__(server_module.Generator)
-    prompt, *_, vision = generator._tokenize(None, SimpleNamespace(namespace="one"), None)
+    generator.model_provider = SimpleNamespace(context_length=None)
+    request, args = SimpleNamespace(namespace="one"), SimpleNamespace(max_tokens=8)
+    prompt, *_, vision = generator._tokenize(None, request, args)
     assert (prompt, prompt.namespace) == ([1, 9, 2], "one")
     assert (vision.cache_key, vision.cache_key.namespace) == ([1, -5, 2], "one")
 
 
 def test_an_empty_prompt_is_refused_and_the_next_one_answered(shared: tuple[Server, Path]) -> None:
     server, _ = shared
-    with pytest.raises(openai.NotFoundError) as refused:
+    with pytest.raises(openai.BadRequestError) as refused:
         server.client().completions.create(model="default_model", prompt="")
     assert "the prompt is empty" in refused.value.response.text
     assert server.ask("two plus two").tokens == 8
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}, {"seed": 3}])
+def test_a_prompt_longer_than_the_context_is_refused_and_nothing_of_it_computed(
+    more: dict[str, Any], short: tuple[Server, Path]
+) -> None:
+    server, _ = short
+    assert server.ask("two plus two").tokens == 8
+    server.fed()
+    with pytest.raises(openai.BadRequestError) as refused:
+        server.ask(PROMPT, **more)
+    told = refused.value.response.json()["error"]
+    sentence = rf"the prompt has \d+ tokens, and the model's context ends at {CONTEXT}: shorten it"
+    assert re.fullmatch(sentence, told["message"])
+    assert refused.value.type == "invalid_request_error"
+    assert refused.value.response.headers["Access-Control-Allow-Origin"] == "*"
+    assert server.fed() == 0
+    assert server.ask("two plus two").tokens == 8
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}, {"seed": 3}])
+def test_an_answer_ends_where_the_context_does(
+    more: dict[str, Any], short: tuple[Server, Path], letter: dict[str, Any]
+) -> None:
+    answer = short[0].ask("two plus two " * 26, max_tokens=1000, **letter, **more)
+    assert (answer.prompt_tokens + answer.tokens, answer.reason) == (CONTEXT, "length")
+
+
+def test_a_model_that_tells_of_no_context_has_no_end(
+    short: tuple[Server, Path], letter: dict[str, Any]
+) -> None:
+    server, endless = short
+    with pytest.raises(openai.BadRequestError):
+        server.ask(PROMPT)
+    answer = server.ask(PROMPT, model=str(endless), max_tokens=CONTEXT, **letter)
+    assert (answer.prompt_tokens > CONTEXT, answer.tokens) == (True, CONTEXT)
+    with pytest.raises(openai.BadRequestError):
+        server.ask(PROMPT)
+
+
+@pytest.mark.parametrize("hub", ["nowhere", "a file", "a cache"])
+def test_the_model_that_is_served_is_listed_whatever_is_downloaded(
+    hub: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / hub))
+    (tmp_path / "a file").write_text("no cache")
+    downloaded(tmp_path / "a cache" / "models--owner--name")
+    with serving("--model", models["plain"], "--cache-dir", tmp_path / "store") as server:
+        listed = {model.id for model in server.client().models.list()}
+        assert listed - {"owner/name"} == {str(models["plain"].resolve())}
+        assert ("owner/name" in listed) == (hub == "a cache")
+        assert "could not be answered" not in server.told
+
+
+def downloaded(repo: Path) -> None:
+    """Write what the Hub's cache has of a repo that looks like a model."""
+    snapshot = repo / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors.index.json", "tokenizer_config.json"):
+        (snapshot / name).write_text("{}")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("1")
 
 
 # What cannot be served

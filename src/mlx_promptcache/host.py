@@ -14,10 +14,15 @@ from mlx_promptcache.engine import version
 from mlx_promptcache.errors import ServingError
 
 TRIED = "0.31.3 to 0.32.2"
-NAMES = ("argparse", "main", "run", "APIHandler.do_POST", "ResponseGenerator.stop_and_join")
+NAMES = (
+    "argparse", "main", "run", "scan_cache_dir", "APIHandler.do_POST",
+    "APIHandler._set_completion_headers", "ResponseGenerator.generate",
+    "ResponseGenerator.stop_and_join",
+)  # fmt: skip
 PARAMETERS = {
     "APIHandler.handle_chat_completions": {"self"},
     "APIHandler.handle_text_completions": {"self"},
+    "APIHandler.handle_completion": {"self", "request", "stop_words"},
     "ModelProvider.load_default": {"self"},
     "ModelProvider._load": {"self", "model_path", "adapter_path", "draft_model_path"},
     "ResponseGenerator": {"model_provider", "prompt_cache"},

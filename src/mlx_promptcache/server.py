@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
+import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +98,7 @@ def main(options: Callable[[argparse.ArgumentParser], tuple[argparse.Namespace, 
         "argparse": SimpleNamespace(ArgumentParser=_parser_with(parse), Namespace=None),
         "ModelProvider": lambda arguments: Provider(arguments, chosen[0]),
         "run": lambda host, port, provider: _run(host, port, provider, chosen[0]),
+        "scan_cache_dir": _scan(mlx_server.scan_cache_dir),
     }
     with _replaced(stand_ins):
         mlx_server.main()
@@ -104,6 +107,19 @@ def main(options: Callable[[argparse.ArgumentParser], tuple[argparse.Namespace, 
 def _parser_with(parse: Callable[[Any], argparse.Namespace]) -> type[argparse.ArgumentParser]:
     names = {"parse_args": parse, "parse_args_of": argparse.ArgumentParser.parse_args}
     return type("Parser", (argparse.ArgumentParser,), names)
+
+
+def _scan(scanned: Callable[[], Any]) -> Callable[[], Any]:
+    """What finds downloaded models; none where there is no place that can be looked through."""
+    from huggingface_hub.errors import CacheNotFound
+
+    def scan() -> Any:
+        try:
+            return scanned()
+        except (CacheNotFound, OSError, ValueError):
+            return SimpleNamespace(repos=())
+
+    return scan
 
 
 @contextlib.contextmanager
@@ -162,6 +178,8 @@ class Provider(mlx_server.ModelProvider):  # type: ignore[misc]
         self._prompts_at_once: int = arguments.prompt_concurrency
         self.failure: Exception | None = None
         """Why the model that the server was started with cannot be loaded."""
+        self.context_length: int | None = None
+        """How many tokens the model that is loaded was made for; None where it does not say."""
 
     def load_default(self) -> None:
         """Load the model that the server was started with."""
@@ -177,9 +195,10 @@ class Provider(mlx_server.ModelProvider):  # type: ignore[misc]
         draft_model_path: str | None = None,
     ) -> None:
         paths = (model_path, adapter_path, draft_model_path)
-        self.tiers.below = None
+        self.tiers.below, self.context_length = None, None
         before = _fingerprint_of_what_is_here(*paths, self._kv)
         super()._load(*paths)
+        self.context_length = _context_length(model_path)
         padded = may_be_padded(mlx_server.make_prompt_cache(self.model))
         self.cli_args.prompt_concurrency = self._prompts_at_once if padded else 1
         try:
@@ -214,6 +233,14 @@ class Provider(mlx_server.ModelProvider):  # type: ignore[misc]
         return Below(self.model_key, whole, cache)
 
 
+def _context_length(model: str) -> int | None:
+    """The context of a model that is here; None where nothing tells it."""
+    try:
+        return models.context_length(models.config(models.find(model, download=False)))
+    except PromptCacheError:
+        return None
+
+
 def kv_settings(arguments: argparse.Namespace) -> KVSettings:
     """How K/V are kept; older releases of mlx-lm have no choice.
 
@@ -245,8 +272,8 @@ def _fingerprint(model: str, adapter: str | None, draft: str | None, kv: KVSetti
 
 
 class Generator(mlx_server.ResponseGenerator):  # type: ignore[misc]
-    """Computes answers as mlx-lm does. Each prompt says whose it is, and an answer's end waits
-    until its state is in the store.
+    """Computes answers as mlx-lm does. Each prompt says whose it is, an answer ends where the
+    model's context does, and its end waits until its state is in the store.
     """
 
     def _next_request(self, timeout: float | None = None) -> Any:
@@ -260,12 +287,46 @@ class Generator(mlx_server.ResponseGenerator):  # type: ignore[misc]
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         namespace: str = getattr(request, "namespace", COMMON)
         prompt, *rest = super()._tokenize(tokenizer, request, args)
-        if not prompt:  # mlx-lm's generators would stop for good
-            raise PromptError("the prompt is empty")
+        args.max_tokens = min(args.max_tokens, _room_after(prompt, self.model_provider))
         for part in rest:
             if hasattr(part, "cache_key"):  # the prompt again, with images in it
                 part.cache_key = Tokens(part.cache_key, namespace)
         return (Tokens(prompt, namespace), *rest)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Have a request answered.
+
+        Raises:
+            Refusal: its prompt cannot be answered.
+        """
+        try:
+            return super().generate(*args, **kwargs)
+        except PromptError as exc:
+            raise Refusal(str(exc)) from exc
+
+
+def _room_after(prompt: list[int], provider: Provider) -> int:
+    """How many tokens may follow a prompt: at least one.
+
+    Raises:
+        PromptError: there is no room for an answer, or nothing to answer.
+    """
+    if not prompt:  # mlx-lm's generators would stop for good
+        raise PromptError("the prompt is empty")
+    if provider.context_length is None:
+        return sys.maxsize
+    if len(prompt) >= provider.context_length:
+        raise PromptError(
+            f"the prompt has {len(prompt)} tokens, and the model's context ends at "
+            f"{provider.context_length}: shorten it"
+        )
+    return provider.context_length - len(prompt)
+
+
+class Refusal(BaseException):
+    """A prompt that cannot be answered. No `Exception`: to those mlx-lm's handler answers itself,
+    that there is no such page.
+    """
 
 
 class _Answer:
@@ -284,7 +345,7 @@ class _Answer:
 
 
 class Handler(mlx_server.APIHandler):  # type: ignore[misc]
-    """Answers as mlx-lm does, and says whose a request is."""
+    """Answers as mlx-lm does, says whose a request is, and why one is refused."""
 
     serving: ClassVar[Serving]
 
@@ -300,6 +361,20 @@ class Handler(mlx_server.APIHandler):  # type: ignore[misc]
         authorization = self.headers.get("Authorization")
         request.namespace = self.serving.namespaces.of(authorization, self.body.get("user"))
         return request
+
+    def handle_completion(self, request: Any, stop_words: list[str]) -> None:
+        """Answer a request, or say why its prompt is refused."""
+        try:
+            super().handle_completion(request, stop_words)
+        except Refusal as refusal:
+            self._refuse(str(refusal))
+
+    def _refuse(self, sentence: str) -> None:
+        """Answer as OpenAI's servers do where a request makes no sense."""
+        self._set_completion_headers(400)
+        self.end_headers()
+        error = {"message": sentence, "type": "invalid_request_error", "param": None, "code": None}
+        self.wfile.write(json.dumps({"error": error}).encode())
 
     def do_POST(self) -> None:  # noqa: N802 - the name is Python's
         """Answer, and be waited for when the server ends."""
