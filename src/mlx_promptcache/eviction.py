@@ -41,7 +41,7 @@ class Eviction:
     are worth. The caller holds a lock of the store.
 
     What has a name stays, with its blocks; so does what cannot be read for now, and files of other
-    versions. Damaged files go first.
+    versions. While a state with a name cannot be read no block goes. Damaged files go first.
     """
 
     def __init__(self, facts: Facts, kept: Collection[str] = ()) -> None:
@@ -49,13 +49,16 @@ class Eviction:
         named = {
             stem for stem in facts.store.names(certain=True).values() if stem in facts.snapshots
         }
-        self._stays, self._all_known = _blocks_of(facts, named)
+        self._stays, named_known = _blocks_of(facts, named)
+        self._all_known = named_known
         self._stays |= named | set(kept)
         self._blocks: dict[str, Block | None] = {}
         self._snapshots: dict[str, Snapshot | None] = {}
         self._look()
         paths = [s.uses for s in self._snapshots.values() if s is not None]
-        if not self._all_known:  # then a block that no snapshot is known to use may be in use
+        if not named_known:  # then any block may belong to what has a name
+            self._blocks = {}
+        elif not self._all_known:  # then a block that no snapshot is known to use may be in use
             used = {use.stem for path in paths for use in path}
             self._blocks = {stem: b for stem, b in self._blocks.items() if stem in used}
         self._parents = self._edges()
