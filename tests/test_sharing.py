@@ -184,6 +184,104 @@ def test_a_name_that_stands_for_something_else_is_left_alone(
     assert list(run.cache.load("few-shot").tokens) == PROMPT
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("first", [["beginning"], []])
+def test_a_state_that_ends_inside_a_block_is_one_state_there_and_here(
+    first: list[str], kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Alone it goes with its own rows, and among all states with blocks that go on after it."""
+    one, sharing = ends_inside_a_block(tmp_path, kind)
+    stem, stored = one._store.read_name("beginning"), files(tmp_path / "one")
+    moved = [sharing.push(first), sharing.push([] if first else ["beginning"])]
+    assert [push.names for push in moved] == [("beginning",)] * 2
+    assert sharing.push(["beginning"]).files == sharing.push().files == 0
+    for names in (["beginning"], []):
+        came = sharing.pull(names)
+        assert (came.files, came.names, came.refused) == (0, ("beginning",), ())
+    assert (one._store.read_name("beginning"), files(tmp_path / "one")) == (stem, stored)
+    assert not caplog.text
+    (there,) = files(tmp_path / "shared", "beginning")
+    snapshots = files(tmp_path / "shared", f"{there.read_text().splitlines()[0][3:]}.safetensors")
+    assert len(snapshots) == 1
+    two = cache(tmp_path / "two", kind)
+    for names in (["beginning"], [], ["beginning"]):
+        assert two.sharing(f"file://{tmp_path}/shared").pull(names).names == ("beginning",)
+    assert two.sharing(f"file://{tmp_path}/shared").push().files == 0
+    assert tiny.digest(two.load("beginning")) == tiny.digest(one.load("beginning"))
+    assert not caplog.text
+
+
+def ends_inside_a_block(directory: Path, kind: str = "plain") -> tuple[PromptCache, Sharing]:
+    """A store with a state `beginning` of 300 tokens, and a prompt that goes on in its block."""
+    run = runner(directory / "one", kind)
+    assert run.cache is not None
+    run.cache.keep(run.prefill([*PROMPT[:300], 77, 78, 79]))
+    run.cache.save("beginning", run.prefill(PROMPT[:300]))
+    return run.cache, run.cache.sharing(f"file://{directory}/shared")
+
+
+def test_a_form_of_a_state_that_lost_a_block_there_is_not_taken_for_the_state(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, sharing = ends_inside_a_block(tmp_path)
+    sharing.push(["beginning"])
+    for block in files(tmp_path / "shared", "*.safetensors"):
+        if BLOCKS in block.parts:
+            block.unlink()
+    assert sharing.push().names == ("beginning",)
+    two = cache(tmp_path / "two")
+    assert two.sharing(f"file://{tmp_path}/shared").pull(["beginning"]).names == ("beginning",)
+    assert tiny.digest(two.load("beginning")) == tiny.digest(one.load("beginning"))
+    assert not caplog.text
+
+
+def test_rows_that_a_longer_block_here_begins_with_do_not_come(tmp_path: Path) -> None:
+    one, sharing = ends_inside_a_block(tmp_path)
+    sharing.push(["beginning"])
+    run = runner(tmp_path / "two")
+    assert run.cache is not None
+    run.cache.keep(run.prefill([*PROMPT[:300], 77, 78, 79]))
+    came = run.cache.sharing(f"file://{tmp_path}/shared").pull(["beginning"])
+    assert came.files == 2  # the last row, which a pass of its own computed, and the snapshot
+    assert tiny.digest(run.cache.load("beginning")) == tiny.digest(one.load("beginning"))
+
+
+def test_a_state_is_the_same_where_its_blocks_have_other_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Here others have the plain names of its blocks."""
+    url = f"file://{tmp_path}/shared"
+    saved(tmp_path / "one")
+    cache(tmp_path / "one").sharing(url).push(["few-shot"])
+    run = Runner(tiny.plain(), None, cache=cache(tmp_path / "two"), prefill_step=256)
+    assert run.cache is not None
+    run.cache.save("own", run.prefill(PROMPT, boundaries=(100, 333)))
+    two = run.cache.sharing(url)
+    two.pull(["few-shot"])
+    assert two.push(["few-shot"]).names == ("few-shot",)
+    assert two.push(["few-shot"]).files == 0
+    assert not caplog.text
+
+
+def test_a_name_of_the_same_tokens_with_other_rows_is_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"file://{tmp_path}/shared"
+    there = saved(tmp_path / "one")
+    cache(tmp_path / "one").sharing(url).push(["few-shot"])
+    run = Runner(tiny.plain(), None, cache=cache(tmp_path / "two"), prefill_step=256)
+    assert run.cache is not None
+    run.cache.save("few-shot", run.prefill(PROMPT, boundaries=(100, 333)))
+    own, two = tiny.digest(run.cache.load("few-shot")), run.cache.sharing(url)
+    with pytest.raises(CacheMiss, match="another state named 'few-shot' here"):
+        two.pull(["few-shot"])
+    assert (two.pull().names, two.push(["few-shot"]).names) == ((), ())
+    assert caplog.text.count("another state named 'few-shot'") == 2
+    assert tiny.digest(run.cache.load("few-shot")) == own != there
+    two.pull(["few-shot"], replace=True)
+    assert tiny.digest(run.cache.load("few-shot")) == there
+
+
 def test_states_of_another_model_are_neither_sent_nor_seen(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/shared"
     saved(tmp_path / "one")
