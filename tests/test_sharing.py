@@ -714,6 +714,32 @@ def test_the_command_line_shares(tmp_path: Path) -> None:
     assert (nowhere.code, nowhere.err.count("\n")) == (1, 1)
 
 
+def test_a_place_without_states_of_any_model_is_an_error(tmp_path: Path, url: str) -> None:
+    two = cache(tmp_path / "two").sharing(url)
+    for names in ([], ["few-shot"]):
+        with pytest.raises(RemoteError, match="there are no states of any model at .*right URL"):
+            two.pull(names)
+
+
+def test_a_place_with_states_of_other_models_alone_is_told(
+    tmp_path: Path, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved(tmp_path / "one")
+    cache(tmp_path / "one").sharing(url).push()
+    other = cache(tmp_path / "two", "bare").sharing(url)
+    assert other.pull().states == 0
+    assert "there are states of other models, and none of this one" in caplog.text
+    with pytest.raises(CacheMiss, match="no state named 'few-shot'"):
+        other.pull(["few-shot"])
+
+
+def test_a_mistyped_place_ends_a_pull_with_a_sentence(tmp_path: Path) -> None:
+    place = ("-m", tiny.on_disk(tmp_path / "model"), "--cache-dir", tmp_path / "store")
+    ended = processes.run("pull", f"file://{tmp_path}/nowhere", *place)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (1, "", 1)
+    assert "there are no states of any model at file://" in ended.err
+
+
 @pytest.mark.parametrize(
     ("url", "shown"),
     [

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mlx_promptcache import arrivals, catalog, container, exporter, headers, hub
 from mlx_promptcache.arrivals import Arrivals, Own, plain_stem, shared_stem
-from mlx_promptcache.errors import CacheMiss, PromptCacheError, StoreError
+from mlx_promptcache.errors import CacheMiss, PromptCacheError, RemoteError, StoreError
 from mlx_promptcache.hub import HubRemote
 from mlx_promptcache.remote import Remote
 from mlx_promptcache.signatures import Trust
@@ -291,11 +291,14 @@ class Sharing:
 
         Raises:
             CacheMiss: there is no such name there, or what it stands for cannot be used.
-            RemoteError: the remote cannot be reached; what is here by then stays.
+            RemoteError: the remote cannot be reached, or has no states of any model; what is here
+                by then stays.
             StoreError, CacheLocked: as those of a save.
         """
         came = self.arrivals()
         named: Names = {name: self.remote.name(name) for name in names} or {**self.remote.names()}
+        if not any(named.values()):
+            self._check_place()
         for name in names:
             if named[name] is None:
                 raise CacheMiss(f"there is no state named {name!r} at {self.remote.shown}")
@@ -314,6 +317,18 @@ class Sharing:
         arrivals.forget_parts()
         told_names = tuple(self._take_names(came, named, here, names, replace=replace))
         return Moved(states, came.files, came.bytes, 0, told_names, tuple(came.refused))
+
+    def _check_place(self) -> None:
+        """Tell a place without states of this model from one that is none at all."""
+        if not self.remote.has_models():
+            raise RemoteError(
+                f"there are no states of any model at {self.remote.shown}: is that the right URL?"
+            )
+        if not self.remote.files(SNAPSHOTS):
+            log.warning(
+                "there are states of other models, and none of this one, at %s "
+                "(weights and settings are to be the same)", self.remote.shown,
+            )  # fmt: skip
 
     def arrivals(self) -> Arrivals:
         """What files from there go through. Raises SignatureError if trusted keys are no keys."""
