@@ -132,6 +132,30 @@ def test_only_what_is_missing_travels(tmp_path: Path, url: str) -> None:
     assert sent.names == ("few-shot", "longer")
 
 
+@pytest.mark.parametrize("names", [[], ["few-shot"]])
+def test_what_was_here_before_a_pull_is_counted(names: list[str], tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/shared"
+    saved(tmp_path / "one")
+    cache(tmp_path / "one").sharing(url).push(names)
+    two = cache(tmp_path / "two").sharing(url)
+    first, again = two.pull(names), two.pull(names)
+    assert (first.shared, again.files) == (0, 0)
+    assert again.shared == first.files == len(files(tmp_path / "two", "*.safetensors"))
+
+
+def test_what_a_pull_had_in_part_is_counted(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/shared"
+    saved(tmp_path / "one")
+    cache(tmp_path / "one").sharing(url).push()
+    two = cache(tmp_path / "two").sharing(url)
+    first = two.pull(["few-shot"])
+    rest = two.pull()
+    assert (rest.shared, rest.files) == (
+        first.files,
+        len(files(tmp_path / "two", "*.safetensors")) - first.files,
+    )
+
+
 def test_a_state_goes_alone_and_without_rows_of_other_prompts(tmp_path: Path) -> None:
     run = runner(tmp_path / "one")
     assert run.cache is not None
@@ -293,6 +317,25 @@ def test_states_of_another_model_are_neither_sent_nor_seen(tmp_path: Path) -> No
     assert other.pull().states == 0
 
 
+def test_a_place_without_states_of_any_model_is_an_error(tmp_path: Path, url: str) -> None:
+    two = cache(tmp_path / "two").sharing(url)
+    for names in ([], ["few-shot"]):
+        with pytest.raises(RemoteError, match="there are no states of any model at"):
+            two.pull(names)
+
+
+def test_a_place_with_states_of_other_models_alone_is_told(
+    tmp_path: Path, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved(tmp_path / "one")
+    cache(tmp_path / "one").sharing(url).push()
+    other = cache(tmp_path / "two", "bare").sharing(url)
+    assert other.pull().states == 0
+    assert "there are states of other models, and none of this one" in caplog.text
+    with pytest.raises(CacheMiss, match="no state named 'few-shot'"):
+        other.pull(["few-shot"])
+
+
 def test_a_pull_that_was_broken_off_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -447,6 +490,40 @@ def trusting(directory: Path, key: Path) -> Sharing:
     Store(directory).create()
     shutil.copy(key, directory / TRUSTED_KEYS)
     return cache(directory).sharing(f"file://{directory.parent}/shared")
+
+
+def test_what_nobody_signed_is_told_once(
+    tmp_path: Path, keys: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = runner(tmp_path / "one")
+    assert run.cache is not None
+    for i in range(3):
+        run.cache.save(str(i), run.prefill([*PROMPT[:20], i]))
+    run.cache.sharing(f"file://{tmp_path}/shared").push()
+    came = trusting(tmp_path / "two", keys / "team.pub").pull()
+    assert [record.getMessage() for record in caplog.records] == [
+        "a snapshot that came from elsewhere is not used: nobody signed it (3 of them)",
+        "the names '0', '1', '2' were left out: no state that can be used is there",
+    ]
+    assert (came.states, came.names, len(came.refused)) == (0, (), 6)
+
+
+def test_a_name_that_was_asked_for_and_refused_ends_a_pull(tmp_path: Path, keys: Path) -> None:
+    """The state is here, but nobody signed the name; other names that were asked for come."""
+    model = tiny.on_disk(tmp_path / "model")
+    place = ("-m", model, "--cache-dir", tmp_path / "store")
+    url = f"file://{tmp_path}/shared"
+    for name in ("a", "b"):
+        assert processes.run("save", name, "-p", f"The {name} sat", *place).code == 0
+    processes.run("push", url, "a", *place)
+    processes.run("push", url, "b", "--sign", keys / "team", *place)
+    shutil.copy(keys / "team.pub", tmp_path / "store" / TRUSTED_KEYS)
+    for path in files(tmp_path / "store" / NAMES):
+        path.unlink()
+    ended = processes.run("pull", url, "a", "b", *place)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (1, "", 1)
+    assert "the name 'a' cannot be taken over: nobody who is trusted signed it" in ended.err
+    assert [name.name for name in files(tmp_path / "store" / NAMES)] == ["b"]
 
 
 @pytest.mark.parametrize("signer", [None, "other"])
@@ -712,25 +789,6 @@ def test_the_command_line_shares(tmp_path: Path) -> None:
     assert "there is no state named 'nothing' at file://" in missing.err
     nowhere = run("push", "nonsense://x", store="two")
     assert (nowhere.code, nowhere.err.count("\n")) == (1, 1)
-
-
-def test_a_place_without_states_of_any_model_is_an_error(tmp_path: Path, url: str) -> None:
-    two = cache(tmp_path / "two").sharing(url)
-    for names in ([], ["few-shot"]):
-        with pytest.raises(RemoteError, match="there are no states of any model at"):
-            two.pull(names)
-
-
-def test_a_place_with_states_of_other_models_alone_is_told(
-    tmp_path: Path, url: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    saved(tmp_path / "one")
-    cache(tmp_path / "one").sharing(url).push()
-    other = cache(tmp_path / "two", "bare").sharing(url)
-    assert other.pull().states == 0
-    assert "there are states of other models, and none of this one" in caplog.text
-    with pytest.raises(CacheMiss, match="no state named 'few-shot'"):
-        other.pull(["few-shot"])
 
 
 def test_a_mistyped_place_ends_a_pull_with_a_sentence(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ import hashlib
 import logging
 import os
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from mlx_promptcache import container, cuts, headers, places, room
 from mlx_promptcache.container import Header, Packed
 from mlx_promptcache.errors import DamagedFile, PromptCacheError, SignatureError
-from mlx_promptcache.store import BLOCKS
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS
 from mlx_promptcache.tree import BlockName
 from mlx_promptcache.writer import Writer, record_of, variant_of
 
@@ -70,6 +71,9 @@ class Arrivals:
         """That were added."""
         self.refused: list[str] = []
         """Why files were not used, a sentence each."""
+        self.used: set[tuple[str, str]] = set()
+        """The files of the store, by kind and stem, that what came needs, or would."""
+        self._untold: Counter[str] = Counter()
 
     # There
 
@@ -95,9 +99,15 @@ class Arrivals:
                 _forget(part)
         if wrong:
             said = f"a {kind.removesuffix('s')} that came from elsewhere is not used: {wrong[0]}"
-            log.warning("%s", said)
             self.refused.append(said)
+            self._untold[said] += 1
         return None
+
+    def tell(self) -> None:
+        """Say what was not used, each reason once."""
+        untold, self._untold = self._untold, Counter()
+        for said, count in untold.items():
+            log.warning("%s", said if count == 1 else f"{said} ({count} of them)")
 
     def _checked(self, kind: str, file: RemoteFile, data: bytes, part: Path | None) -> Arrival:
         def read(at: int, count: int) -> bytes:
@@ -181,6 +191,7 @@ class Arrivals:
         stem, packed = _using(snapshot, blocks)
         with self._adding([packed.size], [block.stem for block in blocks]) as writer:
             writer.snapshot(stem, packed)
+        self.used.add((SNAPSHOTS, stem))
         snapshot.settled()
         return stem
 

@@ -307,16 +307,18 @@ class Sharing:
         there = by_stem(self.remote.files(SNAPSHOTS, shards))
         wanted = sorted(stems & there.keys()) if names else sorted(there)
         here: dict[str, str] = {}
-        states = 0
-        for number, stem in enumerate(wanted):
-            if (own := self._bring(came, there[stem])) is not None:
-                here[stem] = own
-                states += 1
-            if progress is not None:
-                progress(number + 1, len(wanted))
+        try:
+            for number, stem in enumerate(wanted):
+                if (own := self._bring(came, there[stem])) is not None:
+                    here[stem] = own
+                if progress is not None:
+                    progress(number + 1, len(wanted))
+        finally:
+            came.tell()
         arrivals.forget_parts()
-        told_names = tuple(self._take_names(came, named, here, names, replace=replace))
-        return Moved(states, came.files, came.bytes, 0, told_names, tuple(came.refused))
+        told_names = self._take_names(came, named, here, names, replace=replace)
+        before = max(len(came.used) - came.files, 0)
+        return Moved(len(here), came.files, came.bytes, before, told_names, tuple(came.refused))
 
     def _check_place(self) -> None:
         """Tell a place without states of this model from one that is none at all."""
@@ -338,6 +340,8 @@ class Sharing:
     def _bring(self, came: Arrivals, candidates: Sequence[RemoteFile]) -> str | None:
         """Bring a state here, unless it is; return its stem here, None if it cannot be used."""
         if (own := self._here(candidates[0].stem)) is not None:
+            refs = headers.snapshot_header(self.store, own).content["refs"]
+            came.used |= {(SNAPSHOTS, own), *((BLOCKS, ref[0]) for ref in refs)}
             return own
         snapshot = came.fetch(self.remote, SNAPSHOTS, candidates)
         return None if snapshot is None else self.complete(came, snapshot)
@@ -379,9 +383,10 @@ class Sharing:
             kept = [own.stem for own in here.values() if own is not None]
             here |= self._as_told(refs, came.add(found, kept))
             if len(found) < len(batch):
-                return None
+                break
         own = [here[ref[0]] for ref in refs]
         whole = [block for block in own if block is not None]
+        came.used |= {(BLOCKS, block.stem) for block in whole}
         return came.complete(snapshot, whole) if len(whole) == len(refs) else None
 
     def bring_blocks(self, came: Arrivals, files: Sequence[RemoteFile]) -> None:
@@ -406,28 +411,42 @@ class Sharing:
         asked: Sequence[str],
         *,
         replace: bool,
-    ) -> Iterator[str]:
-        for name, told in sorted(named.items()):
-            if told is None:
-                continue
-            stem, signature = told
-            wrong = None
-            if stem not in here:
-                wrong = "its state is not there, or cannot be used"
-            elif not came.trusts(NAMES, f"{name} {stem}", signature):
-                wrong = "nobody who is trusted signed it"
-            if wrong is None:
-                try:
-                    self._take_name(name, here[stem], replace=replace)
-                except StoreError as exc:
-                    wrong = str(exc)
-                else:
-                    yield name
-                    continue
-            if name in asked:
-                raise CacheMiss(f"the name {name!r} cannot be taken over: {wrong}")
-            came.refused.append(f"the name {name!r} was left out: {wrong}")
-            log.warning("%s", came.refused[-1])
+    ) -> tuple[str, ...]:
+        """Take over the names that can be, and return them. Raises CacheMiss if one that was asked
+        for cannot.
+        """
+        told = {name: target for name, target in sorted(named.items()) if target is not None}
+        why = {n: self._refusal(came, n, to, here, replace=replace) for n, to in told.items()}
+        wrong = {name: reason for name, reason in why.items() if reason is not None}
+        for name in sorted(wrong.keys() & set(asked)):
+            raise CacheMiss(f"the name {name!r} cannot be taken over: {wrong[name]}")
+        came.refused += [f"the name {n!r} was left out: {reason}" for n, reason in wrong.items()]
+        for reason in dict.fromkeys(wrong.values()):
+            names = [repr(name) for name, its in wrong.items() if its == reason]
+            which = f"name {names[0]} was" if len(names) == 1 else f"names {', '.join(names)} were"
+            log.warning("the %s left out: %s", which, reason)
+        return tuple(name for name in told if name not in wrong)
+
+    def _refusal(
+        self,
+        came: Arrivals,
+        name: str,
+        target: tuple[str, str | None],
+        here: dict[str, str],
+        *,
+        replace: bool,
+    ) -> str | None:
+        """Take over a name, or return why it cannot be."""
+        stem, signature = target
+        if stem not in here:
+            return "no state that can be used is there"
+        if not came.trusts(NAMES, f"{name} {stem}", signature):
+            return "nobody who is trusted signed it"
+        try:
+            self._take_name(name, here[stem], replace=replace)
+        except StoreError as exc:
+            return str(exc)
+        return None
 
     def _take_name(self, name: str, stem: str, *, replace: bool) -> None:
         with self.store.adding(), self.store.shared():
