@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MARK = "<!-- run: "  # begins a page whose blocks are run
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INSTALLED = re.compile(r"pip install '([^'\[]*)\[([a-z]+)\]'")
 MODEL = "path/to/model"
 PAGES = [p for p in sorted((ROOT / "docs").glob("*.md")) if p.read_text("utf-8").startswith(MARK)]
 
@@ -103,3 +104,16 @@ def test_a_block_that_fails_or_complains_is_seen(surroundings: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(AssertionError, match="line 7"):
             Example(language, text, 7).run(surroundings, surroundings)
+
+
+def test_what_pages_install_is_this_checkout_and_extras_that_it_has() -> None:
+    """No index has the package under its name."""
+    extras = re.findall("^([a-z]+) = ", (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    told = [
+        found
+        for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+        for found in INSTALLED.findall(page.read_text("utf-8"))
+    ]
+    assert (".", "share") in told
+    for what, extra in told:
+        assert (what, extra in extras) == (".", True)

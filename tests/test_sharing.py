@@ -132,6 +132,30 @@ def test_only_what_is_missing_travels(tmp_path: Path, url: str) -> None:
     assert sent.names == ("few-shot", "longer")
 
 
+@pytest.mark.parametrize("names", [[], ["few-shot"]])
+def test_what_was_here_before_a_pull_is_counted(names: list[str], tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/shared"
+    saved(tmp_path / "one")
+    cache(tmp_path / "one").sharing(url).push(names)
+    two = cache(tmp_path / "two").sharing(url)
+    first, again = two.pull(names), two.pull(names)
+    assert (first.shared, again.files) == (0, 0)
+    assert again.shared == first.files == len(files(tmp_path / "two", "*.safetensors"))
+
+
+def test_what_a_pull_had_in_part_is_counted(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/shared"
+    saved(tmp_path / "one")
+    cache(tmp_path / "one").sharing(url).push()
+    two = cache(tmp_path / "two").sharing(url)
+    first = two.pull(["few-shot"])
+    rest = two.pull()
+    assert (rest.shared, rest.files) == (
+        first.files,
+        len(files(tmp_path / "two", "*.safetensors")) - first.files,
+    )
+
+
 def test_a_state_goes_alone_and_without_rows_of_other_prompts(tmp_path: Path) -> None:
     run = runner(tmp_path / "one")
     assert run.cache is not None
@@ -184,6 +208,104 @@ def test_a_name_that_stands_for_something_else_is_left_alone(
     assert list(run.cache.load("few-shot").tokens) == PROMPT
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("first", [["beginning"], []])
+def test_a_state_that_ends_inside_a_block_is_one_state_there_and_here(
+    first: list[str], kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Alone it goes with its own rows, and among all states with blocks that go on after it."""
+    one, sharing = ends_inside_a_block(tmp_path, kind)
+    stem, stored = one._store.read_name("beginning"), files(tmp_path / "one")
+    moved = [sharing.push(first), sharing.push([] if first else ["beginning"])]
+    assert [push.names for push in moved] == [("beginning",)] * 2
+    assert sharing.push(["beginning"]).files == sharing.push().files == 0
+    for names in (["beginning"], []):
+        came = sharing.pull(names)
+        assert (came.files, came.names, came.refused) == (0, ("beginning",), ())
+    assert (one._store.read_name("beginning"), files(tmp_path / "one")) == (stem, stored)
+    assert not caplog.text
+    (there,) = files(tmp_path / "shared", "beginning")
+    snapshots = files(tmp_path / "shared", f"{there.read_text().splitlines()[0][3:]}.safetensors")
+    assert len(snapshots) == 1
+    two = cache(tmp_path / "two", kind)
+    for names in (["beginning"], [], ["beginning"]):
+        assert two.sharing(f"file://{tmp_path}/shared").pull(names).names == ("beginning",)
+    assert two.sharing(f"file://{tmp_path}/shared").push().files == 0
+    assert tiny.digest(two.load("beginning")) == tiny.digest(one.load("beginning"))
+    assert not caplog.text
+
+
+def ends_inside_a_block(directory: Path, kind: str = "plain") -> tuple[PromptCache, Sharing]:
+    """A store with a state `beginning` of 300 tokens, and a prompt that goes on in its block."""
+    run = runner(directory / "one", kind)
+    assert run.cache is not None
+    run.cache.keep(run.prefill([*PROMPT[:300], 77, 78, 79]))
+    run.cache.save("beginning", run.prefill(PROMPT[:300]))
+    return run.cache, run.cache.sharing(f"file://{directory}/shared")
+
+
+def test_a_form_of_a_state_that_lost_a_block_there_is_not_taken_for_the_state(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, sharing = ends_inside_a_block(tmp_path)
+    sharing.push(["beginning"])
+    for block in files(tmp_path / "shared", "*.safetensors"):
+        if BLOCKS in block.parts:
+            block.unlink()
+    assert sharing.push().names == ("beginning",)
+    two = cache(tmp_path / "two")
+    assert two.sharing(f"file://{tmp_path}/shared").pull(["beginning"]).names == ("beginning",)
+    assert tiny.digest(two.load("beginning")) == tiny.digest(one.load("beginning"))
+    assert not caplog.text
+
+
+def test_rows_that_a_longer_block_here_begins_with_do_not_come(tmp_path: Path) -> None:
+    one, sharing = ends_inside_a_block(tmp_path)
+    sharing.push(["beginning"])
+    run = runner(tmp_path / "two")
+    assert run.cache is not None
+    run.cache.keep(run.prefill([*PROMPT[:300], 77, 78, 79]))
+    came = run.cache.sharing(f"file://{tmp_path}/shared").pull(["beginning"])
+    assert came.files == 2  # the last row, which a pass of its own computed, and the snapshot
+    assert tiny.digest(run.cache.load("beginning")) == tiny.digest(one.load("beginning"))
+
+
+def test_a_state_is_the_same_where_its_blocks_have_other_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Here others have the plain names of its blocks."""
+    url = f"file://{tmp_path}/shared"
+    saved(tmp_path / "one")
+    cache(tmp_path / "one").sharing(url).push(["few-shot"])
+    run = Runner(tiny.plain(), None, cache=cache(tmp_path / "two"), prefill_step=256)
+    assert run.cache is not None
+    run.cache.save("own", run.prefill(PROMPT, boundaries=(100, 333)))
+    two = run.cache.sharing(url)
+    two.pull(["few-shot"])
+    assert two.push(["few-shot"]).names == ("few-shot",)
+    assert two.push(["few-shot"]).files == 0
+    assert not caplog.text
+
+
+def test_a_name_of_the_same_tokens_with_other_rows_is_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"file://{tmp_path}/shared"
+    there = saved(tmp_path / "one")
+    cache(tmp_path / "one").sharing(url).push(["few-shot"])
+    run = Runner(tiny.plain(), None, cache=cache(tmp_path / "two"), prefill_step=256)
+    assert run.cache is not None
+    run.cache.save("few-shot", run.prefill(PROMPT, boundaries=(100, 333)))
+    own, two = tiny.digest(run.cache.load("few-shot")), run.cache.sharing(url)
+    with pytest.raises(CacheMiss, match="another state named 'few-shot' here"):
+        two.pull(["few-shot"])
+    assert (two.pull().names, two.push(["few-shot"]).names) == ((), ())
+    assert caplog.text.count("another state named 'few-shot'") == 2
+    assert tiny.digest(run.cache.load("few-shot")) == own != there
+    two.pull(["few-shot"], replace=True)
+    assert tiny.digest(run.cache.load("few-shot")) == there
+
+
 def test_states_of_another_model_are_neither_sent_nor_seen(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/shared"
     saved(tmp_path / "one")
@@ -193,6 +315,25 @@ def test_states_of_another_model_are_neither_sent_nor_seen(tmp_path: Path) -> No
         other.push(["few-shot"])
     cache(tmp_path / "one").sharing(url).push()
     assert other.pull().states == 0
+
+
+def test_a_place_without_states_of_any_model_is_an_error(tmp_path: Path, url: str) -> None:
+    two = cache(tmp_path / "two").sharing(url)
+    for names in ([], ["few-shot"]):
+        with pytest.raises(RemoteError, match="there are no states of any model at"):
+            two.pull(names)
+
+
+def test_a_place_with_states_of_other_models_alone_is_told(
+    tmp_path: Path, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved(tmp_path / "one")
+    cache(tmp_path / "one").sharing(url).push()
+    other = cache(tmp_path / "two", "bare").sharing(url)
+    assert other.pull().states == 0
+    assert "there are states of other models, and none of this one" in caplog.text
+    with pytest.raises(CacheMiss, match="no state named 'few-shot'"):
+        other.pull(["few-shot"])
 
 
 def test_a_pull_that_was_broken_off_goes_on_where_it_was(
@@ -349,6 +490,40 @@ def trusting(directory: Path, key: Path) -> Sharing:
     Store(directory).create()
     shutil.copy(key, directory / TRUSTED_KEYS)
     return cache(directory).sharing(f"file://{directory.parent}/shared")
+
+
+def test_what_nobody_signed_is_told_once(
+    tmp_path: Path, keys: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = runner(tmp_path / "one")
+    assert run.cache is not None
+    for i in range(3):
+        run.cache.save(str(i), run.prefill([*PROMPT[:20], i]))
+    run.cache.sharing(f"file://{tmp_path}/shared").push()
+    came = trusting(tmp_path / "two", keys / "team.pub").pull()
+    assert [record.getMessage() for record in caplog.records] == [
+        "a snapshot that came from elsewhere is not used: nobody signed it (3 of them)",
+        "the names '0', '1', '2' were left out: no state that can be used is there",
+    ]
+    assert (came.states, came.names, len(came.refused)) == (0, (), 6)
+
+
+def test_a_name_that_was_asked_for_and_refused_ends_a_pull(tmp_path: Path, keys: Path) -> None:
+    """The state is here, but nobody signed the name; other names that were asked for come."""
+    model = tiny.on_disk(tmp_path / "model")
+    place = ("-m", model, "--cache-dir", tmp_path / "store")
+    url = f"file://{tmp_path}/shared"
+    for name in ("a", "b"):
+        assert processes.run("save", name, "-p", f"The {name} sat", *place).code == 0
+    processes.run("push", url, "a", *place)
+    processes.run("push", url, "b", "--sign", keys / "team", *place)
+    shutil.copy(keys / "team.pub", tmp_path / "store" / TRUSTED_KEYS)
+    for path in files(tmp_path / "store" / NAMES):
+        path.unlink()
+    ended = processes.run("pull", url, "a", "b", *place)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (1, "", 1)
+    assert "the name 'a' cannot be taken over: nobody who is trusted signed it" in ended.err
+    assert [name.name for name in files(tmp_path / "store" / NAMES)] == ["b"]
 
 
 @pytest.mark.parametrize("signer", [None, "other"])
@@ -614,6 +789,35 @@ def test_the_command_line_shares(tmp_path: Path) -> None:
     assert "there is no state named 'nothing' at file://" in missing.err
     nowhere = run("push", "nonsense://x", store="two")
     assert (nowhere.code, nowhere.err.count("\n")) == (1, 1)
+
+
+def test_a_mistyped_place_ends_a_pull_with_a_sentence(tmp_path: Path) -> None:
+    place = ("-m", tiny.on_disk(tmp_path / "model"), "--cache-dir", tmp_path / "store")
+    ended = processes.run("pull", f"file://{tmp_path}/nowhere", *place)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (1, "", 1)
+    assert "there are no states of any model at file://" in ended.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("push", ""),
+        ("pull", " "),
+        ("save", "few-shot", "-p", "The cat", "--remote", ""),
+        ("serve", "--port", "99999", "--remote", ""),  # no port: it ends in any case
+    ],
+    ids=lambda words: words[0],
+)
+def test_an_empty_url_is_no_place(words: tuple[str, ...], tmp_path: Path) -> None:
+    """It is a variable of a shell that is not set."""
+    place = ("-m", tiny.on_disk(tmp_path / "model"), "--cache-dir", tmp_path / "store")
+    with pytest.MonkeyPatch.context() as patch:
+        (tmp_path / "here").mkdir()
+        patch.chdir(tmp_path / "here")
+        ended = processes.run(*words, *place)
+    assert (ended.code, ended.out) == (2, "")
+    assert "the URL is empty" in ended.err.splitlines()[-1]
+    assert not files(tmp_path / "here")
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ import hashlib
 import logging
 import os
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from mlx_promptcache import container, headers, places, room
+from mlx_promptcache import container, cuts, headers, places, room
 from mlx_promptcache.container import Header, Packed
 from mlx_promptcache.errors import DamagedFile, PromptCacheError, SignatureError
-from mlx_promptcache.store import BLOCKS
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS
 from mlx_promptcache.tree import BlockName
 from mlx_promptcache.writer import Writer, record_of, variant_of
 
@@ -51,6 +52,13 @@ class Arrival(NamedTuple):
         _forget(self.part)
 
 
+class Own(NamedTuple):
+    """A block of the store."""
+
+    stem: str
+    digest: str
+
+
 class Arrivals:
     """What comes from one remote into one store, for one fingerprint."""
 
@@ -63,6 +71,9 @@ class Arrivals:
         """That were added."""
         self.refused: list[str] = []
         """Why files were not used, a sentence each."""
+        self.used: set[tuple[str, str]] = set()
+        """The files of the store, by kind and stem, that what came needs, or would."""
+        self._untold: Counter[str] = Counter()
 
     # There
 
@@ -88,9 +99,15 @@ class Arrivals:
                 _forget(part)
         if wrong:
             said = f"a {kind.removesuffix('s')} that came from elsewhere is not used: {wrong[0]}"
-            log.warning("%s", said)
             self.refused.append(said)
+            self._untold[said] += 1
         return None
+
+    def tell(self) -> None:
+        """Say what was not used, each reason once."""
+        untold, self._untold = self._untold, Counter()
+        for said, count in untold.items():
+            log.warning("%s", said if count == 1 else f"{said} ({count} of them)")
 
     def _checked(self, kind: str, file: RemoteFile, data: bytes, part: Path | None) -> Arrival:
         def read(at: int, count: int) -> bytes:
@@ -116,9 +133,24 @@ class Arrivals:
 
     # Here
 
-    def local(self, stem: str, digest: str) -> str | None:
-        """The stem that a block of this digest has in the store; None if it is not there."""
-        return next((own for own, there in self._like(stem) if there == digest), None)
+    def local(self, stem: str, digest: str, rows: int) -> Own | None:
+        """The block of the store that has the rows of this one: the same, or one that goes on
+        after them; None if there is none.
+        """
+        same = (Own(own, there) for own, there in self._like(stem) if there == digest)
+        return next(same, None) or self._longer(_named(stem), digest, rows)
+
+    def _longer(self, name: BlockName, digest: str, rows: int) -> Own | None:
+        """A block whose first rows are those of one that has this digest, bit for bit."""
+        beginning = f"{name.shard}/{name.start_key}-{name.first_token}-"
+        for own in self._store.beginning(BLOCKS, beginning):
+            with contextlib.suppress(PromptCacheError), self._store.reader(BLOCKS, own) as reader:
+                header = headers.checked_block(reader.header(), own)
+                if len(header.content["tokens"]) > rows:
+                    cut = cuts.first_rows(reader.read, header, rows, name.end_key)
+                    if cut.digest == digest:
+                        return Own(own, header.digest)
+        return None
 
     def has(self, stem: str) -> bool:
         """Whether the block of a shared stem is in the store."""
@@ -126,7 +158,7 @@ class Arrivals:
 
     def _like(self, stem: str) -> Iterator[tuple[str, str]]:
         """The blocks of the store with the name of this one, each with its digest."""
-        for own in self._store.beginning(BLOCKS, str(_named(stem)._replace(variant=""))):
+        for own in self._store.beginning(BLOCKS, plain_stem(stem)):
             with contextlib.suppress(PromptCacheError):
                 yield own, headers.block_header(self._store, own).digest
 
@@ -152,14 +184,14 @@ class Arrivals:
         plain = _named(block.stem)._replace(variant="")
         return writer.block(plain, packed, record_of(block.header))
 
-    def complete(self, snapshot: Arrival, stems: Sequence[str]) -> str:
-        """Add a snapshot whose blocks have these stems in the store, and return its stem there.
+    def complete(self, snapshot: Arrival, blocks: Sequence[Own]) -> str:
+        """Add a snapshot whose rows stand in these blocks of the store, and return its stem there.
         Raises as `add` does.
         """
-        refs = zip(stems, snapshot.header.content["refs"], strict=True)
-        stem, packed = _using(snapshot, [(own, ref[1]) for own, ref in refs])
-        with self._adding([packed.size], stems) as writer:
+        stem, packed = _using(snapshot, blocks)
+        with self._adding([packed.size], [block.stem for block in blocks]) as writer:
             writer.snapshot(stem, packed)
+        self.used.add((SNAPSHOTS, stem))
         snapshot.settled()
         return stem
 
@@ -182,6 +214,15 @@ def _named(stem: str) -> BlockName:
     if name is None:
         raise DamagedFile("it names a block that there cannot be")
     return name
+
+
+def plain_stem(stem: str) -> str:
+    """The stem of a block without its variant, which depends on what else a store has.
+
+    Raises:
+        DamagedFile: it is no block's stem.
+    """
+    return str(_named(stem)._replace(variant=""))
 
 
 def shared_stem(stem: str, digest: str) -> str:

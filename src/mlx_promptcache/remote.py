@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,6 +39,7 @@ IN_THREADS = {"file", "local", "memory", "hf"}  # beside those that are made for
 THREADS = 8
 PIECE_BYTES = 1 << 22
 LARGEST_NAME_FILE_BYTES = 1024
+FINGERPRINT = re.compile("/[0-9a-f]{32}/?$")
 
 
 class RemoteFile(NamedTuple):
@@ -130,6 +132,12 @@ class Remote:
                 return lists(place, **options)
             except FileNotFoundError:
                 return []
+
+    def has_models(self) -> bool:
+        """Whether there are states of any model."""
+        fs, root = self._fs()
+        rows = self._listed(fs.ls, root.rpartition("/")[0], detail=True)
+        return any(FINGERPRINT.search(str(row["name"])) for row in rows)
 
     def names(self) -> dict[str, tuple[str, str | None]]:
         """Every name, the stem that it stands for, and the signature of that."""

@@ -105,12 +105,15 @@ class Supply:
         if self._rates.reading_is_slower(size, wanted.position - position):
             return
         began = time.perf_counter()
-        self._sharing.bring_blocks(came, lacking)
-        self._rates.note_read(size, time.perf_counter() - began)
-        if wanted.snapshot is not None:
-            snapshot = came.fetch(self._sharing.remote, SNAPSHOTS, [wanted.snapshot])
-            if snapshot is not None:
-                self._sharing.complete(came, snapshot)
+        try:
+            self._sharing.bring_blocks(came, lacking)
+            self._rates.note_read(size, time.perf_counter() - began)
+            if wanted.snapshot is not None:
+                snapshot = came.fetch(self._sharing.remote, SNAPSHOTS, [wanted.snapshot])
+                if snapshot is not None:
+                    self._sharing.complete(came, snapshot)
+        finally:
+            came.tell()
 
     def _wanted(self, keys: Keys) -> _Wanted:
         """The way through a prompt by the names of what is there, and the deepest snapshot."""

@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 OWN_FORMAT, MLX_LM = "own", "mlx-lm"
 FILE_FORMATS = (OWN_FORMAT, MLX_LM)
+NO_URL = "the URL is empty: give one, as s3://team/caches"
 NO_TEXT = "is not UTF-8 text: convert it first, with iconv for example"
 MESSAGES = 'write it as [{"role": "user", "content": "..."}]'
 
@@ -134,6 +135,15 @@ max_size_option = click.option(
     help="What the store may take on disk; 20 GB, or a tenth of what is free, by default.",
 )  # fmt: skip
 
+
+def _a_url(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not value.strip():
+        raise click.BadParameter(NO_URL)
+    return value
+
+
+url_argument = click.argument("url", callback=_a_url)
+
 sign_option = click.option(
     "--sign", envvar="MLX_PROMPTCACHE_SIGN", metavar="KEYFILE",
     help="Sign what is sent with this Ed25519 key, as ssh-keygen makes it.",
@@ -141,7 +151,7 @@ sign_option = click.option(
 
 remote_options = _options(
     click.option(
-        "--remote", envvar="MLX_PROMPTCACHE_REMOTE", metavar="URL",
+        "--remote", envvar="MLX_PROMPTCACHE_REMOTE", metavar="URL", callback=_a_url,
         help="Ask there for what is not stored here, and send what is kept there.",
     ),
     click.option(

@@ -15,6 +15,7 @@ from mlx_promptcache.cli.options import (
     model_options,
     output_options,
     take,
+    url_argument,
 )
 
 
@@ -25,7 +26,7 @@ from mlx_promptcache.cli.options import (
         "pull s3://team/caches",
     ),
 )
-@click.argument("url")
+@url_argument
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @model_options
 @click.option("--force", is_flag=True, help="Let names here stand for those states from now on.")

@@ -15,6 +15,7 @@ from mlx_promptcache.cli.options import (
     sign_option,
     signer,
     take,
+    url_argument,
 )
 
 
@@ -25,7 +26,7 @@ from mlx_promptcache.cli.options import (
         "push s3://team/caches --sign team",
     ),
 )
-@click.argument("url")
+@url_argument
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @model_options
 @click.option("--force", is_flag=True, help="Let names there stand for these states from now on.")

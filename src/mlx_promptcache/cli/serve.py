@@ -15,7 +15,7 @@ import click
 from mlx_promptcache import models, places
 from mlx_promptcache.budget import MAX_SIZE, parse_size
 from mlx_promptcache.cli import output
-from mlx_promptcache.cli.options import RemoteChoice, examples
+from mlx_promptcache.cli.options import NO_URL, RemoteChoice, examples
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,7 +92,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--salt", default="", help="A private namespace inside the store.")
     group.add_argument(
-        "--remote", metavar="URL", default=environment.get("MLX_PROMPTCACHE_REMOTE"),
+        "--remote", metavar="URL", default=environment.get("MLX_PROMPTCACHE_REMOTE") or None,
         help="Ask there for what is not stored here, and send what is kept there.",
     )  # fmt: skip
     group.add_argument(
@@ -145,6 +145,8 @@ def _check(found: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
         kv_settings(found)
     except ValueError as exc:
         error(str(exc))
+    if found.remote is not None and not found.remote.strip():
+        error(NO_URL)
     if found.stop_seconds < 0:
         error("--stop-seconds must not be negative")
     if not 0 <= found.port < 1 << 16:

@@ -50,7 +50,11 @@ def tell(moved: Moved, done: str, *, as_json: bool) -> None:
         return
     names = f", named {', '.join(moved.names)}" if moved.names else ""
     said = (
-        f"{moved.states} states{names}: {moved.files} files, {output.size(moved.bytes)} {done}, "
-        f"{moved.shared} were there"
+        f"{_number(moved.states, 'state')}{names}: {_number(moved.files, 'file')}, "
+        f"{output.size(moved.bytes)} {done}, {moved.shared} were there"
     )
     click.echo(output.printable(said))
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
