@@ -215,6 +215,16 @@ def test_only_the_first_rank_answers_and_a_named_state_is_resumed(model: Path) -
     assert part[0].json["tokens"] + loaded[0].json["tokens"] == whole[0].json["tokens"]
 
 
+def test_each_rank_knows_which_state_its_part_of_a_name_stood_for(model: Path) -> None:
+    """Ranks share a store here, where the plain name is that of the first one's part."""
+    generate = ("generate", "-m", model, "--shard", "tensor", "-n", "2", "--temp", "0")
+    told = "stood for another state before"
+    for text, other in (("one two", False), ("one two", False), ("else", True)):
+        ranks = launched.run(2, *generate, "-p", text, "--save-as", "mine")
+        assert [rank.code for rank in ranks] == [0, 0]
+        assert [told in rank.err for rank in ranks] == [other, other]
+
+
 def test_ctrl_c_on_one_rank_ends_all_after_the_same_token(model: Path) -> None:
     arguments = ("-m", "mlx_promptcache", "generate", "-m", model, "--shard", "tensor")
     more = ("-p", "to the end", "-n", "-1", "--temp", "1", "--seed", "5", "--logit-bias", "0=-100")

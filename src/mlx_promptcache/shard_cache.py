@@ -15,8 +15,6 @@ from mlx_promptcache import arithmetic
 from mlx_promptcache.cache import Match, PromptCache, Resumed
 from mlx_promptcache.errors import CacheMiss, PromptCacheError
 from mlx_promptcache.fingerprint import Fingerprint
-from mlx_promptcache.tree import Keys
-from mlx_promptcache.writer import check_free
 
 if TYPE_CHECKING:
     import os
@@ -154,6 +152,14 @@ class ShardCache(PromptCache):
 
     # By name
 
+    def check_free(self, name: str, tokens: Sequence[int]) -> None:
+        """Raise StoreError if this rank's part of a name stands for a state of other tokens."""
+        super().check_free(self.ranks.own_name(name), tokens)
+
+    def snapshot(self, name: str) -> str | None:
+        """The id of the snapshot of this rank's part of a name; see `PromptCache.snapshot`."""
+        return super().snapshot(self.ranks.own_name(name))
+
     def load(self, name: str) -> State:
         """Return this rank's part of the state of a name.
 
@@ -196,9 +202,8 @@ class ShardCache(PromptCache):
         """
         own = None if name is None else self.ranks.own_name(name)
         with self.ranks.together("saving a state"):
-            if own is not None and not replace:
-                key = Keys(self._finder.root(state.phase), state.tokens)[state.n_past]
-                check_free(self._store, own, key)
+            if name is not None and not replace:
+                self.check_free(name, state.tokens)
             saved = super().save(None, state, sync=sync, exact=exact)
         if own is None:
             return saved
