@@ -148,7 +148,6 @@ class Batch:
         """Answer these; put those into `left` that the model cannot answer so."""
         if not questions:
             return
-        assert self._layers is not None  # noqa: S101 - `_short` has looked
         size = min(self._size, len(questions))
         room = max(map(self._fed, questions)) + max(q.max_tokens for q in questions)
         asked = {question.index: question for question in self._alike(questions, size)}
@@ -167,8 +166,8 @@ class Batch:
         """Layers from which all these questions go on, and how many tokens these hold: the prefix,
         and what the questions have in common after it. For some questions it is not worth a pass.
         """
-        assert self._state is not None  # noqa: S101
-        assert self._layers is not None  # noqa: S101
+        assert self._state is not None  # noqa: S101 - `_short` has looked
+        assert self._layers is not None  # noqa: S101 - they are the state's
         shared = len(self._prefix)
         asked = [question.prompt.tokens[shared:-1] for question in questions]
         both = zip(min(asked), max(asked), strict=False)  # what these two share all others do

@@ -117,23 +117,24 @@ class SharedRows(mlx_cache.BatchKVCache):  # type: ignore[misc]
         """Attention of queries `[sequences, heads, N, D]` to all rows."""
         self._given = None  # what it holds would keep rows from being written in place
         size, heads, count, width = queries.shape
-        kinds = self._shared_keys.shape[1]
-        each = (size, kinds, heads // kinds, count)
+        kv_heads, dtype = self._shared_keys.shape[1], queries.dtype
+        each = (size, kv_heads, heads // kv_heads, count)
         queries = (queries * scale).reshape(*each, width)
-        together = queries.swapaxes(0, 1).reshape(1, kinds, -1, width)
+        together = queries.swapaxes(0, 1).reshape(1, kv_heads, -1, width)
         shared = _scores(together, self._shared_keys)
         own = _scores(queries, self.keys[:, :, None, : self._idx])
         assert self._masks.own is not None  # noqa: S101 - `attends` has looked
         own = mx.where(self._masks.own[:, :, None], own, -mx.inf)
-        highest = _by_kind(mx.max(shared, -1, keepdims=True), each)
+        highest = _by_sequence(mx.max(shared, -1, keepdims=True), each)
         highest = mx.maximum(highest, mx.max(own, -1, keepdims=True))
-        shared = _exp(shared - highest.swapaxes(0, 1).reshape(1, kinds, -1, 1))
+        shared = _exp(shared - highest.swapaxes(0, 1).reshape(1, kv_heads, -1, 1))
         own = _exp(own - highest)
-        weights = _by_kind(mx.sum(shared, -1, keepdims=True), each) + mx.sum(own, -1, keepdims=True)
-        kind = queries.dtype
-        told = _by_kind(shared.astype(kind) @ self._shared_values, each)
-        told = told + own.astype(kind) @ self.values[:, :, None, : self._idx]
-        return (told / weights).astype(kind).reshape(size, heads, count, -1)
+        weights = _by_sequence(mx.sum(shared, -1, keepdims=True), each) + mx.sum(
+            own, -1, keepdims=True
+        )
+        told = _by_sequence(shared.astype(dtype) @ self._shared_values, each)
+        told = told + own.astype(dtype) @ self.values[:, :, None, : self._idx]
+        return (told / weights).astype(dtype).reshape(size, heads, count, -1)
 
 
 def _empty(rows: mx.array, size: int, room: int) -> mx.array:
@@ -151,10 +152,10 @@ def _scores(queries: mx.array, keys: mx.array) -> mx.array:
     return (queries @ keys.swapaxes(-1, -2)).astype(mx.float32)
 
 
-def _by_kind(told: mx.array, each: tuple[int, ...]) -> mx.array:
+def _by_sequence(told: mx.array, each: tuple[int, ...]) -> mx.array:
     """What was told of the queries of all sequences together, by sequence."""
-    size, kinds, heads, count = each
-    return told.reshape(kinds, size, heads, count, -1).swapaxes(0, 1)
+    size, kv_heads, queries_each, count = each
+    return told.reshape(kv_heads, size, queries_each, count, -1).swapaxes(0, 1)
 
 
 def _exp(x: mx.array) -> mx.array:

@@ -51,11 +51,10 @@ def command(**options: Any) -> int:
                 log.warning("%s", exc)
     else:
         shown.add(choice.store(), choice.fingerprint(), {})
+    told = {"total_bytes": shown.total_bytes, "blocks": shown.blocks}
     if options["as_tree"]:
-        told = {"total_bytes": shown.total_bytes, "blocks": shown.blocks}
         _show_trees(shown.trees, shown.entries, told, as_json=options["as_json"])
     elif options["as_json"]:
-        told = {"total_bytes": shown.total_bytes, "blocks": shown.blocks}
         output.print_json({"entries": shown.entries, **told})
     else:
         _print(shown.entries, shown.total_bytes, shown.blocks)
