@@ -425,6 +425,10 @@ def no_notes(content: Json, notes: Json) -> None:
     del notes["blocks"]
 
 
+def notes_of_fewer_blocks(content: Json, notes: Json) -> None:
+    notes["blocks"].pop()
+
+
 def nothing_at_all(content: Json, notes: Json) -> None:
     content.clear()
 
@@ -459,7 +463,8 @@ def test_parts_of_two_models_are_refused_however_well_they_are_sealed(tmp_path: 
     [
         other_token, other_rows, no_tokens, negative_token, text_for_a_token, many_tokens,
         blocks_swapped, a_block_less, another_fingerprint, no_fingerprint, another_phase,
-        another_ref, another_length, no_notes, nothing_at_all, numbers_for_parts,
+        another_ref, another_length, no_notes, notes_of_fewer_blocks,
+        nothing_at_all, numbers_for_parts,
     ],
 )  # fmt: skip
 def test_a_parcel_that_contradicts_itself_is_refused_and_nothing_is_written(

@@ -364,8 +364,8 @@ def _quoted(word: bytes) -> str:
 
 def _why(done: subprocess.CompletedProcess[str], directory: Path) -> str:
     left = [path for path in directory.iterdir() if path.name.startswith(("crash", "oom", "time"))]
-    inputs = "; ".join(f"{path.name}: {path.read_bytes()[:2000]!r}" for path in left)
-    return f"{done.stderr[-3000:]} {inputs}"
+    inputs = "; ".join(f"{path.name}: {path.read_bytes()!r}" for path in left)
+    return f"{done.stdout[-3000:]} {done.stderr[-3000:]} {inputs}"
 
 
 def _child() -> None:

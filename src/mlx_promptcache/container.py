@@ -46,7 +46,7 @@ ALWAYS_BYTES = 1 << 26  # ... unless it is smaller than this
 FIRST_READ_BYTES = 1 << 14  # most headers come whole with the first read
 
 UNREADABLE = (  # what reading a header of somebody else's may raise
-    ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, MemoryError,
+    ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError, MemoryError,
 )  # fmt: skip
 
 ITEMSIZE = {

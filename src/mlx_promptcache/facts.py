@@ -217,7 +217,7 @@ class _Known:
             checksum, _, text = path.read_text("ascii").partition("\n")
             if checksum == _checksum(text):
                 known._take(json.loads(text))
-        except (OSError, LookupError, *UNREADABLE):
+        except (OSError, *UNREADABLE):
             return cls()
         return known
 

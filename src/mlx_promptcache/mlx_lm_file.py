@@ -50,7 +50,6 @@ DTYPES = {
 }  # fmt: skip
 MOST_LAYERS = 100_000
 LONGEST_TEXT = 200
-WRONG = (*UNREADABLE, IndexError)
 PIECE_BYTES = 1 << 24
 
 
@@ -129,7 +128,7 @@ def read(read: Read, size: int) -> Contents:
         if not scalars.keys() <= values.keys():
             raise DamagedFile("it lacks some of its values")
         states = _nested([(name.split("."), value) for name, value in values.items()])
-    except WRONG as exc:
+    except UNREADABLE as exc:
         raise DamagedFile("it is no prompt-cache file of mlx-lm's") from exc
     if not isinstance(states, list) or len(states) != len(classes):
         raise DamagedFile("it does not say of which class each of its layers is")
@@ -252,7 +251,7 @@ def _filled(where: str, layer: Any, told: str, state: Any, kv: KVSettings) -> An
             layer.caches = type(layer.caches)(inner)
         else:
             layer.state = state
-    except WRONG as exc:
+    except UNREADABLE as exc:
         raise UnsupportedLayer(f"layer {where} ({kind}) cannot hold what it says") from exc
     return layer
 
@@ -283,7 +282,7 @@ def state_of(layers: Sequence[Any], tokens: Sequence[int], model: Any, kv: KVSet
         _check(contents, Blueprint.of(model, kv), n)
         check_quantised(layers, n, kv)
         fill(make_layers(model, kv), contents, n, kv)
-    except WRONG as exc:
+    except UNREADABLE as exc:
         raise UnsupportedLayer("its layers make no sense") from exc
     return State(
         tokens=tuple(tokens),
