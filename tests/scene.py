@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import tiny
 from mlx_promptcache import PromptCache, Runner, Sampling, catalog
-from mlx_promptcache.store import BLOCKS, NAMES, QUARANTINE, SNAPSHOTS, Store
+from mlx_promptcache.names import NAMES
+from mlx_promptcache.store import BLOCKS, QUARANTINE, SNAPSHOTS, Store
 from tiny import digest, random_tokens
 
 if TYPE_CHECKING:

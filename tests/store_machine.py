@@ -27,13 +27,14 @@ from inspection import command
 from known import model_of
 from mlx_promptcache import PromptCache, State
 from mlx_promptcache.errors import CacheMiss, StoreError
-from mlx_promptcache.files import TEMPORARY
+from mlx_promptcache.files import SUFFIX, TEMPORARY
 from mlx_promptcache.headers import snapshot_header
 from mlx_promptcache.layers import Layer
 from mlx_promptcache.locks import LOCK_FILES
+from mlx_promptcache.names import NAMES
 from mlx_promptcache.passes import Pass
 from mlx_promptcache.state import Trail
-from mlx_promptcache.store import BLOCKS, NAMES, SNAPSHOTS, SUFFIX, Store
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from tiny import digest, random_tokens
 
 if TYPE_CHECKING:
@@ -342,7 +343,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def _files_of(self, name: str) -> tuple[str, ...]:
         store = Store(self.directory)
-        stem = store.read_name(name)
+        stem = store.names.read(name)
         blocks = [ref[0] for ref in snapshot_header(store, stem).content["refs"]]
         paths = [store.path(SNAPSHOTS, stem), *(store.path(BLOCKS, block) for block in blocks)]
         return (*map(self._relative, paths), f"{NAMES}/{name}")

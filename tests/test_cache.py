@@ -36,7 +36,8 @@ from mlx_promptcache.errors import (
 )
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings
 from mlx_promptcache.layers import make_layers
-from mlx_promptcache.store import BLOCKS, NAMES, SNAPSHOTS, Store
+from mlx_promptcache.names import NAMES, Names
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from shim import Fault, Shim
 from tiny import bits, digest, random_tokens
 
@@ -1131,14 +1132,14 @@ def test_a_state_that_is_saved_while_one_looks_is_not_taken_for_damage(
     state = keep("plain", tmp_path, random_tokens(40, 1), "x")
     cache = PromptCache(tmp_path, "plain")
     fresh = iter("abcd")
-    names = Store.names
+    names = Names.all
 
-    def saved_meanwhile(self: Store) -> dict[str, str]:
+    def saved_meanwhile(self: Names) -> dict[str, str]:
         other = replace(state, rng=mx.random.key(ord(name := next(fresh))))
         PromptCache(tmp_path, "plain").save(name, other, sync=False)
         return names(self)
 
-    monkeypatch.setattr(Store, "names", saved_meanwhile)
+    monkeypatch.setattr(Names, "all", saved_meanwhile)
     assert cache.verify().damaged == ()
     assert {entry.status for entry in cache.list()} == {"ok"}
 
@@ -1151,7 +1152,7 @@ def test_verify_reads_every_byte_and_names_what_is_wrong(tmp_path: Path) -> None
     assert not whole.damaged
     assert whole.bytes == size_of(written_once(tmp_path))
     assert whole.files == len(written_once(tmp_path)) == 5
-    flip(Store(tmp_path).path(SNAPSHOTS, Store(tmp_path).names()["yours"]), 2000)
+    flip(Store(tmp_path).path(SNAPSHOTS, Store(tmp_path).names.all()["yours"]), 2000)
     assert [(d.kind, d.reason != "") for d in cache.verify().damaged] == [("snapshots", True)]
     assert not cache.verify(["mine"]).damaged
     assert len(cache.verify(["yours"]).damaged) == 1

@@ -93,7 +93,7 @@ def store(tmp_path: Path) -> Path:
     store = Store(tmp_path / "store")
     store.create()
     for name in ("examples for mine", "it's $HOME & more", "plain"):
-        store.write_name(name, STEM)
+        store.names.write(name, STEM)
     return store.directory
 
 
@@ -127,7 +127,7 @@ def test_names_are_those_of_the_store_that_the_words_before_choose(
     store: Path, tmp_path: Path
 ) -> None:
     Store(tmp_path / "other").create()
-    Store(tmp_path / "other").write_name("elsewhere", STEM)
+    Store(tmp_path / "other").names.write("elsewhere", STEM)
     chosen = ["mlx-promptcache", "show", "--cache-dir", str(tmp_path / "other"), ""]
     assert completed(chosen, MLX_PROMPTCACHE_DIR=str(store)) == ["plain,elsewhere"]
     chosen[3] = str(tmp_path / "none")
@@ -170,7 +170,7 @@ def test_names_are_completed_without_mlx(store: Path) -> None:
 
 
 def test_fish_is_not_given_half_a_name(store: Path) -> None:
-    Store(store).write_name("one, two", STEM)
+    Store(store).names.write("one, two", STEM)
     words = {"COMP_WORDS": "mlx-promptcache show ", "COMP_CWORD": ""}
     asked = {cli.COMPLETING: "fish_complete", "MLX_PROMPTCACHE_DIR": str(store), **words}
     assert "one" not in processes.run(**asked).out

@@ -233,7 +233,7 @@ def test_a_conversation_without_a_session_is_kept_as_prompts_are(tmp_path: Path)
     talk = opened(tmp_path, None)
     talk.sample(only(talk, "Z"))
     ask(talk, QUESTIONS[0])
-    assert Store(tmp_path).names() == {}
+    assert Store(tmp_path).names.all() == {}
     other = opened(tmp_path, None)
     other.sample(only(other, "Z"))
     again = ask(other, QUESTIONS[0])
@@ -369,7 +369,7 @@ def test_several_exchanges_are_undone_at_once_and_no_more_than_there_are(tmp_pat
     assert opened(tmp_path).questions == [QUESTIONS[0]]
     back = opened(tmp_path)
     assert (back.undo(9), back.messages) == (1, ())
-    assert Store(tmp_path).names() == {}
+    assert Store(tmp_path).names.all() == {}
     assert back.undo() == 0
     ask(back, QUESTIONS[2])
     assert opened(tmp_path).questions == [QUESTIONS[2]]

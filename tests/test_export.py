@@ -21,8 +21,9 @@ from mlx_promptcache.errors import CacheMiss, DamagedFile, ForeignFile, Signatur
 from mlx_promptcache.files import Reader
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings
 from mlx_promptcache.headers import block_header
+from mlx_promptcache.names import NAMES
 from mlx_promptcache.room import NoRoom
-from mlx_promptcache.store import BLOCKS, NAMES, SNAPSHOTS, Store
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from mlx_promptcache.tree import BlockName, Keys
 from tiny import digest, random_tokens
 

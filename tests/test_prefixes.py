@@ -145,7 +145,7 @@ def test_hits_are_those_of_all_states_on_a_branch_and_beyond(tmp_path: Path) -> 
 def test_a_state_with_two_names_is_counted_once(tmp_path: Path) -> None:
     store = kept(tmp_path, [SHARED])
     (stem,) = store.stems(SNAPSHOTS)
-    store.write_name("again", stem)
+    store.names.write("again", stem)
     PromptCache(tmp_path, "smallest").load("0")
     (branch,) = trees(store)
     assert [state.name for state in branch.states] == ["0", "again"]
@@ -155,7 +155,7 @@ def test_a_state_with_two_names_is_counted_once(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read_has_no_place_in_the_tree(tmp_path: Path) -> None:
     store = kept(tmp_path, [SHARED, [1, 2]])
-    path = store.path(SNAPSHOTS, store.read_name("1"))
+    path = store.path(SNAPSHOTS, store.names.read("1"))
     path.write_bytes(b"")
     catalog = Catalog(store)
     branches, others = tree_of(catalog.facts, catalog.entries())

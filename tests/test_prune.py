@@ -169,7 +169,7 @@ def test_what_was_written_is_told_by_day(program: Program) -> None:
 def test_clear_unnamed_takes_rows_that_no_state_has(program: Program) -> None:
     fill(program)
     for stem in program.store.stems(SNAPSHOTS):
-        if stem != program.store.read_name("mine"):
+        if stem != program.store.names.read("mine"):
             program.store.remove(SNAPSHOTS, stem)
     told = program("clear", "--unnamed", "--dry-run", "--json").json
     done = program("clear", "--unnamed", "--yes", "--json").json

@@ -154,7 +154,7 @@ def test_the_neighbour_is_found_with_few_headers_read(tmp_path: Path) -> None:
     prompt = [*TOKENS[:300], 7, *TOKENS[:4], other(TOKENS[4])]
     near = neighbour(Facts(store), root, prompt, set())
     assert near is not None
-    assert store.names()["n7"] == near.stem
+    assert store.names.all()["n7"] == near.stem
     assert (near.agreed, near.n_past) == (305, 310)
     assert neighbour(Facts(store), "0f" * 16, prompt, set()) is None
 

@@ -104,7 +104,7 @@ def test_hits_are_told_by_hour_and_by_state_and_nonsense_is_passed_over(store: S
         use | {"seconds": float("nan")}, {"when": WHEN},
     ]  # fmt: skip
     for line in (use, use | {"when": WHEN + 1}, use | {"when": WHEN + 7200, "what": None}, *wrong):
-        store.record_use(line)
+        store.uses.note(line)
     found = told(store)
     hour = WHEN // 3600 * 3600
     assert found["hits"][:2] == [

@@ -19,7 +19,8 @@ from mlx_promptcache.errors import CacheLocked, StoreError
 from mlx_promptcache.facts import Facts
 from mlx_promptcache.saver import most_bytes
 from mlx_promptcache.state import Origin
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, USES, Store
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
+from mlx_promptcache.uses import USES
 from tiny import digest, random_tokens
 
 if TYPE_CHECKING:
@@ -348,27 +349,27 @@ def test_statistics_that_grew_long_lose_their_older_half(
     store = store_of(cache)
     store.create()
     for number in range(20):
-        store.record_use({"what": str(number)})
-    monkeypatch.setattr("mlx_promptcache.store.MOST_STATISTICS_BYTES", 100)
+        store.uses.note({"what": str(number)})
+    monkeypatch.setattr("mlx_promptcache.uses.MOST_STATISTICS_BYTES", 100)
     with store.exclusive():
-        store.shorten_uses()
-    assert [use["what"] for use in store.uses()] == [str(n) for n in range(10, 20)]
+        store.uses.shorten()
+    assert [use["what"] for use in store.uses.all()] == [str(n) for n in range(10, 20)]
     with store.exclusive():
-        store.shorten_uses()
-        store.shorten_uses()
+        store.uses.shorten()
+        store.uses.shorten()
     assert (store.directory / USES).stat().st_size <= 100
 
 
 def test_statistics_do_not_grow_without_end_where_nothing_is_added(
     cache: PromptCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_promptcache.store.MOST_STATISTICS_BYTES", 1000)
+    monkeypatch.setattr("mlx_promptcache.uses.MOST_STATISTICS_BYTES", 1000)
     store = store_of(cache)
     store.create()
     for number in range(200):
-        store.record_use({"what": str(number)})
+        store.uses.note({"what": str(number)})
         assert (store.directory / USES).stat().st_size <= 1000
-    told = [use["what"] for use in store.uses()]
+    told = [use["what"] for use in store.uses.all()]
     assert len(told) > 20
     assert told == [str(number) for number in range(200 - len(told), 200)]
 
@@ -377,10 +378,10 @@ def test_what_is_written_is_counted_by_day(cache: PromptCache) -> None:
     saved = cache.keep(state_of(1))
     cache.keep(state_of(1))
     today = time.strftime("%Y-%m-%d", time.gmtime())
-    assert store_of(cache).written_by_day() == {today: saved.bytes_written}
-    store_of(cache).record_use({"when": 1e300, "wrote": 3})
-    store_of(cache).record_use({"when": "never", "wrote": 3})
-    assert store_of(cache).written_by_day() == {today: saved.bytes_written}
+    assert store_of(cache).uses.written_by_day() == {today: saved.bytes_written}
+    store_of(cache).uses.note({"when": 1e300, "wrote": 3})
+    store_of(cache).uses.note({"when": "never", "wrote": 3})
+    assert store_of(cache).uses.written_by_day() == {today: saved.bytes_written}
 
 
 def test_writing_can_be_switched_off_altogether(

@@ -10,7 +10,7 @@ import pytest
 
 import tiny
 from counting import Counted
-from mlx_promptcache import PromptCache, Runner, Sampling, State, container, store
+from mlx_promptcache import PromptCache, Runner, Sampling, State, container, names
 from mlx_promptcache.blueprint import Blueprint
 from mlx_promptcache.catalog import Catalog
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
@@ -143,31 +143,31 @@ def test_names_are_read_once_for_many_hits_and_again_when_one_has_changed(
     here = Store(tmp_path)
     (stem,) = here.stems(SNAPSHOTS)
     for number in range(30):
-        here.write_name(f"n{number}", stem)
+        here.names.write(f"n{number}", stem)
     reads = reads_of_names(monkeypatch)
     cache = PromptCache(tmp_path, "smallest", read_only=True)
     assert [cache.match(prompt).source for _ in range(3)] == ["n0"] * 3
     assert len(reads) == 3 * 30  # they have changed just now
-    monkeypatch.setattr(store, "SETTLED_NS", -(1 << 62))  # as if that were long ago
+    monkeypatch.setattr(names, "SETTLED_NS", -(1 << 62))  # as if that were long ago
     reads.clear()
     assert [cache.match(prompt).source for _ in range(3)] == ["n0"] * 3
     assert len(reads) == 30
-    here.write_name("a", stem)
+    here.names.write("a", stem)
     assert cache.match(prompt).source == "a"
-    here.remove_name("a")
+    here.names.remove("a")
     assert cache.match(prompt).source == "n0"
 
 
 def reads_of_names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names whose files are read from now on."""
     read: list[str] = []
-    original = store._stem_in
+    original = names._stem_in
 
     def watched(name: str, *args: Any) -> str:
         read.append(name)
         return original(name, *args)
 
-    monkeypatch.setattr(store, "_stem_in", watched)
+    monkeypatch.setattr(names, "_stem_in", watched)
     return read
 
 

@@ -30,12 +30,14 @@ from mlx_promptcache import (
     facts,
     privacy,
     tree,
+    uses,
 )
-from mlx_promptcache import store as store_module
 from mlx_promptcache.arrays import to_array
 from mlx_promptcache.container import Array, pack
 from mlx_promptcache.locks import LOCK, LOCK_FILES
-from mlx_promptcache.store import BLOCKS, NAMES, QUARANTINE, SNAPSHOTS, TOKENIZERS, USES, Store
+from mlx_promptcache.names import NAMES
+from mlx_promptcache.store import BLOCKS, QUARANTINE, SNAPSHOTS, TOKENIZERS, Store
+from mlx_promptcache.uses import USES
 from test_cli import GREEDY, PROMPT, Program, one_line, program, tiny_model
 from tiny import digest, random_tokens
 
@@ -338,8 +340,8 @@ def test_a_store_is_private_and_usable_whatever_the_umask(umask: int, tmp_path: 
         store = Store(tmp_path / "store")
         store.create()
         store.write(BLOCKS, "3f/3f00-7-9a00", pack("block", {}, {}, {}))
-        store.write_name("few", "3f/3f00-7-9a00")
-        store.record_use({"what": "x"})
+        store.names.write("few", "3f/3f00-7-9a00")
+        store.uses.note({"what": "x"})
         assert store.quarantine(BLOCKS, "3f/3f00-7-9a00")
     finally:
         os.umask(before)
@@ -699,9 +701,9 @@ def test_statistics_are_read_from_their_end_however_many_there_are(
     store = Store(tmp_path)
     store.create()
     for number in range(100):
-        store.record_use({"what": number})
-    monkeypatch.setattr(store_module, "LARGEST_USES_BYTES", 150)
-    numbers = [use["what"] for use in store.uses()]
+        store.uses.note({"what": number})
+    monkeypatch.setattr(uses, "LARGEST_USES_BYTES", 150)
+    numbers = [use["what"] for use in store.uses.all()]
     assert numbers == list(range(100 - len(numbers), 100))
     assert 1 < len(numbers) < 15
 
@@ -715,8 +717,8 @@ def test_a_pipe_in_the_place_of_a_file_of_a_store_is_not_waited_for(
     (store.directory / place).unlink(missing_ok=True)
     os.mkfifo(store.directory / place)
     store.create()
-    store.record_use({"what": "x"})
-    assert list(store.uses()) == ([] if place == USES else [{"what": "x"}])
+    store.uses.note({"what": "x"})
+    assert list(store.uses.all()) == ([] if place == USES else [{"what": "x"}])
     with store.shared():
         pass
     with store.exclusive():

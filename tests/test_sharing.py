@@ -19,11 +19,12 @@ import servers
 import tiny
 from mlx_promptcache import CacheMiss, PromptCache, Runner, Sampling
 from mlx_promptcache.errors import RemoteError, SignatureError
+from mlx_promptcache.names import NAMES
 from mlx_promptcache.rates import Rates
 from mlx_promptcache.remote import Remote, without_password
 from mlx_promptcache.sharing import Sharing
 from mlx_promptcache.signatures import Signer
-from mlx_promptcache.store import BLOCKS, NAMES, SNAPSHOTS, TRUSTED_KEYS, Store
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, TRUSTED_KEYS, Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -215,14 +216,14 @@ def test_a_state_that_ends_inside_a_block_is_one_state_there_and_here(
 ) -> None:
     """Alone it goes with its own rows, and among all states with blocks that go on after it."""
     one, sharing = ends_inside_a_block(tmp_path, kind)
-    stem, stored = one._store.read_name("beginning"), files(tmp_path / "one")
+    stem, stored = one._store.names.read("beginning"), files(tmp_path / "one")
     moved = [sharing.push(first), sharing.push([] if first else ["beginning"])]
     assert [push.names for push in moved] == [("beginning",)] * 2
     assert sharing.push(["beginning"]).files == sharing.push().files == 0
     for names in (["beginning"], []):
         came = sharing.pull(names)
         assert (came.files, came.names, came.refused) == (0, ("beginning",), ())
-    assert (one._store.read_name("beginning"), files(tmp_path / "one")) == (stem, stored)
+    assert (one._store.names.read("beginning"), files(tmp_path / "one")) == (stem, stored)
     assert not caplog.text
     (there,) = files(tmp_path / "shared", "beginning")
     snapshots = files(tmp_path / "shared", f"{there.read_text().splitlines()[0][3:]}.safetensors")

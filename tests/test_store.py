@@ -28,17 +28,9 @@ from mlx_promptcache import store as store_module
 from mlx_promptcache.container import Array, pack, read_array
 from mlx_promptcache.errors import CacheLocked, CacheMiss, DamagedFile, PromptCacheError, StoreError
 from mlx_promptcache.locks import LOCK, LOCK_FILES
-from mlx_promptcache.store import (
-    BLOCKS,
-    LONGEST_NAME_BYTES,
-    NAMES,
-    OURS,
-    QUARANTINE,
-    SNAPSHOTS,
-    USES,
-    Store,
-    check_name,
-)
+from mlx_promptcache.names import LONGEST_NAME_BYTES, NAMES, check_name
+from mlx_promptcache.store import BLOCKS, OURS, QUARANTINE, SNAPSHOTS, Store
+from mlx_promptcache.uses import USES
 from shim import Call, Fault, Shim
 
 if TYPE_CHECKING:
@@ -87,8 +79,8 @@ def test_every_directory_is_0700_and_every_file_0600_whatever_the_umask(tmp_path
         store.create()
         store.write(BLOCKS, STEM, packed())
         store.write(SNAPSHOTS, OTHER, packed())
-        store.write_name("prefix", OTHER)
-        store.record_use({"what": "x"})
+        store.names.write("prefix", OTHER)
+        store.uses.note({"what": "x"})
         store.write(BLOCKS, OTHER, packed())
         assert store.quarantine(BLOCKS, OTHER)
     finally:
@@ -255,7 +247,7 @@ def test_what_cannot_be_looked_at_is_not_taken_for_empty(
     store.write(BLOCKS, STEM, packed())
     with Shim(store.directory, Fault(Call(function, path, 1), errno.EIO)) as shim:
         with pytest.raises(StoreError, match="cannot be read: Input/output error") as caught:
-            (store.files(BLOCKS), store.stems(BLOCKS), store.names())
+            (store.files(BLOCKS), store.stems(BLOCKS), store.names.all())
         assert one_sentence(caught.value)
         assert (list(store.files(BLOCKS)), store.stems(BLOCKS)) == ([STEM], [STEM])
     assert shim.met
@@ -305,7 +297,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
             store.write(BLOCKS, STEM, packed(size=5000))
         left = min(after_bytes, 3)
         with pytest.raises(StoreError):
-            store.write_name("prefix", STEM)
+            store.names.write("prefix", STEM)
     assert one_sentence(caught.value)
     assert os.strerror(number) in str(caught.value)
     assert files(store.directory) == []
@@ -453,7 +445,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(store: Store) -> None:
                 os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
                 waited.append(pipe)
 
-    for read in (lambda: store.header(BLOCKS, STEM), lambda: store.read_name("pipe")):
+    for read in (lambda: store.header(BLOCKS, STEM), lambda: store.names.read("pipe")):
         timer = threading.Timer(5, write_if_somebody_waits)
         timer.start()
         with pytest.raises(StoreError) as caught:
@@ -525,26 +517,26 @@ def test_looking_is_not_using_where_the_system_has_no_flag_for_it(
 
 
 def test_uses_are_told_in_order_and_broken_lines_are_passed_over(store: Store) -> None:
-    assert list(store.uses()) == []
-    store.record_use({"what": "a", "rows": 1})
+    assert list(store.uses.all()) == []
+    store.uses.note({"what": "a", "rows": 1})
     with (store.directory / USES).open("ab") as file:
         file.write(b'not json\n[1]\n7\n\n\xff\xfe\n"text"\n' + b"[" * 100_000 + b"\n")
         file.write(b"9" * 5000 + b"\nnull\n")
-    store.record_use({"what": "b", "text": "Grüße\n"})
-    assert list(store.uses()) == [{"what": "a", "rows": 1}, {"what": "b", "text": "Grüße\n"}]
+    store.uses.note({"what": "b", "text": "Grüße\n"})
+    assert list(store.uses.all()) == [{"what": "a", "rows": 1}, {"what": "b", "text": "Grüße\n"}]
 
 
 def test_a_line_that_was_torn_off_costs_at_most_the_one_after_it(store: Store) -> None:
-    store.record_use({"what": "a"})
+    store.uses.note({"what": "a"})
     with (store.directory / USES).open("ab") as file:
         file.write(b'{"what": "tor')
-    store.record_use({"what": "b"})
-    store.record_use({"what": "c"})
-    assert [use["what"] for use in store.uses() if use["what"] != "b"] == ["a", "c"]
+    store.uses.note({"what": "b"})
+    store.uses.note({"what": "c"})
+    assert [use["what"] for use in store.uses.all() if use["what"] != "b"] == ["a", "c"]
 
 
 def test_a_use_that_cannot_be_recorded_is_no_matter(tmp_path: Path) -> None:
-    Store(tmp_path / "missing").record_use({"what": "a"})
+    Store(tmp_path / "missing").uses.note({"what": "a"})
     assert not (tmp_path / "missing").exists()
 
 
@@ -573,10 +565,10 @@ def test_what_is_set_aside_leaves_its_name_to_the_next(store: Store) -> None:
 
 def test_traces_are_what_is_no_state(store: Store) -> None:
     store.write(BLOCKS, STEM, packed())
-    store.write_name("prefix", STEM)
+    store.names.write("prefix", STEM)
     store.write(BLOCKS, OTHER, packed())
     store.quarantine(BLOCKS, OTHER)
-    store.record_use({"what": "a"})
+    store.uses.note({"what": "a"})
     (store.path(BLOCKS, STEM).parent / ".tmp-7-ab").write_bytes(b"half")
     (store.directory / NAMES / ".tmp-7-ab").write_bytes(b"half")
     store.clear_traces()
@@ -599,21 +591,21 @@ BAD_NAMES = [
 
 @pytest.mark.parametrize("name", GOOD_NAMES)
 def test_a_good_name_stands_for_its_stem(store: Store, name: str) -> None:
-    store.write_name(name, STEM, sync=True)
-    assert store.read_name(name) == STEM
-    assert store.names() == {name: STEM}
-    store.remove_name(name)
-    store.remove_name(name)
-    assert store.names() == {}
+    store.names.write(name, STEM, sync=True)
+    assert store.names.read(name) == STEM
+    assert store.names.all() == {name: STEM}
+    store.names.remove(name)
+    store.names.remove(name)
+    assert store.names.all() == {}
 
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
 def test_a_bad_name_is_refused_before_anything_is_touched(store: Store, name: str) -> None:
-    for use in (check_name, store.read_name, store.remove_name):
+    for use in (check_name, store.names.read, store.names.remove):
         with pytest.raises(StoreError, match="cannot be a name"):
             use(name)
     with pytest.raises(StoreError, match="cannot be a name"):
-        store.write_name(name, STEM)
+        store.names.write(name, STEM)
     assert files(store.directory) == []
 
 
@@ -633,23 +625,23 @@ def test_whatever_is_taken_as_a_name_is_one_file_of_the_directory(name: str) -> 
 
 def test_one_name_may_be_written_in_two_ways(store: Store) -> None:
     composed, decomposed = "caf\u00e9", "cafe\u0301"
-    store.write_name(decomposed, STEM)
-    assert store.read_name(composed) == store.read_name(decomposed) == STEM
-    assert store.names() == {composed: STEM}
-    store.remove_name(decomposed)
-    assert store.names() == {}
+    store.names.write(decomposed, STEM)
+    assert store.names.read(composed) == store.names.read(decomposed) == STEM
+    assert store.names.all() == {composed: STEM}
+    store.names.remove(decomposed)
+    assert store.names.all() == {}
 
 
 def test_a_name_may_stand_for_another_state_later(store: Store) -> None:
-    store.write_name("prefix", STEM)
-    store.write_name("prefix", OTHER)
-    assert store.read_name("prefix") == OTHER
+    store.names.write("prefix", STEM)
+    store.names.write("prefix", OTHER)
+    assert store.names.read("prefix") == OTHER
     assert files(store.directory) == ["names/prefix"]
 
 
 def test_a_name_that_is_not_there_is_a_miss_that_says_what_to_do(store: Store) -> None:
     with pytest.raises(CacheMiss, match=r"no state named 'prefix'; `list` shows") as caught:
-        store.read_name("prefix")
+        store.names.read("prefix")
     assert not isinstance(caught.value, DamagedFile)
 
 
@@ -669,18 +661,18 @@ def test_a_name_that_is_not_there_is_a_miss_that_says_what_to_do(store: Store) -
     ],
 )
 def test_a_name_whose_file_is_damaged_says_so(store: Store, content: bytes) -> None:
-    store.write_name("sound", STEM)
+    store.names.write("sound", STEM)
     (store.directory / NAMES / "prefix").write_bytes(content)
     with pytest.raises(DamagedFile, match="the name 'prefix' is damaged"):
-        store.read_name("prefix")
-    assert store.names() == {"prefix": "", "sound": STEM}
+        store.names.read("prefix")
+    assert store.names.all() == {"prefix": "", "sound": STEM}
 
 
 def test_foreign_files_among_the_names_are_listed_as_lost_or_not_at_all(store: Store) -> None:
     for foreign in (".tmp-1-ab", ".DS_Store", "-x", "a:b"):
         (store.directory / NAMES / foreign).write_bytes(b"half")
     (store.directory / NAMES / "directory").mkdir()
-    assert store.names() == {"directory": ""}
+    assert store.names.all() == {"directory": ""}
 
 
 # Lists
@@ -727,7 +719,7 @@ def test_a_store_that_is_not_there_is_no_store_and_no_error(tmp_path: Path) -> N
     store = Store(tmp_path / "missing")
     assert store.check() is False
     assert store.stems(BLOCKS) == []
-    assert store.names() == {}
+    assert store.names.all() == {}
     with store.shared(), store.exclusive():
         assert not store.directory.exists()
 
@@ -782,12 +774,12 @@ def test_a_file_is_no_store(tmp_path: Path) -> None:
 def test_a_store_that_is_copied_elsewhere_is_the_same_store(store: Store, tmp_path: Path) -> None:
     store.write(BLOCKS, STEM, packed())
     store.write(SNAPSHOTS, OTHER, packed("snapshot"))
-    store.write_name("prefix", OTHER)
+    store.names.write("prefix", OTHER)
     copied = Store(tmp_path / "elsewhere")
     shutil.copytree(store.directory, copied.directory)
     shutil.rmtree(store.directory)
     assert copied.check()
-    assert copied.names() == {"prefix": OTHER}
+    assert copied.names.all() == {"prefix": OTHER}
     assert copied.header(SNAPSHOTS, OTHER).content == {"text": "snapshot"}
     assert copied.stems(BLOCKS) == [STEM]
     (copied.directory / LOCK).unlink()
@@ -895,6 +887,6 @@ def test_what_goes_wrong_without_a_lock_file_is_told_as_it_is(tmp_path: Path) ->
 
 def test_statistics_are_one_object_a_line(store: Store) -> None:
     for k in range(3):
-        store.record_use({"k": k})
+        store.uses.note({"k": k})
     lines = (store.directory / USES).read_text("utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [{"k": 0}, {"k": 1}, {"k": 2}]

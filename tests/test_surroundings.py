@@ -14,7 +14,8 @@ import trial_surroundings
 from inspection import Inspector, command
 from mlx_promptcache import facts
 from mlx_promptcache.errors import CacheMiss, StoreError
-from mlx_promptcache.store import NAMES, Store
+from mlx_promptcache.names import NAMES
+from mlx_promptcache.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -143,7 +144,7 @@ def test_where_two_cases_are_one_name_nothing_is_lost_unasked(folding: Inspector
     folding.cache().save("A Name", other, replace=True, sync=False)
     assert folding.cache().load("a name").tokens == folding.known[2].prompt
     assert folding.cache().load("A NAME").tokens == folding.known[2].prompt
-    assert list(Store(folding.directory).names()) == ["a name"]
+    assert list(Store(folding.directory).names.all()) == ["a name"]
     assert folding.what_is_wrong() == []
 
 

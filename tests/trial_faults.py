@@ -22,8 +22,9 @@ from mlx_promptcache import PromptCache, PromptCacheError, Runner
 from mlx_promptcache.catalog import Catalog
 from mlx_promptcache.cli.session import Session
 from mlx_promptcache.deletion import execute
+from mlx_promptcache.names import NAMES
 from mlx_promptcache.saver import most_bytes
-from mlx_promptcache.store import BLOCKS, NAMES, SNAPSHOTS, Store
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from outcome import Outcome, parser, some
 from scene import FIRST, GENERATED, GREEDY, SECOND, STORE, UNNAMED, Scene, leftovers
 from shim import Call, Fault, Shim, faults

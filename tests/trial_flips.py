@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import tiny
 from mlx_promptcache import CacheMiss, PromptCache, Runner, Sampling
 from mlx_promptcache.blueprint import Blueprint
-from mlx_promptcache.store import SUFFIX
+from mlx_promptcache.files import SUFFIX
 from outcome import Outcome, parser
 
 if TYPE_CHECKING:

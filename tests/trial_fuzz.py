@@ -42,7 +42,8 @@ from mlx_promptcache import (
 )
 from mlx_promptcache.container import SEAL_BYTES, Header
 from mlx_promptcache.errors import PromptCacheError
-from mlx_promptcache.store import Store, check_name
+from mlx_promptcache.names import check_name
+from mlx_promptcache.store import Store
 from mlx_promptcache.tree import BlockName, SnapshotName
 from outcome import Outcome, parser
 
@@ -107,9 +108,9 @@ def files_of_a_store(data: bytes) -> None:
     store = _store()
     (store.directory / "names" / "x").write_bytes(data)
     (store.directory / "uses.jsonl").write_bytes(data)
-    assert all(isinstance(use, dict) for use in store.uses())
-    assert set(store.names()) == {"x"}
-    store.read_name("x")
+    assert all(isinstance(use, dict) for use in store.uses.all())
+    assert set(store.names.all()) == {"x"}
+    store.names.read("x")
 
 
 def memos(data: bytes) -> None:

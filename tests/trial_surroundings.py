@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inspection import Inspector, command
-from mlx_promptcache.store import BLOCKS, SUFFIX, Store
+from mlx_promptcache.files import SUFFIX
+from mlx_promptcache.store import BLOCKS, Store
 from outcome import Outcome, parser
 
 if TYPE_CHECKING:

@@ -204,7 +204,7 @@ class Arrivals:
             with self._store.shared():
                 writer = Writer(self._store, self._bad, sync=False)
                 yield writer
-                self._store.record_write(writer.bytes)
+                self._store.uses.note_write(writer.bytes)
                 self.files += writer.written + len(writer.snapshots)
                 self.bytes += writer.bytes
 

@@ -36,12 +36,13 @@ from mlx_promptcache.finder import Finder
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings
 from mlx_promptcache.layers import capture, check_quantised, leaves, lengths, make_layers
 from mlx_promptcache.loader import Loader
+from mlx_promptcache.names import check_name
 from mlx_promptcache.passes import UNKNOWN
 from mlx_promptcache.quarantine import BadFile, Quarantine
 from mlx_promptcache.rates import Rates
 from mlx_promptcache.saver import Saver, most_bytes
 from mlx_promptcache.state import Origin, Ref, State, Trail
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store, check_name
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from mlx_promptcache.tokenizer_store import TokenizerStore
 from mlx_promptcache.tree import Keys, id_of
 from mlx_promptcache.writer import Synced, check_free
@@ -219,7 +220,7 @@ class PromptCache:
             return match
         with contextlib.suppress(PromptCacheError), self._store.shared():
             facts = Facts(self._store, memo_of(self._store))
-            named = set(self._store.names().values())
+            named = set(self._store.names.all().values())
             near = reasons.neighbour(facts, self._finder.root(found.phase), tokens, named)
             facts.keep()
             if near is not None and near.agreed == match.stored:
@@ -259,7 +260,7 @@ class PromptCache:
     def _label(self, stem: str) -> str:
         name = None
         with contextlib.suppress(StoreError):
-            name = self._store.name_of(stem)
+            name = self._store.names.of(stem)
         return name or id_of(stem)
 
     def resume(
@@ -386,7 +387,7 @@ class PromptCache:
         if self.read_only:
             return
         self._touch(snapshot, state.trail.refs)
-        self._store.record_use(
+        self._store.uses.note(
             {
                 "when": round(time.time(), 3),
                 "what": source and id_of(source),
@@ -440,7 +441,7 @@ class PromptCache:
             DamagedFile: the name is there, and cannot be read.
         """
         try:
-            return id_of(self._store.read_name(name))
+            return id_of(self._store.names.read(name))
         except DamagedFile:
             raise
         except CacheMiss:
@@ -469,7 +470,7 @@ class PromptCache:
             stem, header = self._own(other)
             blocks = [(BLOCKS, str(ref[0])) for ref in header.content["refs"]]
             self._synced.sync([*blocks, (SNAPSHOTS, stem)])
-            self._store.write_name(name, stem, sync=True)
+            self._store.names.write(name, stem, sync=True)
 
     def _own(self, name: str) -> tuple[str, Header]:
         """The snapshot of a name or of an id, if it is of this model. Raises CacheMiss."""

@@ -14,7 +14,8 @@ from mlx_promptcache import headers
 from mlx_promptcache.deletion import Deletion
 from mlx_promptcache.errors import CacheMiss, DamagedFile, ForeignFile, PromptCacheError, StoreError
 from mlx_promptcache.facts import Facts, Snapshot
-from mlx_promptcache.store import SNAPSHOTS, Store, no_state
+from mlx_promptcache.names import no_state
+from mlx_promptcache.store import SNAPSHOTS, Store
 from mlx_promptcache.tree import SnapshotName, id_of
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Catalog:
         self, store: Store, fingerprint: Fingerprint | None = None, memo: Path | None = None
     ) -> None:
         self.store, self.fingerprint = store, fingerprint
-        self._take_names(store.names())  # first: others may add, and a name is what comes last
+        self._take_names(store.names.all())  # first: others may add, and a name is what comes last
         self.facts = Facts(store, memo)
         self._snapshots = {stem: self._look(stem) for stem in self.facts.snapshots}
         self._users = Counter(
@@ -167,7 +168,7 @@ class Catalog:
 
     def _hits_of(self, identity: str) -> int:
         if self._hits is None:
-            self._hits = Counter(str(use.get("what")) for use in self.store.uses())
+            self._hits = Counter(str(use.get("what")) for use in self.store.uses.all())
         return self._hits[identity]
 
     def _why_stale(self, parts: str) -> str | None:
@@ -245,7 +246,7 @@ class Catalog:
             StoreError: they still cannot be read.
         """
         if not all(self.names.values()):
-            self._take_names(self.store.names(certain=True))
+            self._take_names(self.store.names.all(certain=True))
 
     def _check_readable(self, doomed: set[str]) -> None:
         for stem, told in self._snapshots.items():
@@ -314,7 +315,7 @@ def find(store: Store, name: str) -> tuple[str, Header]:
         CacheMiss: there is none; DamagedFile if it is damaged.
     """
     try:
-        stem = store.read_name(name)
+        stem = store.names.read(name)
     except DamagedFile:
         raise
     except CacheMiss:

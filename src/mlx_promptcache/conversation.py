@@ -23,10 +23,10 @@ from mlx_promptcache.errors import (
     RankError,
     StoreError,
 )
+from mlx_promptcache.names import check_name
 from mlx_promptcache.prompt import Prompt, answered, continued, messages_of
 from mlx_promptcache.sampling import Sampling
 from mlx_promptcache.state import Origin
-from mlx_promptcache.store import check_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -39,7 +39,7 @@ def execute(store: Store, plan: Deletion) -> int:
         StoreError: the file system refuses; what is left is a valid store.
     """
     for name in plan.names:
-        store.remove_name(name)
+        store.names.remove(name)
     freed = sum(store.remove(SNAPSHOTS, stem) for stem in plan.snapshots)
     freed += sum(store.remove(BLOCKS, stem) for stem in plan.blocks)
     freed += sum(store.remove(TOKENIZERS, stem) for stem in plan.tokenizers)

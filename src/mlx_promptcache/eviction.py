@@ -47,7 +47,7 @@ class Eviction:
     def __init__(self, facts: Facts, kept: Collection[str] = ()) -> None:
         self._facts, self._now = facts, time.time()
         named = {
-            stem for stem in facts.store.names(certain=True).values() if stem in facts.snapshots
+            stem for stem in facts.store.names.all(certain=True).values() if stem in facts.snapshots
         }
         self._stays, named_known = _blocks_of(facts, named)
         self._all_known = named_known

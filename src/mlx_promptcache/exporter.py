@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from mlx_promptcache import catalog, container, cuts, headers, parcel
 from mlx_promptcache.errors import CacheMiss, DamagedFile, StoreError
 from mlx_promptcache.files import write_once
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store, check_name
+from mlx_promptcache.names import check_name
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from mlx_promptcache.tree import BlockName, Keys, id_of
 from mlx_promptcache.version import __version__
 
@@ -80,7 +81,7 @@ def export(store: Store, name: str, path: Path, *, replace_file: bool = False) -
 def name_of(store: Store, name: str) -> str | None:
     """A name as it is stored; None if it is the id of a snapshot."""
     try:
-        store.read_name(name)
+        store.names.read(name)
     except CacheMiss:
         return None
     return check_name(name)

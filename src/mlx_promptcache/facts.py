@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from mlx_promptcache import headers, memo, places
 from mlx_promptcache.container import UNREADABLE
 from mlx_promptcache.errors import CacheMiss, PromptCacheError
-from mlx_promptcache.store import BLOCKS, SETTLED_NS, SNAPSHOTS, TOKENIZERS, Store
+from mlx_promptcache.files import SETTLED_NS
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, TOKENIZERS, Store
 from mlx_promptcache.version import __version__
 
 if TYPE_CHECKING:

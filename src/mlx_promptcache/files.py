@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import stat
 import sys
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TEMPORARY = ".tmp-"
+SUFFIX = ".safetensors"
+STEM = re.compile(r"[0-9a-f]{2}/[0-9a-f-]{1,200}")  # of a container, below its kind
+SETTLED_NS = 2_000_000_000  # what was just written may change within one tick of its times
 BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's own blocks are
 NO_LINKS = {
     errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EINVAL,

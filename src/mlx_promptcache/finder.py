@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mlx_promptcache import headers
 from mlx_promptcache.errors import DamagedFile, PromptCacheError
+from mlx_promptcache.files import SUFFIX
 from mlx_promptcache.fingerprint import PLAIN
 from mlx_promptcache.headers import LOGITS
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, SUFFIX, Store, stems_of
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store, stems_of
 from mlx_promptcache.tree import (
     CELL,
     KEY_BYTES,
@@ -148,7 +149,7 @@ class Finder:
         others here: what they are called is compared before anything is parsed.
         """
         cell_key = keys[start]
-        listed = self.store.listing(SNAPSHOTS, shard(cell_key))
+        listed = self.store.names_in(SNAPSHOTS, shard(cell_key))
         names = [name for name in listed if name.startswith(cell_key)]
         if not names:
             return []
@@ -270,7 +271,7 @@ class _Walk:
         shard = self._shard(position)
         if shard not in self._listed:
             by_key: dict[str, list[str]] = {}
-            for name in self.finder.store.listing(BLOCKS, shard):
+            for name in self.finder.store.names_in(BLOCKS, shard):
                 by_key.setdefault(name[:KEY_DIGITS], []).append(name)
             self._listed[shard] = by_key
         return self._listed[shard]

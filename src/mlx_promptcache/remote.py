@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
 from mlx_promptcache.errors import RemoteError, StoreError
-from mlx_promptcache.files import TEMPORARY
+from mlx_promptcache.files import STEM, SUFFIX, TEMPORARY
+from mlx_promptcache.names import NAMES, check_name
 from mlx_promptcache.signatures import is_signature
-from mlx_promptcache.store import NAMES, STEM, SUFFIX, check_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -64,7 +64,7 @@ def gather(
     catalog = Catalog(store, fingerprint, memo_of(store))
     entries = catalog.entries()
     snapshots = _snapshots(catalog.facts, entries)
-    uses = list(_hits(store.uses()))
+    uses, written = list(_hits(store.uses.all())), store.uses.written_by_day()
     order, why_not = _order(catalog.facts, entries, snapshots)
     states = _states(catalog.facts, entries, snapshots, uses, order)
     if with_text:
@@ -81,7 +81,7 @@ def gather(
         "states": states,
         "tree": _tree(catalog.facts, entries),
         "hits": _by_hour(uses),
-        "written": {day: n for day, n in store.written_by_day().items() if 0 <= n < MOST_BYTES},
+        "written": {day: n for day, n in written.items() if 0 <= n < MOST_BYTES},
         "budget": _budget(store, budget),
         "next": order,
         "next_unknown": why_not,

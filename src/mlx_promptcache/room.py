@@ -60,7 +60,7 @@ def make(
         freed = plan.freed_on_disk
         if freed >= lacking or optional or (asked_for and freed >= over):
             execute(store, plan)
-            store.shorten_uses()
+            store.uses.shorten()
             return
     if over > plan.freed_on_disk:
         raise NoRoom(

@@ -18,9 +18,10 @@ from mlx_promptcache import arrivals, catalog, container, exporter, headers, hub
 from mlx_promptcache.arrivals import Arrivals, Own, plain_stem, shared_stem
 from mlx_promptcache.errors import CacheMiss, PromptCacheError, RemoteError, StoreError
 from mlx_promptcache.hub import HubRemote
+from mlx_promptcache.names import NAMES
 from mlx_promptcache.remote import Remote
 from mlx_promptcache.signatures import Trust
-from mlx_promptcache.store import BLOCKS, NAMES, SNAPSHOTS
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS
 from mlx_promptcache.tree import ID_DIGITS
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class Sharing:
             CacheLocked, StoreError: the store cannot be read.
         """
         with self.store.shared():
-            named = self.store.names()
+            named = self.store.names.all()
             chosen = {n: catalog.find(self.store, n)[0] for n in names} or self._all(named)
             states = {stem: self._state(stem, cut=bool(names)) for stem in set(chosen.values())}
         self._check_ours(names, states, chosen)
@@ -458,12 +459,12 @@ class Sharing:
                     f"there is another state named {name!r} here: it stays (replace it with "
                     "--force)"
                 )
-            self.store.write_name(name, stem, sync=True)
+            self.store.names.write(name, stem, sync=True)
 
     def _standing_for(self, name: str) -> str | None:
         """The state that has a name here; None if nobody can use it, or it is free."""
         try:
-            stem = self.store.read_name(name)
+            stem = self.store.names.read(name)
         except CacheMiss:
             return None
         return stem if self.store.exists(SNAPSHOTS, stem) else None

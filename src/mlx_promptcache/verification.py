@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from mlx_promptcache import catalog, container, headers
 from mlx_promptcache.errors import CacheMiss, DamagedFile, ForeignFile, StoreError
-from mlx_promptcache.store import BLOCKS, NAMES, SNAPSHOTS, TOKENIZERS, Store
+from mlx_promptcache.names import NAMES
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, TOKENIZERS, Store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +55,7 @@ def verify(store: Store, names: Sequence[str] = ()) -> Report:
     if names:
         snapshots, blocks = _files_of(store, names, damaged)
     else:
-        named = store.names()  # first: others may add, and a name is what comes last
+        named = store.names.all()  # first: others may add, and a name is what comes last
         snapshots, blocks = store.stems(SNAPSHOTS), store.stems(BLOCKS)
         there = set(snapshots)
         damaged += [

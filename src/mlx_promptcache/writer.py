@@ -165,8 +165,8 @@ class Writer:
         if self._sync:
             self._synced.sync([*((BLOCKS, stem) for stem in blocks), (SNAPSHOTS, snapshot)])
         if name is not None:
-            self._store.write_name(name, snapshot, sync=self._sync)
-        self._store.record_write(self.bytes)
+            self._store.names.write(name, snapshot, sync=self._sync)
+        self._store.uses.note_write(self.bytes)
         snapshots = tuple(self.snapshots)
         return Saved(name, id_of(snapshot), self.written, self.shared, self.bytes, snapshots)
 
@@ -185,7 +185,7 @@ def check_free(store: Store, name: str, key: str) -> None:
         StoreError: it cannot be a name, or stands for other tokens.
     """
     try:
-        stem = store.read_name(name)
+        stem = store.names.read(name)
     except CacheMiss:
         return
     there = SnapshotName.parse(stem)

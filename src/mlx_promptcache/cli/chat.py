@@ -22,7 +22,7 @@ from mlx_promptcache.cli.options import (
 )
 from mlx_promptcache.cli.terminal import Lines
 from mlx_promptcache.errors import PromptCacheError, PromptError
-from mlx_promptcache.store import check_name
+from mlx_promptcache.names import check_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -27,7 +27,7 @@ from mlx_promptcache.cli.options import (
     take,
 )
 from mlx_promptcache.errors import CacheMiss, PromptCacheError, UnsupportedLayer
-from mlx_promptcache.store import check_name
+from mlx_promptcache.names import check_name
 
 if TYPE_CHECKING:
     from mlx_promptcache.cli.session import Session

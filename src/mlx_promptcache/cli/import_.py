@@ -23,8 +23,8 @@ from mlx_promptcache.cli.options import (
     take,
 )
 from mlx_promptcache.errors import DamagedFile
+from mlx_promptcache.names import check_name
 from mlx_promptcache.quarantine import Quarantine
-from mlx_promptcache.store import check_name
 
 if TYPE_CHECKING:
     from mlx_promptcache.writer import Saved

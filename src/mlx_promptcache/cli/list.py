@@ -87,7 +87,7 @@ class Shown:
                 branches, entries = tree_of(catalog.facts, entries)
                 join(branches)
             blocks, total = len(catalog.facts.blocks), catalog.facts.total_bytes
-            self.written.update(store.written_by_day())
+            self.written.update(store.uses.written_by_day())
             catalog.facts.keep()
         self.entries += [entry_json(entry) | where for entry in entries]
         self.trees += [] if branches is None else [(store, branches)]

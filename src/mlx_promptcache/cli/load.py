@@ -20,7 +20,7 @@ from mlx_promptcache.cli.options import (
     shard_option,
     take,
 )
-from mlx_promptcache.store import check_name
+from mlx_promptcache.names import check_name
 
 if TYPE_CHECKING:
     from mlx_promptcache.runner import Runner

@@ -47,7 +47,7 @@ def complete_names(ctx: click.Context, param: click.Parameter, incomplete: str) 
     """The names that begin so; none where the store cannot be looked at."""
     output.set_up_notices(quiet=True)  # a notice would be written over the line that is completed
     try:
-        names = _store(ctx).labels()
+        names = _store(ctx).names.labels()
     except PromptCacheError:
         return []
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]

@@ -46,11 +46,11 @@ def command(**options: Any) -> int:
         with store.exclusive():
             taken, plan = store.taken(), room.plan_prune(store, budget, looked)
             freed = execute(store, plan)
-            store.shorten_uses()
+            store.uses.shorten()
     limit, left = room.limit(store, budget, taken), taken - plan.freed_on_disk
     if options["as_json"]:
         answer = {"freed_bytes": freed, "taken_bytes": left, "max_bytes": limit}
-        rest = {"written_bytes": store.written_by_day(), "dry_run": dry_run}
+        rest = {"written_bytes": store.uses.written_by_day(), "dry_run": dry_run}
         output.print_json(plan_json(plan) | answer | rest)
         return 0
     click.echo(output.plan(plan, dry_run=dry_run))

@@ -21,7 +21,7 @@ from mlx_promptcache.cli.options import (
     shard_option,
     take,
 )
-from mlx_promptcache.store import check_name
+from mlx_promptcache.names import check_name
 
 
 @click.command(
