@@ -44,7 +44,7 @@ from tiny import bits, digest, random_tokens
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from mlx_promptcache.cache import Match
+    from mlx_promptcache.match import Match
     from mlx_promptcache.run import Run
 
 SAMPLED = Sampling(temp=1.0, top_p=0.9, repetition_penalty=1.1, seed=7)

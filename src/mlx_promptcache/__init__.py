@@ -30,8 +30,9 @@ from mlx_promptcache.errors import (
 from mlx_promptcache.version import __version__
 
 if TYPE_CHECKING:
-    from mlx_promptcache.cache import Match, PromptCache
+    from mlx_promptcache.cache import PromptCache
     from mlx_promptcache.fingerprint import Fingerprint, KVSettings
+    from mlx_promptcache.match import Match
     from mlx_promptcache.run import Step
     from mlx_promptcache.runner import Runner
     from mlx_promptcache.sampling import Sampling
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Fingerprint": "fingerprint",
     "KVSettings": "fingerprint",
-    "Match": "cache",
+    "Match": "match",
     "PromptCache": "cache",
     "Runner": "runner",
     "Sampling": "sampling",

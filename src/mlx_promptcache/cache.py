@@ -8,18 +8,13 @@ again without it. An explicit `load` or `save` raises.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import logging
-import time
-import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
-
-from mlx_promptcache import catalog, headers, places, reasons, room, verification
+from mlx_promptcache import catalog, headers, places, room, verification
 from mlx_promptcache.blueprint import Blueprint
 from mlx_promptcache.budget import Budget
 from mlx_promptcache.deletion import Deletion, execute
@@ -31,15 +26,16 @@ from mlx_promptcache.errors import (
     StoreError,
     UnsupportedLayer,
 )
-from mlx_promptcache.facts import Facts, memo_of
 from mlx_promptcache.finder import Finder
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings
-from mlx_promptcache.layers import capture, check_quantised, leaves, lengths, make_layers
+from mlx_promptcache.layers import make_layers
+from mlx_promptcache.lent import Lent
 from mlx_promptcache.loader import Loader
+from mlx_promptcache.match import Match, Matcher
 from mlx_promptcache.names import check_name
-from mlx_promptcache.passes import UNKNOWN
 from mlx_promptcache.quarantine import BadFile, Quarantine
 from mlx_promptcache.rates import Rates
+from mlx_promptcache.restorer import Restorer, Resumed, record_use, touch
 from mlx_promptcache.saver import Saver, most_bytes
 from mlx_promptcache.state import Origin, Ref, State, Trail
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
@@ -50,11 +46,10 @@ from mlx_promptcache.writer import Synced, check_free
 if TYPE_CHECKING:
     import builtins
     import os
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from mlx_promptcache.container import Header
     from mlx_promptcache.exporter import Exported
-    from mlx_promptcache.finder import Found
     from mlx_promptcache.passes import Plan
     from mlx_promptcache.sharing import Sharing
     from mlx_promptcache.signatures import Signer
@@ -62,42 +57,6 @@ if TYPE_CHECKING:
     from mlx_promptcache.writer import Saved
 
 log = logging.getLogger("mlx_promptcache")
-SLOWER = "it is stored, but here it is sooner computed than read"
-
-
-@dataclass(frozen=True, repr=False)
-class Match:
-    """How much of a prompt can be reused: its first `position` tokens.
-
-    `exact` if a whole state stands at the end of the prompt. `source` is the name or the id of the
-    deepest snapshot on the way, None if there is none. `reason` says why not more, in a sentence
-    without the prompt's text. `stored` is how many tokens of the prompt are stored: more than
-    `position` where a model can go on from snapshots only, and none stands there.
-    """
-
-    position: int
-    exact: bool
-    source: str | None
-    reason: str | None
-    stored: int = 0
-
-    def __repr__(self) -> str:
-        whole = ", exact" if self.exact else ""
-        source = f" from {self.source!r}" if self.source is not None else ""
-        why = f": {self.reason}" if self.reason is not None else ""
-        return f"<Match of {self.position:,} tokens{source}{whole}{why}>"
-
-
-class Resumed(NamedTuple):
-    """What a prompt starts from: a state and mlx-lm cache objects filled with it, or neither.
-
-    Where rows are still to be read `layers` is a function that reads them; it returns None if they
-    cannot be had after all.
-    """
-
-    state: State | None
-    layers: builtins.list[Any] | Callable[[], builtins.list[Any] | None] | None
-    match: Match
 
 
 class PromptCache:
@@ -138,7 +97,7 @@ class PromptCache:
         """A remote that is asked for what is not here, and gets what is kept; see `attach`."""
         self._attached: tuple[str, Signer | None, float] | None = None
         self._synced = Synced(self._store)
-        self._fetched: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
+        self._lent = Lent(self.kv)
 
     def __repr__(self) -> str:
         return f"PromptCache({str(self.directory)!r}, {self.fingerprint.digest[:8]})"
@@ -196,9 +155,6 @@ class PromptCache:
         """The tokenizers that are kept beside the states."""
         return TokenizerStore(self._store, self._bad, self.budget)
 
-    def _loader(self) -> Loader:
-        return Loader(self._finder, self.blueprint)
-
     # By longest prefix
 
     def match(
@@ -209,59 +165,13 @@ class PromptCache:
         With `plan` only what that run's own passes would have computed counts (`--exact`); with
         `limit` at most so many tokens.
         """
-        return self._look_up(tokens, plan, limit)[0]
+        return Matcher(self._finder).look_up(tokens, plan, limit)[0]
 
     def explain(self, tokens: Sequence[int], *, plan: Plan | None = None) -> Match:
         """As `match`, with a reason that names the stored state which agrees for the longest: for
         that the headers of all states are looked at, or what lists remember of them.
         """
-        match, found = self._look_up(tokens, plan)
-        if found is None or match.reason != reasons.differs(None, match.stored):
-            return match
-        with contextlib.suppress(PromptCacheError), self._store.shared():
-            facts = Facts(self._store, memo_of(self._store))
-            named = set(self._store.names.all().values())
-            near = reasons.neighbour(facts, self._finder.root(found.phase), tokens, named)
-            facts.keep()
-            if near is not None and near.agreed == match.stored:
-                ends = near.agreed == near.n_past
-                label = self._label(near.stem)
-                return replace(match, reason=reasons.differs(label, match.stored, ends=ends))
-        return match
-
-    def _look_up(
-        self, tokens: Sequence[int], plan: Plan | None, limit: int | None = None
-    ) -> tuple[Match, Found | None]:
-        try:
-            with self._store.shared():
-                before = len(self._bad.told)
-                found = self._finder.find(tokens, plan, limit)
-                refused = None if found.exact else next(iter(self._bad.told[before:]), None)
-                source = self._finder.source(tokens, found)
-                return self._match(tokens, found, source, refused, plan), found
-        except PromptCacheError as exc:
-            return Match(0, False, None, str(exc)), None
-
-    def _match(
-        self,
-        tokens: Sequence[int],
-        found: Found,
-        source: str | None,
-        refused: str | None,
-        plan: Plan | None = None,
-    ) -> Match:
-        stored = max(found.position, found.reached)
-        if refused is None:
-            refused = reasons.why_not_more(self._finder, tokens, found, plan)
-        if stored == 0:
-            return Match(0, False, None, refused)
-        return Match(found.position, found.exact, source and self._label(source), refused, stored)
-
-    def _label(self, stem: str) -> str:
-        name = None
-        with contextlib.suppress(StoreError):
-            name = self._store.names.of(stem)
-        return name or id_of(stem)
+        return Matcher(self._finder).explained(tokens, plan)
 
     def resume(
         self,
@@ -300,7 +210,12 @@ class PromptCache:
         """As `resume`, of what is here: a remote was asked already, with `bring`."""
         try:
             with self._store.shared():
-                return self._resume(tokens, model, plan, limit, later=later)
+                if self.blueprint is None:
+                    self.blueprint = Blueprint.of(model, self.kv)
+                restorer = Restorer(
+                    self._finder, self.blueprint, self.rates, records=not self.read_only
+                )
+                return restorer.restore(tokens, model, plan, limit, later=later)
         except PromptCacheError as exc:
             return _unused(exc)
 
@@ -319,89 +234,6 @@ class PromptCache:
             for phase in self.kv.phases:
                 self.supply.bring(self._finder.root(phase), goal, found.position)
 
-    def _resume(
-        self,
-        tokens: Sequence[int],
-        model: Any,
-        plan: Plan | None,
-        limit: int | None,
-        *,
-        later: bool,
-    ) -> Resumed:
-        if self.blueprint is None:
-            self.blueprint = Blueprint.of(model, self.kv)
-        refused: str | None = None
-        before = len(self._bad.told)
-        while True:  # each time round there is a file less
-            found = self._finder.find(tokens, plan, limit)
-            if found.position == 0:
-                refused = refused or next(iter(self._bad.told[before:]), None)
-                return Resumed(None, None, self._match(tokens, found, None, refused, plan))
-            stored_bytes = self._stored_bytes(found)
-            if self.rates.reading_is_slower(stored_bytes, found.position):
-                return Resumed(None, None, Match(0, False, None, SLOWER, found.reached))
-            began = time.perf_counter()
-            later = later and found.exact and self.blueprint.sliceable
-            try:
-                state = self._loader().load(found, tokens, rows=not later)
-                layers: Any = (
-                    functools.partial(self._read, found, tokens, model)
-                    if later
-                    else state.layers(model)
-                )
-            except BadFile as exc:
-                refused = exc.reason
-                continue
-            except UnsupportedLayer as exc:
-                refused = f"a stored state does not fit: {exc}"
-                log.warning("%s", refused)
-                self._pass_over(found)
-                continue
-            if not (later or self.read_only):
-                self.rates.note_read(stored_bytes, time.perf_counter() - began)
-            source = self._finder.source(tokens, found)
-            self._record_use(source, found.snapshot, state)
-            # The rows are in the layers now: nobody else may hold them, or MLX copies them all
-            # when the next token is written.
-            bare = replace(state, contents=())
-            return Resumed(bare, layers, self._match(tokens, found, source, refused, plan))
-
-    def _read(self, found: Found, tokens: Sequence[int], model: Any) -> builtins.list[Any] | None:
-        try:
-            with self._store.shared():
-                return self._loader().load(found, tokens).layers(model)
-        except BadFile:  # that was told, unless others deleted it since
-            return None
-        except PromptCacheError as exc:
-            log.warning("a stored state cannot be used after all: %s", exc)
-            return None
-
-    def _stored_bytes(self, found: Found) -> int:
-        return sum(self._store.size(BLOCKS, step.stem) for step in found.steps)
-
-    def _pass_over(self, found: Found) -> None:
-        for stem in [found.snapshot] if found.snapshot else [s.stem for s in found.steps]:
-            self._bad.ignore(stem)
-
-    def _record_use(self, source: str | None, snapshot: str | None, state: State) -> None:
-        if self.read_only:
-            return
-        self._touch(snapshot, state.trail.refs)
-        self._store.uses.note(
-            {
-                "when": round(time.time(), 3),
-                "what": source and id_of(source),
-                "rows": state.n_past,
-                "seconds": round(state.trail.seconds_per_token * state.n_past, 3),
-            }
-        )
-
-    def _touch(self, snapshot: str | None, refs: Sequence[Ref]) -> None:
-        if snapshot is not None:
-            self._store.touch(SNAPSHOTS, snapshot)
-        for ref in refs:
-            self._store.touch(BLOCKS, ref.stem)
-
     # By name
 
     def load(self, name: str) -> State:
@@ -414,14 +246,15 @@ class PromptCache:
         with self._store.shared():
             stem, _ = self._own(name)
             try:
-                state = self._loader().snapshot(stem)
+                state = Loader(self._finder, self.blueprint).snapshot(stem)
             except BadFile as exc:
                 if isinstance(exc.__cause__, UnsupportedLayer):  # of another release of mlx-lm
                     raise CacheMiss(
                         f"the state {name!r} does not fit: {exc}; save it again"
                     ) from exc
                 raise DamagedFile(f"the state {name!r} is damaged: {exc}; save it again") from exc
-            self._record_use(stem, stem, state)
+            if not self.read_only:
+                record_use(self._finder, stem, stem, state)
             return state
 
     def origin(self, name: str) -> Origin:
@@ -637,8 +470,7 @@ class PromptCache:
         state, layers, _ = self.resume(tokens, model, limit=len(tokens) - 1)
         if state is None or layers is None or callable(layers):
             return make_layers(model, self.kv), tokens
-        for _, layer in leaves(layers):
-            self._fetched[layer] = state
+        self._lent.lend(layers, state)
         return layers, tokens[state.n_past :]
 
     def store(self, model: Any, tokens: Sequence[int], prompt_cache: Sequence[Any]) -> Saved:
@@ -666,29 +498,7 @@ class PromptCache:
         Raises:
             UnsupportedLayer: the objects hold another number of tokens, or cannot be taken down.
         """
-        tokens = tuple(int(token) for token in tokens)
-        expected = [path for path, _ in leaves(make_layers(model, self.kv))]
-        if expected != [path for path, _ in leaves(prompt_cache)]:
-            raise UnsupportedLayer("these layers are not those that the model makes")
-        others = lengths(prompt_cache) - {len(tokens)}
-        if others:
-            raise UnsupportedLayer(
-                f"{len(tokens)} tokens were given, and the layers hold {max(others)}: give those "
-                "that they hold"
-            )
-        if not tokens:
-            raise UnsupportedLayer("no tokens were given: give those that the layers hold")
-        check_quantised(prompt_cache, len(tokens), self.kv)
-        return State(
-            tokens=tokens,
-            contents=capture(prompt_cache, len(tokens)),
-            logits=None,
-            embedding=None,
-            rng=mx.random.key(0),  # nothing was drawn: the same layers are the same state
-            kv=self.kv,
-            lineage=UNKNOWN,
-            trail=Trail(self._refs_of(prompt_cache, tokens)),
-        )
+        return self._lent.taken_down(model, tokens, prompt_cache)
 
     def add(self, state: State) -> Saved | None:
         """Store a state for prompts to come, and only what no run has stored of its tokens: rows
@@ -703,20 +513,10 @@ class PromptCache:
             rows = self._finder.rows(state.tokens, state.phase)
             refs = tuple(Ref(step.stem, digest, step.start, step.rows) for step, digest in rows)
             if not self.read_only:
-                self._touch(found.snapshot, refs)
+                touch(self._finder, found.snapshot, refs)
         if found.position == state.n_past:
             return None
         return self._added(replace(state, trail=Trail(refs)))
-
-    def _refs_of(self, prompt_cache: Sequence[Any], tokens: tuple[int, ...]) -> tuple[Ref, ...]:
-        """The blocks that these objects came from, if `fetch` made them."""
-        first = next((layer for _, layer in leaves(prompt_cache)), None)
-        state = self._fetched.get(first) if first is not None else None
-        if state is None or tokens[: state.n_past] != state.tokens:
-            return ()
-        if self.kv.phase_at(state.n_past) != self.kv.phase_at(len(tokens)):  # quantised since
-            return ()
-        return state.trail.refs
 
     # Management
 

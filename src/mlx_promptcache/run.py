@@ -25,7 +25,7 @@ from mlx_promptcache.window_rows import latest, limited
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
-    from mlx_promptcache.cache import Match
+    from mlx_promptcache.match import Match
     from mlx_promptcache.prompt import Prompt
     from mlx_promptcache.ranks import Ranks
     from mlx_promptcache.runner import Runner

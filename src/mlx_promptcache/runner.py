@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from mlx_promptcache import arithmetic, checkpoint, models, places
 from mlx_promptcache.blueprint import PROBE_TOKENS, Blueprint
-from mlx_promptcache.cache import Match, PromptCache, Resumed
+from mlx_promptcache.cache import PromptCache
 from mlx_promptcache.errors import (
     ForeignStore,
     ModelError,
@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from mlx_promptcache.checkpoint import Loaded, Weights
+    from mlx_promptcache.match import Match
     from mlx_promptcache.ranks import Ranks
+    from mlx_promptcache.restorer import Resumed
     from mlx_promptcache.run import Later, Progress
 
     PromptLike = str | Sequence[Mapping[str, Any]] | Sequence[int] | Prompt

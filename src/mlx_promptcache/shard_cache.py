@@ -12,9 +12,11 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_promptcache import arithmetic
-from mlx_promptcache.cache import Match, PromptCache, Resumed
+from mlx_promptcache.cache import PromptCache
 from mlx_promptcache.errors import CacheMiss, PromptCacheError
 from mlx_promptcache.fingerprint import Fingerprint
+from mlx_promptcache.match import Match
+from mlx_promptcache.restorer import Resumed
 
 if TYPE_CHECKING:
     import os

@@ -19,7 +19,8 @@ from mlx_promptcache.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from mlx_promptcache.cache import Match, PromptCache
+    from mlx_promptcache.cache import PromptCache
+    from mlx_promptcache.match import Match
     from mlx_promptcache.prompt import Prompt
 
 BEFORE, AFTER = 8, 8  # tokens that are shown around the place where a prompt leaves what is stored
