@@ -119,6 +119,7 @@ FLOORS = [
     "cli.__init__",
     "cli.interrupt",
     "cli.options",
+    "cli.choices",
     "cli.session",
     "cli.prompts",
     "cli.drawing",

@@ -21,7 +21,7 @@ from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 import processes
 import tiny
 from mlx_promptcache import Runner, Sampling, checkpoint
-from mlx_promptcache.cli.options import ModelChoice
+from mlx_promptcache.cli.choices import ModelChoice
 from mlx_promptcache.errors import ModelError
 
 PROMPT = [1, 2, 3, 4, 5]

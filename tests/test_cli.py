@@ -24,7 +24,7 @@ import pytest
 import processes
 import tiny
 from mlx_promptcache import Sampling, cli
-from mlx_promptcache.cli.options import SamplingChoice
+from mlx_promptcache.cli.choices import SamplingChoice
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 
 PROMPT = "The cat sat on the mat, and the dog sat on the cat. " * 8
@@ -602,7 +602,7 @@ def refusing(directory: Path, original: Any) -> Any:
 FULL_DISK = """
 import resource, sys
 from mlx_promptcache import Sampling, cli
-from mlx_promptcache.cli.options import SamplingChoice
+from mlx_promptcache.cli.choices import SamplingChoice
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 code = cli.run(sys.argv[1:])
 print(code)

@@ -15,17 +15,14 @@ import click
 
 from mlx_promptcache import catalog
 from mlx_promptcache.cli import output
+from mlx_promptcache.cli.choices import ModelChoice, PromptChoice, SamplingChoice, take
 from mlx_promptcache.cli.jsonl import Line, Printed, Written, lines, rows_in_order
 from mlx_promptcache.cli.options import (
-    ModelChoice,
-    PromptChoice,
-    SamplingChoice,
     examples,
     max_size_option,
     model_options,
     output_options,
     sampling_options,
-    take,
 )
 from mlx_promptcache.errors import PromptError
 

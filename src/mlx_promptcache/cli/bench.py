@@ -14,7 +14,8 @@ from typing import Any
 import click
 
 from mlx_promptcache.cli import output
-from mlx_promptcache.cli.options import examples, model_path, only_model_option
+from mlx_promptcache.cli.choices import model_path
+from mlx_promptcache.cli.options import examples, only_model_option
 from mlx_promptcache.errors import StoreError
 
 STANDARD_OUTPUT = "-"

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_promptcache.cli import output
+from mlx_promptcache.cli.choices import ModelChoice, SamplingChoice, take
 from mlx_promptcache.cli.options import (
-    ModelChoice,
-    SamplingChoice,
     examples,
     max_size_option,
     model_options,
     output_options,
     sampling_options,
-    take,
 )
 from mlx_promptcache.cli.terminal import Lines
 from mlx_promptcache.errors import PromptCacheError, PromptError

@@ -11,8 +11,9 @@ import click
 
 from mlx_promptcache.catalog import DAMAGED, STALE, Catalog, Entry
 from mlx_promptcache.cli import output
+from mlx_promptcache.cli.choices import ModelChoice, take
 from mlx_promptcache.cli.names import complete_names
-from mlx_promptcache.cli.options import ModelChoice, examples, model_options, output_options, take
+from mlx_promptcache.cli.options import examples, model_options, output_options
 from mlx_promptcache.deletion import Deletion, execute
 from mlx_promptcache.errors import PromptCacheError
 from mlx_promptcache.facts import forget, memo_of

@@ -10,14 +10,13 @@ import click
 
 from mlx_promptcache import catalog, exporter
 from mlx_promptcache.cli import output
+from mlx_promptcache.cli.choices import ModelChoice, take
 from mlx_promptcache.cli.options import (
     OWN_FORMAT,
-    ModelChoice,
     examples,
     file_format_option,
     model_options,
     output_options,
-    take,
 )
 from mlx_promptcache.tree import id_of
 

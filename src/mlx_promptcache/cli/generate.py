@@ -10,12 +10,15 @@ import click
 
 from mlx_promptcache import headers
 from mlx_promptcache.cli import output
-from mlx_promptcache.cli.names import complete_names
-from mlx_promptcache.cli.options import (
+from mlx_promptcache.cli.choices import (
     ModelChoice,
     PromptChoice,
     RemoteChoice,
     SamplingChoice,
+    take,
+)
+from mlx_promptcache.cli.names import complete_names
+from mlx_promptcache.cli.options import (
     examples,
     max_size_option,
     model_options,
@@ -24,7 +27,6 @@ from mlx_promptcache.cli.options import (
     remote_options,
     sampling_options,
     shard_option,
-    take,
 )
 from mlx_promptcache.errors import CacheMiss, PromptCacheError, UnsupportedLayer
 from mlx_promptcache.names import check_name

@@ -10,17 +10,15 @@ import click
 from mlx_promptcache import importer, places
 from mlx_promptcache.budget import Budget
 from mlx_promptcache.cli import output
+from mlx_promptcache.cli.choices import ModelChoice, PromptChoice, take
 from mlx_promptcache.cli.options import (
     OWN_FORMAT,
-    ModelChoice,
-    PromptChoice,
     examples,
     file_format_option,
     max_size_option,
     model_options,
     output_options,
     prompt_options,
-    take,
 )
 from mlx_promptcache.errors import DamagedFile
 from mlx_promptcache.names import check_name

@@ -12,7 +12,8 @@ import click
 from mlx_promptcache import places
 from mlx_promptcache.catalog import Catalog, Entry
 from mlx_promptcache.cli import drawing, output
-from mlx_promptcache.cli.options import ModelChoice, examples, model_options, output_options, take
+from mlx_promptcache.cli.choices import ModelChoice, take
+from mlx_promptcache.cli.options import examples, model_options, output_options
 from mlx_promptcache.errors import PromptCacheError
 from mlx_promptcache.facts import memo_of
 from mlx_promptcache.prefixes import join, tree_of

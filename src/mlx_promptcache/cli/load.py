@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_promptcache.cli import output
+from mlx_promptcache.cli.choices import ModelChoice, SamplingChoice, take
 from mlx_promptcache.cli.names import complete_names
 from mlx_promptcache.cli.options import (
-    ModelChoice,
-    SamplingChoice,
     examples,
     max_size_option,
     model_options,
     output_options,
     sampling_options,
     shard_option,
-    take,
 )
 from mlx_promptcache.names import check_name
 

@@ -8,15 +8,8 @@ import click
 
 from mlx_promptcache import models
 from mlx_promptcache.cli import output
-from mlx_promptcache.cli.options import (
-    ModelChoice,
-    PromptChoice,
-    examples,
-    model_options,
-    output_options,
-    prompt_options,
-    take,
-)
+from mlx_promptcache.cli.choices import ModelChoice, PromptChoice, take
+from mlx_promptcache.cli.options import examples, model_options, output_options, prompt_options
 
 if TYPE_CHECKING:
     from mlx_promptcache.cache import PromptCache

@@ -14,14 +14,8 @@ import click
 
 from mlx_promptcache import compression
 from mlx_promptcache.cli import output
-from mlx_promptcache.cli.options import (
-    ModelChoice,
-    examples,
-    model_options,
-    output_options,
-    size_of,
-    take,
-)
+from mlx_promptcache.cli.choices import ModelChoice, take
+from mlx_promptcache.cli.options import examples, model_options, output_options, size_of
 from mlx_promptcache.errors import PromptCacheError
 from mlx_promptcache.fingerprint import PLAIN
 

@@ -11,7 +11,7 @@ from mlx_promptcache.prompt import Prompt, Prompter, continued
 from mlx_promptcache.state import Origin
 
 if TYPE_CHECKING:
-    from mlx_promptcache.cli.options import PromptChoice
+    from mlx_promptcache.cli.choices import PromptChoice
 
 
 def origin_of(choice: PromptChoice, prompter: Prompter) -> tuple[Origin, Origin | None]:

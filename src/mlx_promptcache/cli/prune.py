@@ -9,14 +9,8 @@ import click
 from mlx_promptcache import room
 from mlx_promptcache.budget import Budget
 from mlx_promptcache.cli import output
-from mlx_promptcache.cli.options import (
-    ModelChoice,
-    examples,
-    max_size_option,
-    model_options,
-    output_options,
-    take,
-)
+from mlx_promptcache.cli.choices import ModelChoice, take
+from mlx_promptcache.cli.options import examples, max_size_option, model_options, output_options
 from mlx_promptcache.deletion import Deletion, execute
 
 

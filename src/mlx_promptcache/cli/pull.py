@@ -8,13 +8,12 @@ import click
 
 from mlx_promptcache import places
 from mlx_promptcache.cli import output, transfer
+from mlx_promptcache.cli.choices import ModelChoice, take
 from mlx_promptcache.cli.options import (
-    ModelChoice,
     examples,
     max_size_option,
     model_options,
     output_options,
-    take,
     url_argument,
 )
 

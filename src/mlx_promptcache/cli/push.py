@@ -7,14 +7,12 @@ from typing import Any
 import click
 
 from mlx_promptcache.cli import output, transfer
+from mlx_promptcache.cli.choices import ModelChoice, signer, take
 from mlx_promptcache.cli.options import (
-    ModelChoice,
     examples,
     model_options,
     output_options,
     sign_option,
-    signer,
-    take,
     url_argument,
 )
 

@@ -15,15 +15,9 @@ import click
 from mlx_promptcache import report
 from mlx_promptcache.budget import Budget
 from mlx_promptcache.cli import output
+from mlx_promptcache.cli.choices import ModelChoice, take
 from mlx_promptcache.cli.names import complete_files
-from mlx_promptcache.cli.options import (
-    ModelChoice,
-    examples,
-    max_size_option,
-    model_options,
-    output_options,
-    take,
-)
+from mlx_promptcache.cli.options import examples, max_size_option, model_options, output_options
 from mlx_promptcache.errors import StoreError
 from mlx_promptcache.files import write_once
 

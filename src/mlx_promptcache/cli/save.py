@@ -7,11 +7,9 @@ from typing import Any
 import click
 
 from mlx_promptcache.cli import output
+from mlx_promptcache.cli.choices import ModelChoice, PromptChoice, RemoteChoice, take
 from mlx_promptcache.cli.names import complete_names
 from mlx_promptcache.cli.options import (
-    ModelChoice,
-    PromptChoice,
-    RemoteChoice,
     examples,
     max_size_option,
     model_options,
@@ -19,7 +17,6 @@ from mlx_promptcache.cli.options import (
     prompt_options,
     remote_options,
     shard_option,
-    take,
 )
 from mlx_promptcache.names import check_name
 

@@ -15,7 +15,8 @@ import click
 from mlx_promptcache import models, places
 from mlx_promptcache.budget import MAX_SIZE, parse_size
 from mlx_promptcache.cli import output
-from mlx_promptcache.cli.options import NO_URL, RemoteChoice, examples
+from mlx_promptcache.cli.choices import RemoteChoice
+from mlx_promptcache.cli.options import NO_URL, examples
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,9 +9,10 @@ import click
 from mlx_promptcache import headers
 from mlx_promptcache.catalog import Catalog, find
 from mlx_promptcache.cli import output
+from mlx_promptcache.cli.choices import ModelChoice, take
 from mlx_promptcache.cli.list import entry_json
 from mlx_promptcache.cli.names import complete_names
-from mlx_promptcache.cli.options import ModelChoice, examples, model_options, output_options, take
+from mlx_promptcache.cli.options import examples, model_options, output_options
 from mlx_promptcache.errors import PromptCacheError
 from mlx_promptcache.facts import memo_of
 

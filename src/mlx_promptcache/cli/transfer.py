@@ -12,7 +12,7 @@ from mlx_promptcache.quarantine import Quarantine
 from mlx_promptcache.sharing import Sharing, remote_at
 
 if TYPE_CHECKING:
-    from mlx_promptcache.cli.options import ModelChoice
+    from mlx_promptcache.cli.choices import ModelChoice
     from mlx_promptcache.sharing import Moved
     from mlx_promptcache.signatures import Signer
 

@@ -8,8 +8,9 @@ import click
 
 from mlx_promptcache import verification
 from mlx_promptcache.cli import output
+from mlx_promptcache.cli.choices import ModelChoice, take
 from mlx_promptcache.cli.names import complete_names
-from mlx_promptcache.cli.options import ModelChoice, examples, model_options, output_options, take
+from mlx_promptcache.cli.options import examples, model_options, output_options
 
 DAMAGE_FOUND = 3
 
