@@ -94,6 +94,8 @@ FLOORS = [
     "lent",
     "cache",
     "shard_cache",
+    "limits",
+    "traits",
     "trunk",
     "run",
     "speculative",

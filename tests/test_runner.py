@@ -976,7 +976,7 @@ def test_a_model_is_loaded_with_its_store_beside_it(tiny_model: Path) -> None:
     runner = Runner.load(str(tiny_model))
     assert runner.cache is not None
     assert runner.cache.directory == tiny_model / "prompt_cache"
-    assert runner.context_length == 2048
+    assert runner.limits.context_length == 2048
     state = runner.prefill("The cat sat on the mat")
     runner.cache.save("cat", state)
     again = Runner.load(str(tiny_model))

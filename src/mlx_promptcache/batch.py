@@ -393,10 +393,10 @@ def question_of(runner: Runner, index: int, prompt: Prompt, max_tokens: int) -> 
     Raises:
         PromptError: it does not.
     """
-    room = runner.room_for(len(prompt.tokens), max_tokens)
+    room = runner.limits.room_for(len(prompt.tokens), max_tokens)
     if room <= 0:
         raise PromptError(
             f"the prompt has {len(prompt.tokens)} tokens, and the model's context ends at "
-            f"{runner.context_length}: shorten it"
+            f"{runner.limits.context_length}: shorten it"
         )
     return Question(index, prompt, room)

@@ -148,7 +148,7 @@ class Conversation:
     @property
     def context_length(self) -> int | None:
         """How many tokens the model can hold at the most; None if that is not known."""
-        return self._runner.context_length
+        return self._runner.limits.context_length
 
     def sample(self, sampling: Sampling) -> None:
         """Draw in this way from now on. A seed begins the draws anew; without one they go on."""
@@ -236,7 +236,7 @@ class Conversation:
         self._run, self._origin, self._key = run, origin, run.key
 
     def _check_room(self, tokens: int) -> None:
-        if not self._runner.room_for(tokens, 1):
+        if not self._runner.limits.room_for(tokens, 1):
             raise PromptError(
                 f"the conversation would have {tokens} tokens, and the model's context ends at "
                 f"{self.context_length}: take exchanges back, or begin another conversation"

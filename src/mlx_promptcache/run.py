@@ -273,7 +273,7 @@ class Run:
         """
         self._settle()
         ends, text = self._runner.ends, TextStream(self._runner.tokenizer, stop)
-        limit = self._runner.room_for(self._held, max_tokens)
+        limit = self._runner.limits.room_for(self._held, max_tokens)
         draw = Draw(self.sampling, self._tokens, self._runner.ranks)
         key, token = draw(self.key, self._logits)
         self._begin_to_evaluate(token)

@@ -7,11 +7,10 @@ import functools
 import logging
 import math
 import secrets
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -29,6 +28,7 @@ from mlx_promptcache.errors import (
 from mlx_promptcache.fingerprint import KVSettings, remembered
 from mlx_promptcache.headers import MOST_DRAFT_TOKENS
 from mlx_promptcache.layers import make_layers
+from mlx_promptcache.limits import Limits
 from mlx_promptcache.passes import Plan
 from mlx_promptcache.prompt import Prompt, Prompter
 from mlx_promptcache.run import Run, Step
@@ -36,6 +36,7 @@ from mlx_promptcache.sampling import Sampling
 from mlx_promptcache.speculative import Pair, SpeculativeRun
 from mlx_promptcache.state import Origin, State
 from mlx_promptcache.store import Store
+from mlx_promptcache.traits import Traits
 from mlx_promptcache.tree import CELL
 from mlx_promptcache.trunk import Trunk
 
@@ -107,15 +108,16 @@ class Runner:
         self.cache = cache.with_kv(self.kv) if cache is not None else None
         self.prefill_step = prefill_step
         self.snapshot_every = snapshot_every
-        self.context_length = context_length
         self.forward_passes = 0
         """Forward calls so far; `tokens_fed` is how many tokens went through them."""
         self.tokens_fed = 0
         self.why_not_kept: str | None = None
         """Why states of this model cannot be kept; then there is no cache, whatever was given."""
-        self._vocabulary = 0
         self._to_be_told = False
+        self._vocabulary = 0
         self._trunk = Trunk.of(model, self._probe)
+        self.limits = Limits(self._vocabulary, context_length)
+        """Which prompts and which sampling the model takes."""
         self._blueprint = self._look()
         self._traits = Traits.of(self._blueprint)
         if draft_model is not None:
@@ -274,20 +276,18 @@ class Runner:
             raise ValueError(f"num_draft_tokens must be between 1 and {MOST_DRAFT_TOKENS}")
         tokens = mx.zeros((1, PROBE_TOKENS), mx.int32)
         proposed: mx.array = self._draft_model(tokens)
-        if proposed.shape[-1] != self._vocabulary:
+        if proposed.shape[-1] != self.limits.vocabulary:
             raise ModelError(
                 f"the draft model has {proposed.shape[-1]} tokens and the model "
-                f"{self._vocabulary}: take one with the same vocabulary"
+                f"{self.limits.vocabulary}: take one with the same vocabulary"
             )
 
     def _agree(self, ranks: Ranks) -> None:
         """Let all ranks cut prompts and take marks at the same places, whatever their own layers
         are, and keep states only where all can.
         """
-        traits = self._traits
         ranks.same("model and settings", *self._common())
-        rows = ranks.told("looking at the layers", *map(int, traits))
-        self._traits = Traits(*(any(told) for told in zip(*rows, strict=True)))
+        self._traits = self._traits.of_all(ranks)
         cache = self.cache
         caches = ranks.told(
             "opening the store", int(cache is None), int(cache is None or cache.read_only)
@@ -306,7 +306,7 @@ class Runner:
         parts = {} if self.cache is None else dict(self.cache.fingerprint.parts)
         parts.pop("shard", None)
         ends = None if self.tokenizer is None else sorted(self.tokenizer.eos_token_ids)
-        numbers = [self.prefill_step, self.snapshot_every, self.context_length, self._vocabulary]
+        numbers = [self.prefill_step, self.snapshot_every, self.limits]
         return [sorted(parts.items()), ends, self.kv, arithmetic.versions(), *numbers]
 
     def waiting(self) -> contextlib.AbstractContextManager[None]:
@@ -393,13 +393,6 @@ class Runner:
         hidden = self._trunk.hidden
         return logits[0], None if hidden is None else hidden[0]
 
-    def room_for(self, held: int, max_tokens: int) -> int:
-        """How many tokens may be generated after `held` ones; `max_tokens` < 0 is no limit."""
-        wanted = max_tokens if max_tokens >= 0 else sys.maxsize
-        if self.context_length is None:
-            return wanted
-        return min(wanted, max(0, self.context_length - held))
-
     # Running
 
     def start(
@@ -429,7 +422,7 @@ class Runner:
         """
         made = self._prompt(prompt, boundaries)
         exact = exact or self._traits.cuts_matter
-        sampling = self._fitting(sampling or Sampling())
+        sampling = self.limits.sampling(sampling or Sampling())
         if self.ranks is not None:
             asked = (made.tokens, made.boundaries, exact, reuse, sampling)
             self.ranks.same("prompt and sampling", *asked)
@@ -477,7 +470,7 @@ class Runner:
             self.ranks.same("prompt and sampling", made.tokens, sampling)
         if not run.begins(made.tokens):
             return self.start(made, sampling=sampling, progress=progress)
-        run.sampling = self._fitting(sampling)
+        run.sampling = self.limits.sampling(sampling)
         self._run = run
         run.go_on(made, progress=progress)
         return self._timed(run)
@@ -534,7 +527,7 @@ class Runner:
             raise UnsupportedLayer(
                 "this state was computed by another model, or with other settings"
             )
-        self._fitting(sampling or state.sampling)
+        self.limits.sampling(sampling or state.sampling)
         if self.ranks is not None:
             from mlx_promptcache.shard_cache import identity
 
@@ -567,27 +560,7 @@ class Runner:
     def _prompt(self, prompt: PromptLike, boundaries: Sequence[int]) -> Prompt:
         if not isinstance(prompt, Prompt):
             prompt = self._made(prompt)
-        if not prompt.tokens:
-            raise PromptError("the prompt is empty: give some text or tokens")
-        for token in prompt.tokens:
-            if not 0 <= token < self._vocabulary:  # MLX would read beyond the embeddings
-                raise PromptError(
-                    f"{token} is no token of this model, which has {self._vocabulary} of them"
-                )
-        if self.context_length is not None and len(prompt.tokens) > self.context_length:
-            raise PromptError(
-                f"the prompt has {len(prompt.tokens)} tokens, more than the {self.context_length} "
-                "of the model's context: shorten it"
-            )
-        ends = {b for b in (*prompt.boundaries, *boundaries) if 0 < b < len(prompt.tokens)}
-        return replace(prompt, boundaries=tuple(sorted(ends)))
-
-    def _fitting(self, sampling: Sampling) -> Sampling:
-        try:
-            sampling.check(self._vocabulary)
-        except ValueError as exc:
-            raise PromptError(str(exc)) from exc
-        return sampling
+        return self.limits.prompt(prompt, boundaries)
 
     def _made(self, prompt: str | Sequence[Any]) -> Prompt:
         if isinstance(prompt, str):
@@ -675,23 +648,6 @@ class Runner:
         if self._run is None:
             raise PromptError("nothing has been run yet: there is no state")
         return self._run.state()
-
-
-class Traits(NamedTuple):
-    """What of a model's layers decides where prompts are cut and marked; of all ranks' layers, as
-    each has only some of them.
-    """
-
-    opaque: bool
-    other_than_rows: bool
-    cuts_matter: bool
-
-    @classmethod
-    def of(cls, blueprint: Blueprint | None) -> Traits:
-        """Those of this process's layers."""
-        if blueprint is None:
-            return cls(opaque=False, other_than_rows=False, cuts_matter=False)
-        return cls(bool(blueprint.opaque), not blueprint.sliceable, blueprint.cuts_matter)
 
 
 def _cache(ranks: Ranks | None) -> Callable[..., PromptCache]:

@@ -97,7 +97,7 @@ class SpeculativeRun(Run):
     def steps(self, max_tokens: int, stop: Sequence[str] = ()) -> Iterator[Step]:
         """Generate up to `max_tokens` tokens; see `Run.steps`."""
         ends, text = self._runner.ends, TextStream(self._runner.tokenizer, stop)
-        limit = self._runner.room_for(len(self._tokens), max_tokens)
+        limit = self._runner.limits.room_for(len(self._tokens), max_tokens)
         for count in range(1, limit + 1):
             value, drafted = self._next()
             step = self._step(value, value in ends, count == limit, text)
@@ -134,7 +134,7 @@ class SpeculativeRun(Run):
         """Let the draft model propose, and the model check."""
         self._broken = True
         start, key = this.start, this.keys[1]
-        room = self._runner.room_for(start + 1, self._draft_tokens)
+        room = self._runner.limits.room_for(start + 1, self._draft_tokens)
         fed = [mx.array(this.tokens)]
         draw = Draw(self.sampling, self._tokens[:start])
         for _ in range(room):
