@@ -324,16 +324,16 @@ def on_disk(size: int) -> int:
 
 
 class _Facts:
-    """What `Eviction` asks of a store. Nothing has a name, all is of one model."""
+    """What `Eviction` asks of a store, and of its names. There are none; all is of one model."""
 
     def __init__(self, stock: Stock, now: float) -> None:
         self._stock, self._shift = stock, time.time() - now
         self.snapshots = {stem: self._file(x) for stem, x in stock.snapshots.items()}
         self.blocks = {stem: self._file(x) for stem, x in stock.blocks.items()}
         self.tokenizers: dict[str, File] = {}
-        self.store = self
+        self.store = self.names = self
 
-    def names(self, *, certain: bool) -> dict[str, str]:
+    def all(self, *, certain: bool) -> dict[str, str]:
         """None."""
         del certain
         return {}
