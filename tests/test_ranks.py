@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -239,6 +240,22 @@ def test_ctrl_c_on_one_rank_ends_all_after_the_same_token(model: Path) -> None:
     held = Counter(entry.tokens for entry in kept)
     assert {count % 2 for count in held.values()} == {0}  # a part of each rank's
     assert max(held) > 20
+
+
+def test_nobody_reads_the_last_token_and_all_end_alike(model: Path) -> None:
+    """The others do not hear of it, and make no forward call that they would not make."""
+    arguments = ("-m", "mlx_promptcache", "generate", "-m", model, "--shard", "tensor")
+    with launched.started(2, *arguments, "-p", "one two", "-n", "1", **{WAIT: "20"}) as ranks:
+        read_no_more(ranks[0])
+        results = launched.ended(ranks)
+    assert [(result.code, result.err) for result in results] == [(1, ""), (0, "")]
+
+
+def read_no_more(process: subprocess.Popen[str]) -> None:
+    out = process.stdout
+    assert out is not None
+    out.close()
+    process.stdout = None
 
 
 def test_standard_input_without_end_is_refused(model: Path) -> None:

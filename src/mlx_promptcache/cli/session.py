@@ -96,8 +96,8 @@ class Session:
                 if self._is_to_end() and not step.finish_reason:
                     self.finish_reason = "interrupted"
                     break
-            if not self.as_json:
-                click.echo()
+            if not self.as_json and self.broken_pipe is None:
+                self._show("\n")
         except BrokenPipeError as exc:  # whoever reads has seen enough: keep what was computed
             self.finish_reason, self.broken_pipe = "interrupted", exc
 
