@@ -245,7 +245,9 @@ def test_ctrl_c_on_one_rank_ends_all_after_the_same_token(model: Path) -> None:
 def test_nobody_reads_the_last_token_and_all_end_alike(model: Path) -> None:
     """The others do not hear of it, and make no forward call that they would not make."""
     arguments = ("-m", "mlx_promptcache", "generate", "-m", model, "--shard", "tensor")
-    with launched.started(2, *arguments, "-p", "one two", "-n", "1", **{WAIT: "20"}) as ranks:
+    with launched.started(
+        2, *arguments, "-p", "one two", "-n", "1", MLX_PROMPTCACHE_RANKS_WAIT="20"
+    ) as ranks:
         read_no_more(ranks[0])
         results = launched.ended(ranks)
     assert [(result.code, result.err) for result in results] == [(1, ""), (0, "")]
