@@ -143,6 +143,23 @@ def _start_of_block(path: Path) -> int:
     return int(json.loads(header["__metadata__"]["header"])["content"]["start"])
 
 
+def test_rows_that_stand_on_rows_of_two_runs_are_none_of_a_cold_run(tmp_path: Path) -> None:
+    """One rank lost its rows, and computed them again in other passes than the other rank has."""
+    first, cold, mixed = (tmp_path / name for name in ("first", "cold", "mixed"))
+
+    def digests(base: Path, *deeds: list[Any]) -> list[str]:
+        results = played(2, "tensor", "plain", where(base, "tensor"), [*deeds, ["state"]])
+        return of(results, len(deeds))
+
+    digests(first, ["branch", 1])
+    shutil.rmtree(first / "1")
+    digests(first, ["branch", 1, "", 300], ["branch", 2])
+    expected = digests(cold, ["branch", 2, "exact"])
+    shutil.copytree(first / "0", mixed / "0")
+    shutil.copytree(cold / "1", mixed / "1")
+    assert digests(mixed, ["branch", 2, "exact"]) == expected
+
+
 def test_another_split_is_a_miss_that_says_so(first: First, tmp_path: Path) -> None:
     base = copied(first, "pipeline", tmp_path)
     deeds = [["start", LENGTH], ["load", "so far"]]
@@ -194,6 +211,16 @@ def test_a_rank_that_answers_no_more_is_not_waited_for_forever(tmp_path: Path) -
     assert time.monotonic() - began < 90
 
 
+def test_a_rank_that_never_comes_is_not_waited_for_forever(tmp_path: Path) -> None:
+    script = Path(launched.TESTS, "rank.py")
+    waits = {0: {WAIT: "3"}, 1: {WAIT: "as long as it takes"}}  # which is an error
+    arguments = (script, "tensor", "plain", tmp_path / "store", "[]")
+    with launched.started(2, *arguments, only=waits) as ranks:
+        began = time.monotonic()
+        assert [result.code for result in launched.ended(ranks)] == [1, 1]
+        assert time.monotonic() - began < 60
+
+
 # From the command line
 
 
@@ -224,6 +251,16 @@ def test_each_rank_knows_which_state_its_part_of_a_name_stood_for(model: Path) -
         ranks = launched.run(2, *generate, "-p", text, "--save-as", "mine")
         assert [rank.code for rank in ranks] == [0, 0]
         assert [told in rank.err for rank in ranks] == [other, other]
+
+
+def test_a_name_that_one_rank_cannot_write_is_told_by_it(model: Path) -> None:
+    (model / "prompt_cache" / "names" / "dir@tensor-1-of-2").mkdir(parents=True)
+    generate = ("generate", "-m", model, "--shard", "tensor", "-n", "2", "--temp", "0")
+    ranks = launched.run(2, *generate, "-p", "one two", "--save-as", "dir")
+    assert [rank.code for rank in ranks] == [1, 1]
+    assert ranks[0].out.strip()  # the answer comes first
+    assert "Is a directory" in ranks[1].err
+    assert "rank 1 of 2 has failed, and said why" in ranks[0].err
 
 
 def test_ctrl_c_on_one_rank_ends_all_after_the_same_token(model: Path) -> None:
