@@ -157,7 +157,8 @@ class Session:
         except DamagedFile:
             return None
         except StoreError:
-            return cache.snapshot(name)
+            with contextlib.suppress(PromptCacheError):  # that is told where it is saved
+                return cache.snapshot(name)
         return None
 
     def remember(self) -> None:
