@@ -778,6 +778,12 @@ def test_a_remote_that_cannot_be_had_is_a_notice(
     assert one.start(PROMPT).prefilled_tokens == 600
     assert "cannot be reached" in caplog.text
     assert "sesame" not in caplog.text
+    assert "sftp://me@127.0.0.1:1/caches" in places.remotes_memo().read_text()
+    assert "sesame" not in places.remotes_memo().read_text()
+    assert one.cache.supply is not None
+    one.cache.supply._rates.note_read(1 << 24, 1.0)
+    assert "sftp://me@127.0.0.1:1/caches" in places.rates_memo().read_text()
+    assert "sesame" not in places.rates_memo().read_text()
 
 
 def test_whatever_a_remote_makes_of_it_a_prompt_gets_its_answer(
@@ -837,6 +843,29 @@ def test_a_remote_that_is_still_at_it_is_not_asked_again(
         assert one.start(PROMPT).prefilled_tokens == 600
     done.set()
     assert len(asked) == 2  # blocks and snapshots, once
+
+
+def test_what_is_kept_after_a_failure_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def files_of(*_: Any) -> list[RemoteFile]:
+        raise RemoteError("not today")
+
+    monkeypatch.setattr("mlx_promptcache.supply.LET_BE_SECONDS", 0.0)
+    one = runner(tmp_path / "one")
+    assert one.cache is not None
+    one.cache.attach(f"file://{tmp_path}/shared")
+    supply = one.cache.supply
+    assert supply is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(Remote, "files", files_of)
+        one.cache.save("first", one.prefill(PROMPT[:20]))
+        while supply._sender is not None and supply._sender.is_alive():
+            time.sleep(0.01)
+        supply.close()
+    one.cache.save("second", one.prefill(PROMPT[20:40]))
+    supply.close()
+    assert len(snapshots(tmp_path / "shared")) == 1
 
 
 def test_a_read_only_cache_sends_nothing(tmp_path: Path) -> None:
@@ -947,6 +976,7 @@ def test_an_empty_url_is_no_place(words: tuple[str, ...], tmp_path: Path) -> Non
         ("s3://bucket/a", "s3://bucket/a"),
         ("sftp://me:sesame@host:22/a", "sftp://me@host:22/a"),
         ("https://host/a?token=sesame", "https://host/a"),
+        ("simplecache::sftp://me:sesame@[::1]:22/a", "simplecache::sftp://me@[::1]:22/a"),
     ],
 )
 def test_a_url_is_shown_without_what_is_secret(url: str, shown: str) -> None:

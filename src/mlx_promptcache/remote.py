@@ -14,6 +14,7 @@ here believes what it reads.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import re
 import secrets
@@ -40,6 +41,7 @@ THREADS = 8
 PIECE_BYTES = 1 << 22
 LARGEST_NAME_FILE_BYTES = 1024
 FINGERPRINT = re.compile("/[0-9a-f]{32}/?$")
+CHAIN = re.compile(r"::(?=[\w+.-]+://)")
 
 
 class RemoteFile(NamedTuple):
@@ -64,6 +66,11 @@ class Remote:
 
     def __repr__(self) -> str:
         return f"Remote({self.shown!r})"
+
+    @property
+    def noted_as(self) -> str:
+        """What stands for the URL in files: nothing in it is secret."""
+        return f"{self.shown} {hashlib.sha256(self.url.encode()).hexdigest()[:16]}"
 
     def _fs(self) -> tuple[Any, str]:
         """The file system, and the directory in it."""
@@ -254,7 +261,11 @@ def _file(row: dict[str, Any]) -> RemoteFile | None:
 
 
 def without_password(url: str) -> str:
-    """A URL as it may be shown."""
+    """A URL as it may be shown; it may be one that goes through others, as `simplecache::`."""
+    return "::".join(map(_without_password, CHAIN.split(url)))
+
+
+def _without_password(url: str) -> str:
     try:
         parts = urlsplit(url)
     except ValueError:

@@ -65,7 +65,7 @@ class Supply:
     ) -> None:
         self._sharing, self._seconds, self._read_only = sharing, seconds, read_only
         self._shown = sharing.remote.shown
-        self._rates = Rates(sharing.remote.url, fingerprint)
+        self._rates = Rates(sharing.remote.noted_as, fingerprint)
         self._waiting: queue.SimpleQueue[Callable[[], Moved] | None] = queue.SimpleQueue()
         self._sender: threading.Thread | None = None
         self._bringer: threading.Thread | None = None
@@ -155,15 +155,16 @@ class Supply:
     def _later(self, work: Callable[[], Moved]) -> None:
         if self._read_only or self._is_let_be():
             return
+        self._waiting.put(work)
         if self._sender is None or not self._sender.is_alive():
             self._sender = threading.Thread(target=self._send_all, daemon=True)
             self._sender.start()
-        self._waiting.put(work)
 
     def _send_all(self) -> None:
-        while (work := self._waiting.get()) is not None:
+        while (work := self._waiting.get()) is not None or not self._waiting.empty():
             try:
-                work()
+                if work is not None:  # else a sender before this one failed, and did not hear it
+                    work()
             except Exception as exc:  # noqa: BLE001 - it may say anything
                 self._failed(self._told(exc))
                 return
@@ -195,11 +196,11 @@ class Supply:
     def _let_be(self, why: str) -> None:
         log.warning("%s: it is let be for a minute", why)
         known = {url: until for url, until in _let_be_until().items() if until > time.time()}
-        known[self._sharing.remote.url] = time.time() + LET_BE_SECONDS
+        known[self._sharing.remote.noted_as] = time.time() + LET_BE_SECONDS
         memo.write(places.remotes_memo(), json.dumps(known))
 
     def _is_let_be(self) -> bool:
-        until = _let_be_until().get(self._sharing.remote.url, 0.0)
+        until = _let_be_until().get(self._sharing.remote.noted_as, 0.0)
         return 0 < until - time.time() <= LET_BE_SECONDS  # the clock may be set
 
 
