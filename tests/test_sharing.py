@@ -769,6 +769,43 @@ def test_a_remote_that_says_nothing_costs_its_time_once(
     assert not caplog.text
 
 
+def test_a_process_does_not_wait_at_its_end_for_a_remote_that_says_nothing(
+    tmp_path: Path, dead_end: int
+) -> None:
+    model = tiny.on_disk(tmp_path / "model")
+    told = {"AWS_ENDPOINT_URL": f"http://{servers.HOST}:{dead_end}", "AWS_ACCESS_KEY_ID": "me"}
+    process = processes.start(
+        "generate", "-m", model, "-p", "The cat sat on the mat. " * 8, "-n", "2",
+        "--remote", "s3://silent/caches", "--remote-seconds", "3",
+        **told, AWS_SECRET_ACCESS_KEY="secret", XDG_CACHE_HOME=str(tmp_path / "user"),
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=40)  # not what boto waits: minutes
+    finally:
+        process.kill()
+        process.communicate()
+    assert (process.returncode, bool(out)) == (0, True)
+    assert "took longer than 3.0 s" in err
+
+
+def test_an_error_in_one_of_many_is_raised_at_once(tmp_path: Path) -> None:
+    release, begun = threading.Event(), threading.Event()
+
+    def does(item: int) -> int:
+        if item:
+            begun.set()
+            release.wait()
+            return item
+        begun.wait()
+        raise RemoteError("no")
+
+    remote = Remote(f"file://{tmp_path}", "f" * 32)
+    with pytest.raises(RemoteError, match="no"):
+        remote.each(does, [0, 1])
+    release.set()
+    assert remote.each(str, range(100)) == [str(i) for i in range(100)]
+
+
 def test_a_remote_that_cannot_be_had_is_a_notice(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
