@@ -356,6 +356,17 @@ def test_a_rank_that_fails_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert said == []
 
 
+def test_a_wish_that_does_not_come_any_more_is_a_lost_connection() -> None:
+    class Lost:
+        def item(self) -> int:
+            raise RuntimeError("connection to a peer was lost")
+
+    ranks: Any = Ranks(Group(), "tensor")
+    ranks._wishes.append(Lost())
+    with pytest.raises(RankError, match="rank 0 of 2 cannot go on"):
+        ranks.hear()
+
+
 def test_ranks_with_other_values_are_not_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     same, _ = ranks_that_hear(monkeypatch)
     same.same("prompt", [1, 2])

@@ -223,8 +223,13 @@ class Ranks:
         return both[:1].astype(token.dtype)
 
     def hear(self) -> None:
-        """Take note of what was told along with the next token, which has just been read."""
-        self.ending = bool(self._wishes.popleft().item())
+        """Take note of what was told along with the next token, which has just been read.
+
+        Raises:
+            RankError: the connection was lost after that token.
+        """
+        with self.waiting():
+            self.ending = bool(self._wishes.popleft().item())
 
 
 class Watchdog:
