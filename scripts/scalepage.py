@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fleet import ALONE, BY_KEY, BY_SHARD, RECOMPUTE, SHARED
 from mlx_promptcache.plots import COLOURS, MARKS, Line, Picture
-from simulation import PAGE
+from simulation import PAGE, THREADS
 from traffic import HEADER
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ NUMBERS = ("No", "One", "Two", "Three", "Four")
 WIDTH = 100
 READS = 5500  # a second, of one prefix of Amazon's
 LISTS = 3  # of the first directory, for each prompt
+LISTED = 17  # directories that a prompt of 4,096 tokens lists
 TEXT = Path(__file__).with_suffix(".md")
 SHORT = "\n**A quick look, not figures to rely on**: too few requests.\n"
 
@@ -61,8 +62,8 @@ def document(report: Json) -> str:
         "restored_tokens": machine["restored_per_second"] / row,
         **_sending(tables["sending"]),
         "pages_shard": 1e7 / 256 / PAGE,
-        "pages_all": 1e7 / PAGE,
-        "seconds_all": 1e7 / PAGE * place["latency"],
+        "pages_all": LISTED * 1e7 / 256 / PAGE,
+        "seconds_all": LISTED * 1e7 / 256 / PAGE / THREADS * place["latency"],
         "no_remote": f"{wandering[0]['computed']:.1%}",
         "hot": READS / LISTS,
         "hot_machines": READS / LISTS * report["every_seconds"],

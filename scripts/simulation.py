@@ -32,7 +32,6 @@ ROOT = "0" * 32
 # Of the sharing code: what it does not do for less, does at once, or waits for.
 LEAST_TOKENS = 16
 THREADS = 8
-MANY_SHARDS = 16
 TRIED_PARTS = 2
 PATIENCE_SECONDS = 5.0
 LET_BE_SECONDS = 60.0
@@ -82,10 +81,6 @@ class Remote:
         """The pages of a listing: all of them, and the most that follow one upon another."""
         if self.setup.listing == BY_KEY:
             return cells, -(-cells // THREADS)
-        if len(directories) > MANY_SHARDS:
-            files = self.stock.blocks if kind == BLOCKS else self.stock.snapshots
-            pages = max(1, -(-(len(files) + self.setup.place.strangers) // PAGE))
-            return pages, pages
         each = [max(1, -(-self._directory(kind, d) // PAGE)) for d in directories]
         return sum(each), max(max(each), -(-sum(each) // THREADS))
 

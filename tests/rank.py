@@ -78,6 +78,14 @@ class Player:
         """Begin with a prompt of random tokens."""
         self.run = self.runner.start(tiny.random_tokens(length, seed), sampling=SAMPLED)
 
+    def branch(self, seed: int, how: str = "", cut: int = 0) -> None:
+        """Begin as others did, end otherwise, and keep it; one pass ends at `cut`."""
+        prompt = [*tiny.random_tokens(512, 1), seed, *tiny.random_tokens(80, seed)]
+        exact = how == "exact"
+        self.run = self.runner.start(prompt, boundaries=[cut], exact=exact, sampling=SAMPLED)
+        assert self.runner.cache is not None
+        self.runner.cache.keep(self.run.prompt_state(), exact=exact)
+
     def steps(self, count: int) -> list[int]:
         """Generate."""
         assert self.run is not None

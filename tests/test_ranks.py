@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -142,6 +143,23 @@ def _start_of_block(path: Path) -> int:
     return int(json.loads(header["__metadata__"]["header"])["content"]["start"])
 
 
+def test_rows_that_stand_on_rows_of_two_runs_are_none_of_a_cold_run(tmp_path: Path) -> None:
+    """One rank lost its rows, and computed them again in other passes than the other rank has."""
+    first, cold, mixed = (tmp_path / name for name in ("first", "cold", "mixed"))
+
+    def digests(base: Path, *deeds: list[Any]) -> list[str]:
+        results = played(2, "tensor", "plain", where(base, "tensor"), [*deeds, ["state"]])
+        return of(results, len(deeds))
+
+    digests(first, ["branch", 1])
+    shutil.rmtree(first / "1")
+    digests(first, ["branch", 1, "", 300], ["branch", 2])
+    expected = digests(cold, ["branch", 2, "exact"])
+    shutil.copytree(first / "0", mixed / "0")
+    shutil.copytree(cold / "1", mixed / "1")
+    assert digests(mixed, ["branch", 2, "exact"]) == expected
+
+
 def test_another_split_is_a_miss_that_says_so(first: First, tmp_path: Path) -> None:
     base = copied(first, "pipeline", tmp_path)
     deeds = [["start", LENGTH], ["load", "so far"]]
@@ -193,6 +211,16 @@ def test_a_rank_that_answers_no_more_is_not_waited_for_forever(tmp_path: Path) -
     assert time.monotonic() - began < 90
 
 
+def test_a_rank_that_never_comes_is_not_waited_for_forever(tmp_path: Path) -> None:
+    script = Path(launched.TESTS, "rank.py")
+    waits = {0: {WAIT: "3"}, 1: {WAIT: "as long as it takes"}}  # which is an error
+    arguments = (script, "tensor", "plain", tmp_path / "store", "[]")
+    with launched.started(2, *arguments, only=waits) as ranks:
+        began = time.monotonic()
+        assert [result.code for result in launched.ended(ranks)] == [1, 1]
+        assert time.monotonic() - began < 60
+
+
 # From the command line
 
 
@@ -225,6 +253,16 @@ def test_each_rank_knows_which_state_its_part_of_a_name_stood_for(model: Path) -
         assert [told in rank.err for rank in ranks] == [other, other]
 
 
+def test_a_name_that_one_rank_cannot_write_is_told_by_it(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "names" / "dir@tensor-1-of-2").mkdir(parents=True)
+    generate = ("generate", "-m", model, "--shard", "tensor", "-n", "2", "--cache-dir", tmp_path)
+    ranks = launched.run(2, *generate, "-p", "one two", "--save-as", "dir")
+    assert [rank.code for rank in ranks] == [1, 1]
+    assert ranks[0].out.strip()  # the answer comes first
+    assert "Is a directory" in ranks[1].err
+    assert "rank 1 of 2 has failed, and said why" in ranks[0].err
+
+
 def test_ctrl_c_on_one_rank_ends_all_after_the_same_token(model: Path) -> None:
     arguments = ("-m", "mlx_promptcache", "generate", "-m", model, "--shard", "tensor")
     more = ("-p", "to the end", "-n", "-1", "--temp", "1", "--seed", "5", "--logit-bias", "0=-100")
@@ -239,6 +277,24 @@ def test_ctrl_c_on_one_rank_ends_all_after_the_same_token(model: Path) -> None:
     held = Counter(entry.tokens for entry in kept)
     assert {count % 2 for count in held.values()} == {0}  # a part of each rank's
     assert max(held) > 20
+
+
+def test_nobody_reads_the_last_token_and_all_end_alike(model: Path) -> None:
+    """The others do not hear of it, and make no forward call that they would not make."""
+    arguments = ("-m", "mlx_promptcache", "generate", "-m", model, "--shard", "tensor")
+    with launched.started(
+        2, *arguments, "-p", "one two", "-n", "1", MLX_PROMPTCACHE_RANKS_WAIT="20"
+    ) as ranks:
+        read_no_more(ranks[0])
+        results = launched.ended(ranks)
+    assert [(result.code, result.err) for result in results] == [(1, ""), (0, "")]
+
+
+def read_no_more(process: subprocess.Popen[str]) -> None:
+    out = process.stdout
+    assert out is not None
+    out.close()
+    process.stdout = None
 
 
 def test_standard_input_without_end_is_refused(model: Path) -> None:
@@ -298,6 +354,17 @@ def test_a_rank_that_fails_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(RankError), ranks.together("outside"):
         raise RankError("the others know")
     assert said == []
+
+
+def test_a_wish_that_does_not_come_any_more_is_a_lost_connection() -> None:
+    class Lost:
+        def item(self) -> int:
+            raise RuntimeError("connection to a peer was lost")
+
+    ranks: Any = Ranks(Group(), "tensor")
+    ranks._wishes.append(Lost())
+    with pytest.raises(RankError, match="rank 0 of 2 cannot go on"):
+        ranks.hear()
 
 
 def test_ranks_with_other_values_are_not_alike(monkeypatch: pytest.MonkeyPatch) -> None:

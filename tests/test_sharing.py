@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import shutil
 import socket
 import subprocess
@@ -17,14 +19,15 @@ import pytest
 import processes
 import servers
 import tiny
-from mlx_promptcache import CacheMiss, PromptCache, Runner, Sampling
+from mlx_promptcache import CacheMiss, PromptCache, Runner, Sampling, container, places
 from mlx_promptcache.errors import RemoteError, SignatureError
 from mlx_promptcache.names import NAMES
 from mlx_promptcache.rates import Rates
-from mlx_promptcache.remote import Remote, without_password
+from mlx_promptcache.remote import Remote, RemoteFile, without_password
 from mlx_promptcache.sharing import Sharing
 from mlx_promptcache.signatures import Signer
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, TRUSTED_KEYS, Store
+from mlx_promptcache.tree import ID_DIGITS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -461,6 +464,65 @@ def test_files_that_were_swapped_there_are_refused(tmp_path: Path) -> None:
     assert came.states == 0
 
 
+@pytest.mark.parametrize("size", [10**20, 10**15, 1 << 33, -5])
+def test_a_size_that_no_file_has_is_not_believed(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"file://{tmp_path}/shared"
+    saved(tmp_path / "one")
+    cache(tmp_path / "one").sharing(url).push()
+    listed = Remote.files
+
+    def files_of(*arguments: Any) -> list[RemoteFile]:
+        return [file._replace(size=size) for file in listed(*arguments)]
+
+    monkeypatch.setattr(Remote, "files", files_of)
+    monkeypatch.setattr(Remote, "read", lambda *_: pytest.fail("it was fetched"))
+    came = cache(tmp_path / "two").sharing(url).pull()
+    assert (came.states, came.files) == (0, 0)
+    assert f"it is said to have {size} bytes" in came.refused[0]
+
+
+def test_a_file_of_another_version_is_left_out_and_the_others_come(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/shared"
+    expected = saved(tmp_path / "one")
+    cache(tmp_path / "one").sharing(url).push(["few-shot"])
+    (newer,) = snapshots(tmp_path / "shared")
+    cache(tmp_path / "one").sharing(url).push()
+    data = newer.read_bytes().replace(b'"version":"1"', b'"version":"2"', 1)
+    end = 8 + int.from_bytes(data[:8], "little")
+    seal = hashlib.sha256(data[:end]).digest()
+    newer.write_bytes(data[:end] + seal + data[end + len(seal) :])
+    came = cache(tmp_path / "two").sharing(url).pull()
+    assert "it has format version '2'" in came.refused[0]
+    assert came.states == 1
+    shutil.rmtree(tmp_path / "shared")
+    cache(tmp_path / "one").sharing(url).push()
+    cache(tmp_path / "two").sharing(url).pull()
+    assert tiny.digest(cache(tmp_path / "two").load("few-shot")) == expected
+
+
+def snapshots(directory: Path) -> list[Path]:
+    return [path for path in files(directory, "*.safetensors") if SNAPSHOTS in path.parts]
+
+
+def test_a_snapshot_of_blocks_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/shared"
+    saved(tmp_path / "one")
+    cache(tmp_path / "one").sharing(url).push(["few-shot"])
+    (sound,) = snapshots(tmp_path / "shared")
+    data = sound.read_bytes()
+    header = container.read_header(lambda at, count: data[at : at + count], len(data))
+    header.content["refs"][0][1] = "\ud800"  # no text that can be encoded
+    arrays = data[len(data) - header.stored_bytes :]
+    packed = container.repacked(header, [arrays])
+    stem = sound.name.partition(".")[0][:-ID_DIGITS] + packed.digest[:ID_DIGITS]
+    sound.with_name(f"{stem}.safetensors").write_bytes(b"".join(packed.chunks))
+    came = cache(tmp_path / "two").sharing(url).pull()
+    assert (came.states, came.names) == (1, ("few-shot",))
+    assert "it needs blocks that there cannot be" in came.refused[0]
+
+
 # Signatures
 
 
@@ -708,6 +770,43 @@ def test_a_remote_that_says_nothing_costs_its_time_once(
     assert not caplog.text
 
 
+def test_a_process_does_not_wait_at_its_end_for_a_remote_that_says_nothing(
+    tmp_path: Path, dead_end: int
+) -> None:
+    model = tiny.on_disk(tmp_path / "model")
+    told = {"AWS_ENDPOINT_URL": f"http://{servers.HOST}:{dead_end}", "AWS_ACCESS_KEY_ID": "me"}
+    process = processes.start(
+        "generate", "-m", model, "-p", "The cat sat on the mat. " * 8, "-n", "2",
+        "--remote", "s3://silent/caches", "--remote-seconds", "3",
+        **told, AWS_SECRET_ACCESS_KEY="secret", XDG_CACHE_HOME=str(tmp_path / "user"),
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=40)  # not what boto waits: minutes
+    finally:
+        process.kill()
+        process.communicate()
+    assert (process.returncode, bool(out)) == (0, True)
+    assert "took longer than 3.0 s" in err
+
+
+def test_an_error_in_one_of_many_is_raised_at_once(tmp_path: Path) -> None:
+    release, begun = threading.Event(), threading.Event()
+
+    def does(item: int) -> int:
+        if item:
+            begun.set()
+            release.wait()
+            return item
+        begun.wait()
+        raise RemoteError("no")
+
+    remote = Remote(f"file://{tmp_path}", "f" * 32)
+    with pytest.raises(RemoteError, match="no"):
+        remote.each(does, [0, 1])
+    release.set()
+    assert remote.each(str, range(100)) == [str(i) for i in range(100)]
+
+
 def test_a_remote_that_cannot_be_had_is_a_notice(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -717,6 +816,94 @@ def test_a_remote_that_cannot_be_had_is_a_notice(
     assert one.start(PROMPT).prefilled_tokens == 600
     assert "cannot be reached" in caplog.text
     assert "sesame" not in caplog.text
+    assert "sftp://me@127.0.0.1:1/caches" in places.remotes_memo().read_text()
+    assert "sesame" not in places.remotes_memo().read_text()
+    assert one.cache.supply is not None
+    one.cache.supply._rates.note_read(1 << 24, 1.0)
+    assert "sftp://me@127.0.0.1:1/caches" in places.rates_memo().read_text()
+    assert "sesame" not in places.rates_memo().read_text()
+
+
+def test_whatever_a_remote_makes_of_it_a_prompt_gets_its_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def files_of(*_: Any) -> list[RemoteFile]:
+        raise MemoryError("a long list")
+
+    monkeypatch.setattr(Remote, "files", files_of)
+    one = runner(tmp_path / "one")
+    assert one.cache is not None
+    one.cache.attach(f"file://{tmp_path}/shared")
+    run = one.start(PROMPT)
+    assert run.prefilled_tokens == 600
+    assert "cannot be used: MemoryError: a long list: it is let be for a minute" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another user"))
+    one.cache.keep(run.prompt_state())
+    assert one.cache.supply is not None
+    one.cache.supply.close()
+    assert "cannot be used: MemoryError: a long list: it is let be for a minute" in caplog.text
+
+
+def test_what_never_came_whole_is_forgotten_by_who_never_pulls(tmp_path: Path) -> None:
+    saved(tmp_path / "one")
+    cache(tmp_path / "one").sharing(f"file://{tmp_path}/shared").push()
+    places.incoming().mkdir(parents=True)
+    old, young = places.incoming() / "old", places.incoming() / "young"
+    for part in (old, young):
+        part.write_bytes(b"a part")
+    os.utime(old, (0, 0))
+    two = runner(tmp_path / "two")
+    assert two.cache is not None
+    two.cache.attach(f"file://{tmp_path}/shared")
+    assert two.start(PROMPT).prefilled_tokens == 0
+    assert files(places.incoming()) == [young]
+
+
+def test_a_remote_that_is_still_at_it_is_not_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a server would have a thread more for each minute that a remote says nothing."""
+    asked: list[Any] = []
+    done = threading.Event()
+
+    def files_of(*arguments: Any) -> list[RemoteFile]:
+        asked.append(arguments)
+        done.wait()
+        return []
+
+    monkeypatch.setattr(Remote, "files", files_of)
+    monkeypatch.setattr("mlx_promptcache.supply.LET_BE_SECONDS", 0.0)
+    one = runner(tmp_path / "one")
+    assert one.cache is not None
+    one.cache.attach(f"file://{tmp_path}/shared", seconds=0.2)
+    for _ in range(2):
+        assert one.start(PROMPT).prefilled_tokens == 600
+    done.set()
+    assert len(asked) == 2  # blocks and snapshots, once
+
+
+def test_what_is_kept_after_a_failure_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def files_of(*_: Any) -> list[RemoteFile]:
+        raise RemoteError("not today")
+
+    monkeypatch.setattr("mlx_promptcache.supply.LET_BE_SECONDS", 0.0)
+    one = runner(tmp_path / "one")
+    assert one.cache is not None
+    one.cache.attach(f"file://{tmp_path}/shared")
+    supply = one.cache.supply
+    assert supply is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(Remote, "files", files_of)
+        one.cache.save("first", one.prefill(PROMPT[:20]))
+        while supply._sender is not None and supply._sender.is_alive():
+            time.sleep(0.01)
+        supply.close()
+    one.cache.save("second", one.prefill(PROMPT[20:40]))
+    supply.close()
+    assert len(snapshots(tmp_path / "shared")) == 1
 
 
 def test_a_read_only_cache_sends_nothing(tmp_path: Path) -> None:
@@ -827,6 +1014,7 @@ def test_an_empty_url_is_no_place(words: tuple[str, ...], tmp_path: Path) -> Non
         ("s3://bucket/a", "s3://bucket/a"),
         ("sftp://me:sesame@host:22/a", "sftp://me@host:22/a"),
         ("https://host/a?token=sesame", "https://host/a"),
+        ("simplecache::sftp://me:sesame@[::1]:22/a", "simplecache::sftp://me@[::1]:22/a"),
     ],
 )
 def test_a_url_is_shown_without_what_is_secret(url: str, shown: str) -> None:

@@ -323,7 +323,8 @@ def test_what_is_in_memory_is_not_read_again() -> None:
 
 def test_smaller_cells_are_more_objects_and_compute_no_more() -> None:
     shared = asked(200, Mix(chats=0.0, series=1.0, shots=3))
-    small, own, large = (run(shared, cell=cell) for cell in (64, 256, 1024))
+    near = Place(latency=0.001)  # lists of many cells take long, and what is late is not sent
+    small, own, large = (run(shared, cell=cell, place=near) for cell in (64, 256, 1024))
     assert small.tokens[COMPUTED] <= own.tokens[COMPUTED] <= large.tokens[COMPUTED]
     assert small.objects > own.objects > large.objects
     assert tree.CELL == 256
@@ -367,13 +368,12 @@ def test_a_prompt_waits_as_long_as_computing_takes_and_what_comes_late_is_there_
     assert found.late > 0
 
 
-def test_a_list_of_many_directories_reads_all_names() -> None:
+def test_the_directories_of_a_prompt_are_listed_and_no_others() -> None:
     long = [Request(0.0, 0, ((1 << 50, 5000),), (2 << 50, 1), keeps_answer=False)]
     by_shard, by_key = (
         run(long, place=Place(strangers=10**6), listing=listing) for listing in (BY_SHARD, BY_KEY)
     )
-    assert by_shard.lists >= 2 * 10**6 / simulation.PAGE
-    assert by_key.lists < 100
+    assert by_key.lists < 100 < by_shard.lists < 10**6 / simulation.PAGE
 
 
 def test_a_machine_that_sends_what_it_used_again_sends_a_prefix_and_no_question() -> None:

@@ -12,13 +12,14 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from mlx_promptcache import container, cuts, headers, places, room
 from mlx_promptcache.container import Header, Packed
-from mlx_promptcache.errors import DamagedFile, PromptCacheError, SignatureError
+from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError, SignatureError
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS
 from mlx_promptcache.tree import BlockName
 from mlx_promptcache.writer import Writer, record_of, variant_of
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_promptcache")
 
 FORGOTTEN_SECONDS = 86400.0  # what did not come whole within a day is fetched anew
+LARGEST_FILE_BYTES = 2 * 10**9  # of whatever model: it is held in memory while it is checked
+DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class Arrival(NamedTuple):
@@ -88,13 +91,15 @@ class Arrivals:
             try:
                 if self._trust is not None and file.signature is None:
                     raise SignatureError("nobody signed it")
+                if not 0 < file.size <= LARGEST_FILE_BYTES:
+                    raise DamagedFile(f"it is said to have {file.size} bytes")
                 data, part = _whole(remote, file)
             except (DamagedFile, SignatureError) as exc:
                 wrong.append(str(exc))
                 continue
             try:
                 return self._checked(kind, file, data, part)
-            except (DamagedFile, SignatureError) as exc:
+            except (CacheMiss, SignatureError) as exc:  # damaged, or of another version
                 wrong.append(str(exc))
                 _forget(part)
         if wrong:
@@ -124,6 +129,8 @@ class Arrivals:
             raise DamagedFile("it is another model's")
         if kind == BLOCKS and shared_stem(file.stem, header.digest) != file.stem:
             raise DamagedFile("it is not what its name says")
+        if kind == SNAPSHOTS and not all(DIGEST.fullmatch(r[1]) for r in header.content["refs"]):
+            raise DamagedFile("it needs blocks that there cannot be")
         container.check(read, header.entries.values())
         return Arrival(kind, file.stem, header, data, part)
 
@@ -266,8 +273,9 @@ def _whole(remote: Remote, file: RemoteFile) -> tuple[bytes, Path | None]:
                 kept.write(piece)
         except OSError as exc:
             raise DamagedFile(f"it cannot be kept here until it is whole: {exc.strerror}") from exc
+        whole = kept.seek(0, os.SEEK_END) >= file.size  # before memory is taken for it
         kept.seek(0)
-        data = kept.read(file.size)
+        data = kept.read(file.size) if whole else b""
     if len(data) != file.size:
         _forget(part)
         raise DamagedFile("it is shorter there than it is said to be")

@@ -10,6 +10,7 @@ length: a rank that fails says so in place of its message, wherever the others a
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import hashlib
 import os
 import sys
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 STRATEGIES = ("tensor", "pipeline")
 WAIT = "MLX_PROMPTCACHE_RANKS_WAIT"
 WAIT_SECONDS = 1800.0  # a slow drive or the first look at large weights takes long, too
+LONGEST_SECONDS = 1e8  # that the system counts
 MOST_VALUES = 3  # of one message
 FAILED = -1  # in the place of what a message is about
 
@@ -64,7 +66,7 @@ class Ranks:
             raise ValueError(f"a model is split by {' or '.join(STRATEGIES)}, not by {strategy!r}")
         seconds = _wait_seconds()
         try:
-            with Watchdog("this rank", seconds).waiting():
+            with _ended_after(seconds):
                 group = mx.distributed.init(strict=True)
         except RuntimeError as exc:
             raise RankError(f"there are no other ranks ({exc}): {_how(strategy)}") from exc
@@ -221,8 +223,13 @@ class Ranks:
         return both[:1].astype(token.dtype)
 
     def hear(self) -> None:
-        """Take note of what was told along with the next token, which has just been read."""
-        self.ending = bool(self._wishes.popleft().item())
+        """Take note of what was told along with the next token, which has just been read.
+
+        Raises:
+            RankError: the connection was lost after that token.
+        """
+        with self.waiting():
+            self.ending = bool(self._wishes.popleft().item())
 
 
 class Watchdog:
@@ -277,6 +284,20 @@ def _wait_seconds() -> float:
     if not seconds > 0:
         raise RankError(f"{WAIT} is {text!r}, which is no number of seconds")
     return seconds
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: float) -> Iterator[None]:
+    """End this process, with code 1 and without a word, if this lasts longer: while MLX looks for
+    other ranks it lets no thread of Python run, and so no watchdog.
+    """
+    with open(os.devnull, "wb") as nobody:  # noqa: PTH123 - who reads where that was
+        bounded = min(max(seconds, 0.001), LONGEST_SECONDS)
+        faulthandler.dump_traceback_later(bounded, exit=True, file=nobody)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def _how(strategy: str) -> str:

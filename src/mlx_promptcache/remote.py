@@ -14,10 +14,12 @@ here believes what it reads.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
+import queue
 import re
 import secrets
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
@@ -40,6 +42,7 @@ THREADS = 8
 PIECE_BYTES = 1 << 22
 LARGEST_NAME_FILE_BYTES = 1024
 FINGERPRINT = re.compile("/[0-9a-f]{32}/?$")
+CHAIN = re.compile(r"::(?=[\w+.-]+://)")
 
 
 class RemoteFile(NamedTuple):
@@ -64,6 +67,11 @@ class Remote:
 
     def __repr__(self) -> str:
         return f"Remote({self.shown!r})"
+
+    @property
+    def noted_as(self) -> str:
+        """What stands for the URL in files: nothing in it is secret."""
+        return f"{self.shown} {hashlib.sha256(self.url.encode()).hexdigest()[:16]}"
 
     def _fs(self) -> tuple[Any, str]:
         """The file system, and the directory in it."""
@@ -229,8 +237,7 @@ class Remote:
         """Do the same with many things, some at once where that can be. The first error ends it."""
         if len(items) < 2 or not self._takes_threads:
             return [does(item) for item in items]
-        with ThreadPoolExecutor(min(THREADS, len(items))) as threads:
-            return list(threads.map(does, items))
+        return _at_once(does, items)
 
     @property
     def _takes_threads(self) -> bool:
@@ -238,6 +245,40 @@ class Remote:
         they may wait for each other without end.
         """
         return bool(self._fs()[0].async_impl or self._protocols & IN_THREADS)
+
+
+def _at_once(does: Any, items: Sequence[Any]) -> list[Any]:
+    """What comes of each of these, in threads; the first error is raised.
+
+    A server may keep a thread waiting for minutes. Neither an error nor Ctrl-C nor the end of the
+    process waits for that, as it would for the threads of a ThreadPoolExecutor.
+    """
+    todo, done = iter(list(enumerate(items))), queue.SimpleQueue[tuple[int, Any, Any]]()
+    turn, over = threading.Lock(), threading.Event()
+
+    def work() -> None:
+        while not over.is_set():
+            with turn:
+                number, item = next(todo, (None, None))
+            if number is None:
+                return
+            try:
+                done.put((number, does(item), None))
+            except BaseException as exc:  # noqa: BLE001 - it is raised where it is waited for
+                done.put((number, None, exc))
+
+    for _ in range(min(THREADS, len(items))):
+        threading.Thread(target=work, daemon=True).start()
+    found: dict[int, Any] = {}
+    try:
+        while len(found) < len(items):
+            number, value, error = done.get()
+            if error is not None:
+                raise error
+            found[number] = value
+    finally:
+        over.set()
+    return [found[number] for number in range(len(items))]
 
 
 def _file(row: dict[str, Any]) -> RemoteFile | None:
@@ -254,7 +295,11 @@ def _file(row: dict[str, Any]) -> RemoteFile | None:
 
 
 def without_password(url: str) -> str:
-    """A URL as it may be shown."""
+    """A URL as it may be shown; it may be one that goes through others, as `simplecache::`."""
+    return "::".join(map(_without_password, CHAIN.split(url)))
+
+
+def _without_password(url: str) -> str:
     try:
         parts = urlsplit(url)
     except ValueError:

@@ -16,6 +16,7 @@ from mlx_promptcache.cache import PromptCache
 from mlx_promptcache.errors import CacheMiss, PromptCacheError
 from mlx_promptcache.fingerprint import Fingerprint
 from mlx_promptcache.match import Match
+from mlx_promptcache.passes import UNKNOWN
 from mlx_promptcache.restorer import Resumed
 
 if TYPE_CHECKING:
@@ -115,9 +116,19 @@ class ShardCache(PromptCache):
             if min(got) == agreed.position:
                 reason = own.match.reason or refused
                 match = dataclasses.replace(own.match, reason=reason, stored=stored)
-                return own._replace(match=match)
+                return self._of_one_run(own)._replace(match=match)
             refused = own.match.reason or self._short_of(got.index(min(got)), min(got))
             limit = min(got)
+
+    def _of_one_run(self, own: Resumed) -> Resumed:
+        """What was read; where other passes computed the parts of other ranks, what is computed on
+        from there is not what a run from nothing computes, and must not be taken for it.
+        """
+        state = own.state
+        assert state is not None  # noqa: S101 - it has tokens
+        if self.ranks.alike("what computed a prefix", state.lineage):
+            return own
+        return own._replace(state=dataclasses.replace(state, lineage=UNKNOWN))
 
     def _agree(self, tokens: Sequence[int], plan: Plan | None, limit: int | None) -> _Agreed:
         """The deepest position, at most at `limit`, that all ranks say they can go on from."""

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mlx_promptcache.signatures import Signer
     from mlx_promptcache.store import Store
 
-    Names = dict[str, tuple[str, str | None] | None]
+    Told = dict[str, tuple[str, str | None] | None]  # names: a stem, and who signed it
     Progress = Callable[[int, int], None]
 
 log = logging.getLogger("mlx_promptcache")
@@ -297,7 +297,7 @@ class Sharing:
             StoreError, CacheLocked: as those of a save.
         """
         came = self.arrivals()
-        named: Names = {name: self.remote.name(name) for name in names} or {**self.remote.names()}
+        named: Told = {name: self.remote.name(name) for name in names} or {**self.remote.names()}
         if not any(named.values()):
             self._check_place()
         for name in names:
@@ -407,7 +407,7 @@ class Sharing:
     def _take_names(
         self,
         came: Arrivals,
-        named: Names,
+        named: Told,
         here: dict[str, str],
         asked: Sequence[str],
         *,

@@ -16,7 +16,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from mlx_promptcache import memo, places
+from mlx_promptcache import arrivals, memo, places
 from mlx_promptcache.errors import PromptCacheError, RemoteError
 from mlx_promptcache.rates import Rates
 from mlx_promptcache.sharing import by_stem
@@ -65,9 +65,10 @@ class Supply:
     ) -> None:
         self._sharing, self._seconds, self._read_only = sharing, seconds, read_only
         self._shown = sharing.remote.shown
-        self._rates = Rates(sharing.remote.url, fingerprint)
+        self._rates = Rates(sharing.remote.noted_as, fingerprint)
         self._waiting: queue.SimpleQueue[Callable[[], Moved] | None] = queue.SimpleQueue()
         self._sender: threading.Thread | None = None
+        self._bringer: threading.Thread | None = None
 
     # Before
 
@@ -78,19 +79,21 @@ class Supply:
         missing = len(tokens) - position
         if missing < LEAST_TOKENS or self._is_let_be():
             return
+        if self._bringer is not None and self._bringer.is_alive():  # what is late may never come
+            return
         seconds = min(self._seconds, self._rates.computing_seconds(missing) or math.inf)
         failed: list[PromptCacheError] = []
 
         def work() -> None:
             try:
                 self._bring(Keys(root, tokens), position)
-            except PromptCacheError as exc:
-                failed.append(exc)
+            except Exception as exc:  # noqa: BLE001 - it may say anything
+                failed.append(self._told(exc))
 
-        thread = threading.Thread(target=work, daemon=True)  # whoever ends does not wait for it
-        thread.start()
-        thread.join(seconds)
-        if thread.is_alive():
+        self._bringer = threading.Thread(target=work, daemon=True)  # nobody waits for it at the end
+        self._bringer.start()
+        self._bringer.join(seconds)
+        if self._bringer.is_alive():
             self._let_be(f"{self._shown} took longer than {seconds:.1f} s")
         elif failed:
             self._failed(failed[0])
@@ -114,6 +117,7 @@ class Supply:
                     self._sharing.complete(came, snapshot)
         finally:
             came.tell()
+            arrivals.forget_parts()
 
     def _wanted(self, keys: Keys) -> _Wanted:
         """The way through a prompt by the names of what is there, and the deepest snapshot."""
@@ -151,17 +155,18 @@ class Supply:
     def _later(self, work: Callable[[], Moved]) -> None:
         if self._read_only or self._is_let_be():
             return
+        self._waiting.put(work)
         if self._sender is None or not self._sender.is_alive():
             self._sender = threading.Thread(target=self._send_all, daemon=True)
             self._sender.start()
-        self._waiting.put(work)
 
     def _send_all(self) -> None:
-        while (work := self._waiting.get()) is not None:
+        while (work := self._waiting.get()) is not None or not self._waiting.empty():
             try:
-                work()
-            except PromptCacheError as exc:
-                self._failed(exc)
+                if work is not None:  # else a sender before this one failed, and did not hear it
+                    work()
+            except Exception as exc:  # noqa: BLE001 - it may say anything
+                self._failed(self._told(exc))
                 return
 
     def close(self) -> None:
@@ -176,6 +181,12 @@ class Supply:
 
     # Remotes that are let be
 
+    def _told(self, exc: Exception) -> PromptCacheError:
+        """An error, as users are told of it."""
+        if isinstance(exc, PromptCacheError):
+            return exc
+        return RemoteError(f"{self._shown} cannot be used: {type(exc).__name__}: {exc}")
+
     def _failed(self, exc: PromptCacheError) -> None:
         if isinstance(exc, RemoteError):
             self._let_be(str(exc))
@@ -185,11 +196,11 @@ class Supply:
     def _let_be(self, why: str) -> None:
         log.warning("%s: it is let be for a minute", why)
         known = {url: until for url, until in _let_be_until().items() if until > time.time()}
-        known[self._sharing.remote.url] = time.time() + LET_BE_SECONDS
+        known[self._sharing.remote.noted_as] = time.time() + LET_BE_SECONDS
         memo.write(places.remotes_memo(), json.dumps(known))
 
     def _is_let_be(self) -> bool:
-        until = _let_be_until().get(self._sharing.remote.url, 0.0)
+        until = _let_be_until().get(self._sharing.remote.noted_as, 0.0)
         return 0 < until - time.time() <= LET_BE_SECONDS  # the clock may be set
 
 

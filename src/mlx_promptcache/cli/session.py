@@ -96,8 +96,8 @@ class Session:
                 if self._is_to_end() and not step.finish_reason:
                     self.finish_reason = "interrupted"
                     break
-            if not self.as_json:
-                click.echo()
+            if not self.as_json and self.broken_pipe is None:
+                self._show("\n")
         except BrokenPipeError as exc:  # whoever reads has seen enough: keep what was computed
             self.finish_reason, self.broken_pipe = "interrupted", exc
 
@@ -157,7 +157,8 @@ class Session:
         except DamagedFile:
             return None
         except StoreError:
-            return cache.snapshot(name)
+            with contextlib.suppress(PromptCacheError):  # that is told where it is saved
+                return cache.snapshot(name)
         return None
 
     def remember(self) -> None:
