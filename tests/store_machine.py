@@ -92,12 +92,14 @@ def state_of(tokens: Tokens, variant: int) -> State:
 
 @dataclass(frozen=True)
 class Named:
-    """What a name stands for: a state, its snapshot's id, and all files that it needs."""
+    """What a name stands for: a state, its snapshot's id, and all files that it needs, with what
+    they held when it was saved.
+    """
 
     tokens: Tokens
     digest: str
     snapshot: str
-    files: tuple[str, ...]
+    files: dict[str, str]
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -151,9 +153,10 @@ class StoreMachine(RuleBasedStateMachine):
         assert not taken or frail
         self._stored(saved, tokens)
         files = self._files_of(name)
-        assert not self._is_bad(files[0])  # the snapshot: a save heals it
-        assert not self._is_bad(files[-1])
-        self.names[name] = Named(tokens, digest(state), saved.snapshot, files)
+        assert not self._is_harmed(files[0])  # the snapshot: a save heals it
+        assert not self._is_harmed(files[-1])
+        held = {file: self._held(file) for file in files}
+        self.names[name] = Named(tokens, digest(state), saved.snapshot, held)
 
     @rule(look=LOOK_CHOICES, tokens=SEQUENCES, variant=st.sampled_from(VARIANTS))
     def keep(self, look: int, tokens: Tokens, variant: int) -> None:
@@ -349,16 +352,24 @@ class StoreMachine(RuleBasedStateMachine):
         return (*map(self._relative, paths), f"{NAMES}/{name}")
 
     def _is_frail(self, name: str) -> bool:
-        """Whether a file that a name needs is lost, or holds what damage made of it."""
+        """Whether a file that a name needs was harmed: what it holds now may be other rows of the
+        same tokens, by whoever saved next.
+        """
         named = self.names.get(name)
-        return named is not None and any(map(self._is_bad, named.files))
+        if named is None:
+            return False
+        changed = any(self._held(file) != held for file, held in named.files.items())
+        return changed or any(map(self._is_harmed, named.files))
 
-    def _is_bad(self, file: str) -> bool:
-        try:
-            data = (self.directory / file).read_bytes()
-        except FileNotFoundError:
-            return True
-        return self.harmed.get(file) == hashlib.sha256(data).hexdigest()
+    def _is_harmed(self, file: str) -> bool:
+        """Whether a file is lost, or holds what damage made of it."""
+        return self._held(file) in {"", self.harmed.get(file)}
+
+    def _held(self, file: str) -> str:
+        """What a file holds, as a hash; empty if it is lost."""
+        with contextlib.suppress(FileNotFoundError):
+            return hashlib.sha256((self.directory / file).read_bytes()).hexdigest()
+        return ""
 
 
 def _id_of(stem: str) -> str:

@@ -26,7 +26,8 @@ def tried(steps: int, number: int) -> Outcome:
         try:
             _run(steps, number + runs - 1)
         except Exception as exc:  # noqa: BLE001 - told, with the steps that lead to it
-            wrong.append("\n".join([repr(exc), *getattr(exc, "__notes__", ())]))
+            found = getattr(exc, "exceptions", [exc])  # of a group
+            wrong += ["\n".join([repr(e), *getattr(e, "__notes__", ())]) for e in found]
     figures = {"steps": StoreMachine.steps - before, "seconds": time.monotonic() - began}
     return Outcome("model", number, figures, wrong)
 
