@@ -18,8 +18,8 @@ import mlx.core as mx
 
 from mlx_promptcache import engine
 from mlx_promptcache.engine import cache as mlx_cache
-from mlx_promptcache.errors import PromptError
 from mlx_promptcache.layers import leaves, live_arrays, may_be_padded
+from mlx_promptcache.limits import full
 from mlx_promptcache.prompt import TextStream
 from mlx_promptcache.sampling import Sampling
 from mlx_promptcache.wave import MOST_TOKENS, Waves
@@ -395,8 +395,5 @@ def question_of(runner: Runner, index: int, prompt: Prompt, max_tokens: int) -> 
     """
     room = runner.limits.room_for(len(prompt.tokens), max_tokens)
     if room <= 0:
-        raise PromptError(
-            f"the prompt has {len(prompt.tokens)} tokens, and the model's context ends at "
-            f"{runner.limits.context_length}: shorten it"
-        )
+        raise full(len(prompt.tokens), runner.limits.context_length)
     return Question(index, prompt, room)

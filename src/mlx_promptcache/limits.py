@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from mlx_promptcache.sampling import Sampling
 
 
+def full(length: int, context_length: int | None) -> PromptError:
+    """What is said of a prompt of so many tokens that leaves no room for an answer."""
+    return PromptError(
+        f"the prompt has {length} tokens, and the model's context ends at {context_length}: "
+        "shorten it"
+    )
+
+
 class Limits(NamedTuple):
     """How many tokens a model knows, and how many its context holds (None: any number)."""
 

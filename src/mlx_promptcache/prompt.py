@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Beginnings that merge in different ways with what stands before them.
 CONTINUATIONS = ("a", " a", "\n", "\n\na", " ", "1", ".", "-", "é")
 TAIL = 2048  # characters before a seam that may decide where it is
+EMPTY = "the prompt is empty: give some text with --prompt (-p - reads standard input)"
 LEAST_TEXT = 4  # letters of a message that are told apart from the words of an error
 
 
@@ -58,9 +59,7 @@ class Prompter:
         """
         tokens = self._encode(origin)
         if not tokens:
-            raise PromptError(
-                "the prompt is empty: give some text with --prompt (-p - reads standard input)"
-            )
+            raise PromptError(EMPTY)
         ends = set() if prefix is None else {agreeing(self._stable(prefix), tokens)}
         if self._marks_turns:
             ends.add(self._left_by_next_turn(origin, tokens))
@@ -89,9 +88,7 @@ class Prompter:
             PromptError: it is empty or all seam, or the template refuses it.
         """
         if not (origin.text or origin.messages):
-            raise PromptError(
-                "the prompt is empty: give some text with --prompt (-p - reads standard input)"
-            )
+            raise PromptError(EMPTY)
         tokens = self._stable(origin)
         if not tokens:
             raise PromptError(

@@ -26,6 +26,7 @@ from mlx_promptcache.connections import Connections, Ending
 from mlx_promptcache.errors import PromptCacheError, PromptError, ServingError, StoreError
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings, remembered
 from mlx_promptcache.layers import may_be_padded
+from mlx_promptcache.limits import full
 from mlx_promptcache.namespaces import COMMON, Namespaces
 from mlx_promptcache.speculative import Pair
 from mlx_promptcache.store import Store
@@ -316,10 +317,7 @@ def _room_after(prompt: list[int], provider: Provider) -> int:
     if provider.context_length is None:
         return sys.maxsize
     if len(prompt) >= provider.context_length:
-        raise PromptError(
-            f"the prompt has {len(prompt)} tokens, and the model's context ends at "
-            f"{provider.context_length}: shorten it"
-        )
+        raise full(len(prompt), provider.context_length)
     return provider.context_length - len(prompt)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_promptcache.errors import PromptError
-from mlx_promptcache.prompt import Prompt, Prompter, continued
+from mlx_promptcache.prompt import EMPTY, Prompt, Prompter, continued
 from mlx_promptcache.state import Origin
 
 if TYPE_CHECKING:
@@ -28,9 +28,7 @@ def origin_of(choice: PromptChoice, prompter: Prompter) -> tuple[Origin, Origin 
     prefix = choice.prefix_text()
     text = choice.text()
     if not prefix and not text:
-        raise PromptError(
-            "the prompt is empty: give some text with --prompt (-p - reads standard input)"
-        )
+        raise PromptError(EMPTY)
     system = choice.system_prompt if template else None
     whole = Origin(prefix + text, None, system, template)
     return whole, Origin(prefix, None, system, template) if prefix and text else None
