@@ -253,19 +253,16 @@ def _at_once(does: Any, items: Sequence[Any]) -> list[Any]:
     A server may keep a thread waiting for minutes. Neither an error nor Ctrl-C nor the end of the
     process waits for that, as it would for the threads of a ThreadPoolExecutor.
     """
-    todo, done = iter(list(enumerate(items))), queue.SimpleQueue[tuple[int, Any, Any]]()
-    turn, over = threading.Lock(), threading.Event()
+    todo, done = queue.SimpleQueue[tuple[int, Any]](), queue.SimpleQueue[tuple[int, Any, Any]]()
+    for each in enumerate(items):
+        todo.put(each)
+    over = threading.Event()
 
     def work() -> None:
-        while not over.is_set():
-            with turn:
-                number, item = next(todo, (None, None))
-            if number is None:
-                return
-            try:
-                done.put((number, does(item), None))
-            except BaseException as exc:  # noqa: BLE001 - it is raised where it is waited for
-                done.put((number, None, exc))
+        while not (over.is_set() or todo.empty()):
+            with contextlib.suppress(queue.Empty):  # another thread took the last one
+                number, item = todo.get_nowait()
+                done.put((number, *_outcome(does, item)))
 
     for _ in range(min(THREADS, len(items))):
         threading.Thread(target=work, daemon=True).start()
@@ -279,6 +276,13 @@ def _at_once(does: Any, items: Sequence[Any]) -> list[Any]:
     finally:
         over.set()
     return [found[number] for number in range(len(items))]
+
+
+def _outcome(does: Any, item: Any) -> tuple[Any, BaseException | None]:
+    try:
+        return does(item), None
+    except BaseException as exc:  # noqa: BLE001 - it is raised where it is waited for
+        return None, exc
 
 
 def _file(row: dict[str, Any]) -> RemoteFile | None:
