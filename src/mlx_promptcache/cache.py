@@ -254,7 +254,7 @@ class PromptCache:
                     ) from exc
                 raise DamagedFile(f"the state {name!r} is damaged: {exc}; save it again") from exc
             if not self.read_only:
-                record_use(self._finder, stem, stem, state)
+                record_use(self._store, stem, stem, state)
             return state
 
     def origin(self, name: str) -> Origin:
@@ -513,7 +513,7 @@ class PromptCache:
             rows = self._finder.rows(state.tokens, state.phase)
             refs = tuple(Ref(step.stem, digest, step.start, step.rows) for step, digest in rows)
             if not self.read_only:
-                touch(self._finder, found.snapshot, refs)
+                touch(self._store, found.snapshot, refs)
         if found.position == state.n_past:
             return None
         return self._added(replace(state, trail=Trail(refs)))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mlx_promptcache.passes import Plan
     from mlx_promptcache.rates import Rates
     from mlx_promptcache.state import Ref, State
+    from mlx_promptcache.store import Store
 
 log = logging.getLogger("mlx_promptcache")
 SLOWER = "it is stored, but here it is sooner computed than read"
@@ -94,7 +95,7 @@ class Restorer:
             if self._records:
                 if not later:
                     self._rates.note_read(stored_bytes, time.perf_counter() - began)
-                record_use(self._finder, source, found.snapshot, state)
+                record_use(self._store, source, found.snapshot, state)
             # The rows are in the layers now: nobody else may hold them, or MLX copies them all
             # when the next token is written.
             bare = replace(state, contents=())
@@ -118,10 +119,10 @@ class Restorer:
             self._bad.ignore(stem)
 
 
-def record_use(finder: Finder, source: str | None, snapshot: str | None, state: State) -> None:
+def record_use(store: Store, source: str | None, snapshot: str | None, state: State) -> None:
     """Note that a state was used now: its files, and a line of statistics."""
-    touch(finder, snapshot, state.trail.refs)
-    finder.store.uses.note(
+    touch(store, snapshot, state.trail.refs)
+    store.uses.note(
         {
             "when": round(time.time(), 3),
             "what": source and id_of(source),
@@ -131,9 +132,9 @@ def record_use(finder: Finder, source: str | None, snapshot: str | None, state: 
     )
 
 
-def touch(finder: Finder, snapshot: str | None, refs: Sequence[Ref]) -> None:
+def touch(store: Store, snapshot: str | None, refs: Sequence[Ref]) -> None:
     """Note that a snapshot and blocks were used now."""
     if snapshot is not None:
-        finder.store.touch(SNAPSHOTS, snapshot)
+        store.touch(SNAPSHOTS, snapshot)
     for ref in refs:
-        finder.store.touch(BLOCKS, ref.stem)
+        store.touch(BLOCKS, ref.stem)

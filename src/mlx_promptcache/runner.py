@@ -114,10 +114,9 @@ class Runner:
         self.why_not_kept: str | None = None
         """Why states of this model cannot be kept; then there is no cache, whatever was given."""
         self._to_be_told = False
-        self._vocabulary = 0
+        self.limits = Limits(0, context_length)
+        """Which prompts and which sampling the model takes; the probe tells its vocabulary."""
         self._trunk = Trunk.of(model, self._probe)
-        self.limits = Limits(self._vocabulary, context_length)
-        """Which prompts and which sampling the model takes."""
         self._blueprint = self._look()
         self._traits = Traits.of(self._blueprint)
         if draft_model is not None:
@@ -358,7 +357,7 @@ class Runner:
     def _probe(self) -> mx.array:
         tokens = mx.zeros((1, PROBE_TOKENS), mx.int32)
         logits: mx.array = self._model(tokens, cache=make_layers(self._model, self.kv))
-        self._vocabulary = logits.shape[-1]
+        self.limits = self.limits._replace(vocabulary=logits.shape[-1])
         return logits
 
     def forward(self, inputs: mx.array, layers: list[Any]) -> tuple[mx.array, mx.array | None]:
