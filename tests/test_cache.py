@@ -25,7 +25,7 @@ from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 
 import processes
 import tiny
-from mlx_promptcache import PromptCache, Runner, Sampling, State, locks
+from mlx_promptcache import PromptCache, Runner, Sampling, State, container, locks
 from mlx_promptcache.blueprint import Blueprint
 from mlx_promptcache.errors import (
     CacheLocked,
@@ -350,6 +350,39 @@ def with_other_bits(state: State) -> State:
     else:
         contents[-1] = replace(layer, arrays=arrays)
     return replace(state, contents=tuple(contents))
+
+
+def test_a_block_that_is_replaced_while_it_is_restored_is_read_anew_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt = random_tokens(300, seed=3)
+    one = cold("plain", prompt)
+    states = {"one": one, "other": with_other_bits(one)}
+    for name, state in states.items():
+        PromptCache(tmp_path / name, "plain").keep(state)
+    replaced = {p.relative_to(tmp_path / "other"): p for p in files(tmp_path / "other" / BLOCKS)}
+    for path in files(tmp_path / "one" / SNAPSHOTS):
+        path.unlink()
+    original, reads = container.read_seal, list[Any]()
+
+    def read_seal(*args: Any) -> bytes:
+        if not reads:
+            for path, other in replaced.items():
+                other.replace(tmp_path / "one" / path)
+        reads.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(container, "read_seal", read_seal)
+    run = run_of("plain", tmp_path / "one", prompt)
+    assert len(replaced) == 2
+    assert run.cached_tokens == 299
+    assert len(reads) > 4  # keys and values of two blocks, after those that were none of them
+    last, expected = (state.contents[-1].cut(299) for state in (run.state(), states["other"]))
+    assert [bits(rows) for rows in last.rows.values()] == [
+        bits(rows) for rows in expected.rows.values()
+    ]
+    assert caplog.messages == []
+    assert files(tmp_path / "one" / "quarantine") == []
 
 
 @main_kinds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -309,3 +309,41 @@ def test_an_altered_frame_is_the_right_size_or_damage(data: st.DataObject) -> No
 
 def test_the_level_is_the_one_that_was_measured() -> None:
     assert (codec.LEVEL, LEAST_GAIN) == (1, 32)
+
+
+class Counting:
+    """A compressor that counts the bytes that it is given."""
+
+    given = 0
+    original = zstandard.ZstdCompressor
+
+    def __init__(self, **settings: Any) -> None:
+        self._compressor = Counting.original(**settings)
+
+    def compress(self, data: bytes) -> bytes:
+        Counting.given += len(data)
+        packed: bytes = self._compressor.compress(data)
+        return packed
+
+
+def test_of_large_planes_that_do_not_shrink_only_samples_are_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size = 1 << 20
+    monkeypatch.setattr(Counting, "given", 0)
+    monkeypatch.setattr(zstandard, "ZstdCompressor", Counting)
+    assert encode(noise(2 * size), 2) == [
+        Plane(RAW, noise(2 * size)[0::2]),
+        Plane(RAW, noise(2 * size)[1::2]),
+    ]
+    assert 0 < Counting.given <= size // 4
+
+
+@pytest.mark.parametrize("at", range(codec.SAMPLES))
+def test_one_sample_that_shrinks_is_enough_to_try_the_whole(at: int) -> None:
+    part = 1 << 18
+    parts = [noise(part) for _ in range(codec.SAMPLES)]
+    parts[at] = bytes(part)
+    (plane,) = encode(b"".join(parts), 1)
+    assert plane.codec == ZSTD
+    assert bytes(decode([plane], part * codec.SAMPLES)) == b"".join(parts)

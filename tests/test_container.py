@@ -35,7 +35,7 @@ from mlx_promptcache.errors import DamagedFile, ForeignFile
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mlx_promptcache.container import Header, Packed, Read
+    from mlx_promptcache.container import Header, Packed, Read, ReadInto
 
     Json = dict[str, Any]
     Change = Callable[[Json, Json], None]  # of the safetensors header, and of ours within it
@@ -50,7 +50,8 @@ SLOW_SECONDS = 3.0  # many times what the largest of these files should take
 def golden() -> Packed:
     """The golden file: constant planes and tiny ones, so that every zstd library writes it alike.
 
-    Write it anew only for a new format version: `PYTHONPATH=src python tests/test_container.py`.
+    Write it anew only where the format gains something: `PYTHONPATH=src python
+    tests/test_container.py`. Those of `tests/golden/store` are from before XXH3.
     """
     arrays = {
         "keys/0": Array("bfloat16", (1, 2, 3), bytes(range(12))),
@@ -75,6 +76,15 @@ def small_file() -> bytes:
 
 def reader(data: bytes) -> Read:
     return lambda offset, length: data[offset : offset + length]
+
+
+def into_reader(data: bytes) -> ReadInto:
+    def read_into(offset: int, memory: memoryview) -> int:
+        found = data[offset : offset + len(memory)]
+        memory[: len(found)] = found
+        return len(found)
+
+    return read_into
 
 
 def header_of(data: bytes) -> Header:
@@ -156,6 +166,26 @@ def test_a_header_larger_than_the_first_read_is_read_whole_and_nothing_more() ->
 
     assert read_header(read, len(data)).content["tokens"] == tokens
     assert reads == [(0, FIRST_READ_BYTES), (FIRST_READ_BYTES, len(data) - 9 - FIRST_READ_BYTES)]
+
+
+def test_of_a_file_of_ours_the_quick_checksum_is_compared_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data, hashed = small_file(), []
+    entries, sha256 = header_of(data).entries, hashlib.sha256
+
+    def told(*args: bytes) -> Any:
+        hashed.append(args)
+        return sha256(*args)
+
+    monkeypatch.setattr(hashlib, "sha256", told)
+    into = memoryview(bytearray(80))
+    container.read_planes(reader(data), into_reader(data), entries["a"], into)
+    assert into[:40] == bytes([1]) * 40
+    read_array(reader(data), entries["a"])
+    assert hashed == []
+    check(reader(data), entries.values())
+    assert len(hashed) == 2
 
 
 def test_check_reads_every_array_and_finds_the_one_that_changed() -> None:
@@ -537,9 +567,45 @@ def test_an_array_of_an_unknown_codec_is_damage() -> None:
 
 
 @pytest.mark.parametrize("sha256", ["", "0" * 64, None, 7, []], ids=repr)
-def test_an_array_with_another_checksum_is_damage(sha256: object) -> None:
+def test_an_array_with_another_sha256_is_damage_to_whoever_gets_it_from_elsewhere(
+    sha256: object,
+) -> None:
+    data = forged(lambda _, inner: inner["arrays"]["b"].update(sha256=sha256))
+    with pytest.raises(DamagedFile, match="checksum"):
+        check(reader(data), header_of(data).entries.values())
+
+
+@pytest.mark.parametrize("xxh3", ["", "0" * 32, 7, []], ids=repr)
+def test_an_array_with_another_xxh3_is_damage(xxh3: object) -> None:
+    data = forged(lambda _, inner: inner["xxh3"].update(b=xxh3))
+    for read in (read_all, lambda data: check(reader(data), header_of(data).entries.values())):
+        with pytest.raises(DamagedFile, match="checksum"):
+            read(data)
+
+
+@pytest.mark.parametrize("xxh3", [None, 7, [], "b"], ids=repr)
+def test_checksums_that_are_none_are_damage(xxh3: object) -> None:
     with pytest.raises(DamagedFile):
-        read_all(forged(lambda _, inner: inner["arrays"]["b"].update(sha256=sha256)))
+        read_all(forged(lambda _, inner: inner.update(xxh3=xxh3)))
+
+
+@pytest.mark.parametrize("lacking", [["a"], ["a", "b"]])
+@pytest.mark.parametrize("sha256", ["", "0" * 64, None, 7, []], ids=repr)
+def test_arrays_without_xxh3_are_read_by_their_sha256(lacking: list[str], sha256: object) -> None:
+    def without(_: Json, inner: Json) -> None:
+        for name in lacking:
+            del inner["xxh3"][name]
+
+    data = forged(without)
+    assert read_all(data) == read_all(small_file())
+    assert header_of(data).digest == header_of(small_file()).digest
+
+    def forge(outer: Json, inner: Json) -> None:
+        without(outer, inner)
+        inner["arrays"]["a"].update(sha256=sha256)
+
+    with pytest.raises(DamagedFile, match="checksum"):
+        read_all(forged(forge))
 
 
 @FIXED

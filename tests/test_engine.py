@@ -17,10 +17,10 @@ import processes
 import tiny
 from mlx_promptcache import engine
 
-HEAVY = ["transformers", "huggingface_hub", "numpy"]
+HEAVY = ["transformers", "huggingface_hub", "numpy", "jinja2"]
 CHECK = """
 import json, sys
-HEAVY = ["transformers", "huggingface_hub", "numpy"]
+HEAVY = ["transformers", "huggingface_hub", "numpy", "jinja2"]
 def heavy():
     return [name for name in HEAVY if name in sys.modules]
 def stand_ins():

@@ -198,8 +198,7 @@ def test_a_block_is_cut_before_the_rows_of_its_windows_begin(tmp_path: Path) -> 
     stem = next(s for s in store.stems(BLOCKS) if block_header(store, s).content["start"] == 0)
     with store.reader(BLOCKS, stem) as reader:
         header, read = reader.header(), reader.read
-        late = replace(
-            header,
+        late = header._replace(
             content={**header.content, "window": {**header.content["window"], "from": 100}},
         )
         cut = header_from(b"".join(map(bytes, cuts.first_rows(read, late, 40, "0" * 32).chunks)))

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from mlx_promptcache import container
 from trial_flips import Damage, Victim, tried
-
-if TYPE_CHECKING:
-    from mlx_promptcache.container import Entry, Read
 
 EVERY = 353  # a prime, so that all files, bytes and bits are met
 
@@ -42,11 +38,8 @@ def test_what_is_wrong_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     damage = Damage("flips", "the last byte", {path: flipped})
     assert victim.harm(damage, 0) == []
 
-    def unchecked(read: Read, entry: Entry) -> memoryview:
-        return memoryview(read(entry.offset, entry.stored_bytes))
-
     with monkeypatch.context() as patch:
-        patch.setattr(container, "read_stored", unchecked)
+        patch.setattr(container, "_check", lambda *_: None)
         told = " ".join(victim.harm(damage, 0))
     assert "verify found nothing" in told
     assert "a damaged state was loaded" in told

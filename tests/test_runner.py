@@ -25,6 +25,7 @@ from mlx_promptcache.errors import ModelError, PromptError, StoreError, Unsuppor
 from mlx_promptcache.fingerprint import KVSettings
 from mlx_promptcache.layers import live_arrays, make_layers
 from mlx_promptcache.store import SNAPSHOTS, Store
+from mlx_promptcache.tree import CELL
 from tiny import bits, digest, random_tokens
 
 if TYPE_CHECKING:
@@ -396,6 +397,23 @@ def planes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(container, "read_planes", counting)
     return read
+
+
+@pytest.mark.parametrize("more", [[], [1, 2]], ids=["the same prompt", "another question"])
+def test_the_header_of_a_block_is_read_once(
+    more: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = random_tokens(3 * CELL, seed=4)
+    keep(runner_of("plain", tmp_path), prompt)
+    runner, read, original = runner_of("plain", tmp_path), list[str](), headers.block_header
+
+    def block_header(store: Store, stem: str) -> container.Header:
+        read.append(stem)
+        return original(store, stem)
+
+    monkeypatch.setattr(headers, "block_header", block_header)
+    assert runner.start([*prompt, *more]).cached_tokens == len(prompt)
+    assert (len(read), len(set(read))) == (3, 3)
 
 
 def test_the_first_token_of_an_exact_hit_does_not_wait_for_rows(

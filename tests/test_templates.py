@@ -271,6 +271,13 @@ def test_of_a_long_text_as_much_is_kept_and_only_its_end_is_encoded_again(
     assert list(kept.tokens) == wholes[0][: common(wholes)]
     if kind == "sentences":
         assert sum(encoded) < 4 * len(prefix)
+    encoded.clear()
+    longer = Origin(prefix + " Then it ran.", None, system, origin.template)
+    whole = Prompter(it.tokenizer).whole(longer, origin)
+    assert list(whole.tokens) == it.whole(prefix + " Then it ran.")
+    assert whole.boundaries == (agreeing(kept.tokens, whole.tokens),)
+    if kind == "sentences":
+        assert sum(length >= len(prefix) for length in encoded) == 1
 
 
 class InPairs:

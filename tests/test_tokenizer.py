@@ -422,7 +422,7 @@ TALKING = {**{n: f.template for n, f in FAMILIES.items() if f.template}, **SHAPE
 def with_template(pair: Pair, source: str) -> Any:
     """The kept tokenizer with another template, and nothing to fall back on."""
     inner = pair.kept._tokenizer
-    facts = replace(inner._facts, chat_template=source)
+    facts = inner._facts._replace(chat_template=source, outlines=[])
 
     def nobody() -> Any:
         raise AssertionError("the whole tokenizer was asked")

@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import re
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mlx_promptcache.budget import Budget
+    from mlx_promptcache.exporter import Piece
     from mlx_promptcache.quarantine import Quarantine
     from mlx_promptcache.remote import Remote, RemoteFile
     from mlx_promptcache.signatures import Trust
@@ -38,7 +38,6 @@ log = logging.getLogger("mlx_promptcache")
 
 FORGOTTEN_SECONDS = 86400.0  # what did not come whole within a day is fetched anew
 LARGEST_FILE_BYTES = 2 * 10**9  # of whatever model: it is held in memory while it is checked
-DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class Arrival(NamedTuple):
@@ -129,8 +128,6 @@ class Arrivals:
             raise DamagedFile("it is another model's")
         if kind == BLOCKS and shared_stem(file.stem, header.digest) != file.stem:
             raise DamagedFile("it is not what its name says")
-        if kind == SNAPSHOTS and not all(DIGEST.fullmatch(r[1]) for r in header.content["refs"]):
-            raise DamagedFile("it needs blocks that there cannot be")
         container.check(read, header.entries.values())
         return Arrival(kind, file.stem, header, data, part)
 
@@ -230,6 +227,14 @@ def plain_stem(stem: str) -> str:
         DamagedFile: it is no block's stem.
     """
     return str(_named(stem)._replace(variant=""))
+
+
+def as_there(snapshot: Header, stem: str, pieces: Sequence[Piece]) -> tuple[str, Header]:
+    """A snapshot as it is there, and its stem: a block has a variant where another has its name,
+    which is not so in every store.
+    """
+    blocks = [(plain_stem(piece.stem), piece.header.digest) for piece in pieces]
+    return headers.using(snapshot, stem, blocks)
 
 
 def shared_stem(stem: str, digest: str) -> str:

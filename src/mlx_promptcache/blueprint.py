@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
@@ -23,8 +23,7 @@ PROBE_TOKENS = 2
 LARGEST_UNKNOWN_BYTES = 1 << 26
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """An array's dtype and shape; a length of 0 stands for any number of tokens."""
 
     dtype: str

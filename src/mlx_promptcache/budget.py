@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mlx_promptcache.errors import StoreError
 
@@ -63,8 +63,7 @@ class Budget:
         return min(FLOOR_BYTES, drive.size // SHARE_OF_DRIVE)
 
 
-@dataclass(frozen=True)
-class Drive:
+class Drive(NamedTuple):
     """The drive that a store is on: its bytes, and those that are free to this user."""
 
     size: int

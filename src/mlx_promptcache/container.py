@@ -9,6 +9,10 @@ compressed plane by plane. `__metadata__["header"]` is our own header, JSON in a
     content  what it says; with the arrays it makes the digest
     notes    when and how it was made; not part of the digest
     arrays   for each: dtype, shape, planes (codec and bytes of each), sha256 of the stored bytes
+    xxh3     for each array XXH3 of the stored bytes, 128 bits; not part of the digest
+
+SHA-256 says what an array is, to whoever gets it from elsewhere. XXH3, nine times as fast, says
+that it is still what was written here; files that lack it are read by their SHA-256.
 
 Nothing in a file is believed before its checksum agrees, nothing is allocated before its size was
 compared with the file's, and no class or function is ever looked up by a name from a file.
@@ -19,14 +23,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import xxhash
 
 from mlx_promptcache import codec
 from mlx_promptcache.errors import DamagedFile, ForeignFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     Json = dict[str, Any]
     Read = Callable[
@@ -57,8 +62,7 @@ ITEMSIZE = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Array:
+class Array(NamedTuple):
     """An array outside of MLX: `data` holds the items in C order, least significant byte first."""
 
     dtype: str
@@ -76,8 +80,7 @@ def raw_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return ITEMSIZE[dtype] * math.prod(shape)
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Where an array stands in a file, and what it must be."""
 
     dtype: str
@@ -86,10 +89,10 @@ class Entry:
     sha256: str
     offset: int  # from the start of the file, in bytes
     stored_bytes: int  # that the array takes in the file
+    xxh3: str | None = None  # of the stored bytes, as sha256; None in a file that has none
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """Everything in a file but the arrays' bytes, checked."""
 
     kind: str
@@ -98,6 +101,7 @@ class Header:
     entries: Mapping[str, Entry]
     digest: str
     size: int  # of the whole file, in bytes
+    seal: bytes  # see `read_seal`
 
     @property
     def raw_bytes(self) -> int:
@@ -110,17 +114,21 @@ class Header:
         return sum(entry.stored_bytes for entry in self.entries.values())
 
 
-@dataclass(frozen=True)
-class Packed:
+class Packed(NamedTuple):
     """A file ready to be written: its chunks in order, and the digest of its content."""
 
-    chunks: list[bytes | memoryview] = field(repr=False)
+    chunks: list[bytes | memoryview]
     digest: str
 
     @property
     def size(self) -> int:
         """Bytes of the whole file."""
         return sum(len(chunk) for chunk in self.chunks)
+
+    @property
+    def seal(self) -> bytes:
+        """The seal of the file: see `read_seal`."""
+        return bytes(self.chunks[0][-SEAL_BYTES:])
 
 
 def pack(kind: str, content: Json, notes: Json, arrays: Mapping[str, Array]) -> Packed:
@@ -129,12 +137,15 @@ def pack(kind: str, content: Json, notes: Json, arrays: Mapping[str, Array]) -> 
     The digest depends on kind, content and arrays, not on the notes.
     """
     table: dict[str, Json] = {}
+    quick: dict[str, str] = {}
     payloads: list[bytes | memoryview] = []
     for name, array in arrays.items():
         planes = codec.encode(array.data, ITEMSIZE[array.dtype])
-        sha256 = hashlib.sha256()
+        sha256, xxh3 = hashlib.sha256(), xxhash.xxh3_128()
         for plane in planes:
             sha256.update(plane.data)
+            xxh3.update(plane.data)
+        quick[name] = xxh3.hexdigest()
         table[name] = {
             "dtype": array.dtype,
             "shape": list(array.shape),
@@ -142,7 +153,7 @@ def pack(kind: str, content: Json, notes: Json, arrays: Mapping[str, Array]) -> 
             "sha256": sha256.hexdigest(),
         }
         payloads.extend(plane.data for plane in planes)
-    head, digest = _sealed(kind, content, notes, table)
+    head, digest = _sealed(kind, content, notes, table, quick)
     return Packed([head, *payloads], digest)
 
 
@@ -150,7 +161,9 @@ def head_of(kind: str, content: Json, notes: Json, entries: Mapping[str, Entry])
     """Return the beginning of the file that holds these arrays as they are stored elsewhere: their
     stored bytes follow, in this order, and nothing else.
     """
-    head, digest = _sealed(kind, content, notes, {n: _row(e) for n, e in entries.items()})
+    table = {name: _row(entry) for name, entry in entries.items()}
+    quick = {name: entry.xxh3 for name, entry in entries.items() if entry.xxh3 is not None}
+    head, digest = _sealed(kind, content, notes, table, quick)
     return Packed([head], digest)
 
 
@@ -160,9 +173,12 @@ def repacked(header: Header, stored: Iterable[bytes | memoryview]) -> Packed:
     return Packed([*head.chunks, *stored], head.digest)
 
 
-def _sealed(kind: str, content: Json, notes: Json, table: Mapping[str, Json]) -> tuple[bytes, str]:
+def _sealed(
+    kind: str, content: Json, notes: Json, table: Mapping[str, Json], quick: Mapping[str, str]
+) -> tuple[bytes, str]:
     """A file up to its arrays, and the digest of its content."""
-    header = _dumps({"kind": kind, "content": content, "notes": notes, "arrays": table})
+    told = {"kind": kind, "content": content, "notes": notes, "arrays": table}
+    header = _dumps({**told, "xxh3": quick} if quick else told)
     head = _safetensors_head(header, {name: _stored_bytes(row) for name, row in table.items()})
     return head + hashlib.sha256(head).digest(), _digest(kind, content, table)
 
@@ -218,7 +234,7 @@ def read_header(read: Read, size: int) -> Header:
     if hashlib.sha256(head).digest() != seal:
         raise DamagedFile("its header does not agree with its checksum")
     try:
-        return _parse(head, size)
+        return _parse(head, seal, size)
     except UNREADABLE as exc:
         raise DamagedFile("its header is not one of ours") from exc
 
@@ -245,7 +261,7 @@ def _read_head(read: Read, size: int) -> tuple[bytes, bytes]:
     return first[: 8 + length], first[8 + length : end]
 
 
-def _parse(head: bytes, size: int) -> Header:
+def _parse(head: bytes, seal: bytes, size: int) -> Header:
     tensors = json.loads(head[8:].decode())
     metadata = tensors.pop("__metadata__")
     if metadata["format"] != FORMAT:
@@ -258,19 +274,19 @@ def _parse(head: bytes, size: int) -> Header:
         )
     header = json.loads(metadata["header"])
     kind, table = header["kind"], header["arrays"]
-    content, notes = header["content"], header["notes"]
+    content, notes, quick = header["content"], header["notes"], header.get("xxh3", {})
     if not isinstance(kind, str) or not isinstance(content, dict) or not isinstance(notes, dict):
         raise DamagedFile("its header is not one of ours")
     offset = len(head) + SEAL_BYTES
     entries: dict[str, Entry] = {}
     for name, row in table.items():
-        entries[name] = _entry(row, offset)
+        entries[name] = _entry(row, offset, quick.get(name))
         offset += entries[name].stored_bytes
     if offset != size:
         raise DamagedFile(f"it has {size} bytes instead of {offset}")
     if not _are_tensors(tensors, {name: entry.stored_bytes for name, entry in entries.items()}):
         raise DamagedFile("its tensors are not those of its header, overlap or leave holes")
-    return Header(kind, content, notes, entries, _digest(kind, content, table), size)
+    return Header(kind, content, notes, entries, _digest(kind, content, table), size, seal)
 
 
 def _are_tensors(told: Json, sizes: Mapping[str, int]) -> bool:
@@ -284,7 +300,7 @@ def _stored_bytes(row: Json) -> int:
     return sum(size for _, size in row["planes"])
 
 
-def _entry(row: Json, offset: int) -> Entry:
+def _entry(row: Json, offset: int, xxh3: Any) -> Entry:
     dtype, shape, planes = row["dtype"], tuple(row["shape"]), tuple(map(_plane, row["planes"]))
     if len(shape) > MOST_DIMENSIONS:
         raise DamagedFile("an array has too many dimensions")
@@ -296,7 +312,8 @@ def _entry(row: Json, offset: int) -> Entry:
     possible = max(ALWAYS_BYTES, LARGEST_GAIN * stored_bytes)
     if len(planes) != ITEMSIZE[dtype] or raw_bytes(dtype, shape) > possible:
         raise DamagedFile("an array's size is not possible")
-    return Entry(dtype, shape, planes, str(row["sha256"]), offset, stored_bytes)
+    quick = None if xxh3 is None else str(xxh3)
+    return Entry(dtype, shape, planes, str(row["sha256"]), offset, stored_bytes, quick)
 
 
 def _plane(row: Iterable[Any]) -> tuple[str, int]:
@@ -305,19 +322,40 @@ def _plane(row: Iterable[Any]) -> tuple[str, int]:
 
 
 def read_stored(read: Read, entry: Entry) -> memoryview:
-    """Return the stored bytes of one array, checked against their checksum.
+    """Return the stored bytes of one array, checked against all checksums that there are of them.
 
     Raises:
         DamagedFile: they are not the bytes that were written.
     """
     stored = read(entry.offset, entry.stored_bytes)
-    if len(stored) != entry.stored_bytes or hashlib.sha256(stored).hexdigest() != entry.sha256:
-        raise DamagedFile("an array does not agree with its checksum")
+    _check([stored], hashlib.sha256(), entry.sha256)
+    if entry.xxh3 is not None:
+        _check([stored], xxhash.xxh3_128(), entry.xxh3)
     return memoryview(stored)
 
 
+def _check_quickly(stored: Sequence[bytes | memoryview], entry: Entry) -> None:
+    """Compare all stored bytes of an array with the checksum that takes least time.
+
+    Raises:
+        DamagedFile: they are not the bytes that were written.
+    """
+    if entry.xxh3 is not None:
+        _check(stored, xxhash.xxh3_128(), entry.xxh3)
+    else:
+        _check(stored, hashlib.sha256(), entry.sha256)
+
+
+def _check(stored: Sequence[bytes | memoryview], checksum: Any, told: str) -> None:
+    for part in stored:
+        checksum.update(part)
+    if checksum.hexdigest() != told:
+        raise DamagedFile("an array does not agree with its checksum")
+
+
 def _planes(read: Read, entry: Entry) -> list[codec.Plane]:
-    stored = read_stored(read, entry)
+    stored = memoryview(read(entry.offset, entry.stored_bytes))
+    _check_quickly([stored], entry)
     planes, begin = [], 0
     for name, size in entry.planes:
         planes.append(codec.Plane(name, stored[begin : begin + size]))
@@ -334,24 +372,23 @@ def read_planes(read: Read, read_into: ReadInto, entry: Entry, into: memoryview)
     Raises:
         DamagedFile: its bytes are not those that were written.
     """
-    size = len(into) // len(entry.planes)
-    sha256, offset = hashlib.sha256(), entry.offset
+    size, offset = len(into) // len(entry.planes), entry.offset
+    stored: list[bytes | memoryview] = []
     packed: list[tuple[memoryview, codec.Plane]] = []
-    for k, (name, stored) in enumerate(entry.planes):
+    for k, (name, length) in enumerate(entry.planes):
         place = into[k * size : (k + 1) * size]
-        if name == codec.RAW and stored == size:
+        if name == codec.RAW and length == size:
             count = read_into(offset, place)
-            sha256.update(place)
+            stored.append(place)
         else:
-            data = read(offset, stored)
+            data = read(offset, length)
             count = len(data)
-            sha256.update(data)
+            stored.append(data)
             packed.append((place, codec.Plane(name, data)))
-        if count != stored:
+        if count != length:
             raise DamagedFile("it is cut short")
-        offset += stored
-    if sha256.hexdigest() != entry.sha256:
-        raise DamagedFile("an array does not agree with its checksum")
+        offset += length
+    _check_quickly(stored, entry)
     for place, plane in packed:
         place[:] = codec.decode_plane(plane, size)
 
@@ -370,7 +407,7 @@ def read_array(read: Read, entry: Entry) -> Array:
 
 
 def check(read: Read, entries: Iterable[Entry]) -> None:
-    """Read every stored byte of these arrays and compare the checksums; decompress nothing.
+    """Read every stored byte of these arrays and compare all checksums; decompress nothing.
 
     Raises:
         DamagedFile: an array's bytes are not those that were written.

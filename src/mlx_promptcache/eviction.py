@@ -14,7 +14,6 @@ import heapq
 import time
 from collections import defaultdict
 from itertools import pairwise
-from statistics import median
 from typing import TYPE_CHECKING
 
 from mlx_promptcache import headers
@@ -112,6 +111,8 @@ class Eviction:
         for block in self._blocks.values():
             if block is not None and block.seconds_per_token > 0:
                 noted[block.fingerprint].append(block.seconds_per_token)
+        from statistics import median  # with fractions and decimals, which no start waits for
+
         return {fingerprint: median(rates) for fingerprint, rates in noted.items()}
 
     def plan(self, wanted_bytes: int) -> Deletion:

@@ -61,9 +61,10 @@ class Found(NamedTuple):
     exact: bool
     phase: str
     reached: int
+    blocks: Mapping[str, Header]
 
 
-NOTHING = Found(0, (), None, False, PLAIN, 0)
+NOTHING = Found(0, (), None, False, PLAIN, 0, {})
 
 
 class Finder:
@@ -110,12 +111,13 @@ class Finder:
             lineage = plan.lineages[reached] if plan else None
             stem = self.snapshot_at(keys, reached, lineage, walk.digests)
             if stem is not None:
-                return Found(reached, tuple(steps), stem, True, phase, reached)
+                return Found(reached, tuple(steps), stem, True, phase, reached, walk.through)
         last = max(0, min(reached, len(tokens) - 1 if limit is None else limit))
         position, stem = walk.deepest(steps, last), None
         if position < (plan.cut(last) if plan else last):
             position, stem = self._deeper_snapshot(keys, position, last, plan)
-        return Found(position, tuple(cut(steps, position)), stem, False, phase, reached)
+        path = tuple(cut(steps, position))
+        return Found(position, path, stem, False, phase, reached, walk.through)
 
     def _deeper_snapshot(
         self, keys: Keys, position: int, last: int, plan: Plan | None
@@ -235,6 +237,7 @@ class _Walk:
         self._window: Window | None = None
         self._window_spans: dict[str, Span] = {}
         self.digests: dict[str, str] = {}
+        self.through: dict[str, Header] = {}
         self._listed: dict[str, dict[str, list[str]]] = {}
 
     def ways_on(self, position: int) -> Iterator[Stretch]:
@@ -297,6 +300,8 @@ class _Walk:
         if self.plan is None and headers.window_span(header).start > position:
             stem, header = self._fullest(stem, header, position)
         self.digests[stem] = header.digest
+        if rows == len(wanted):  # few are, of the thousands that may be walked by
+            self.through[stem] = header
         self._complete = self._complete and header.content["complete"]
         if (window := header.content.get("window")) is not None:
             self._window = Window(window["size"], window["keep"])

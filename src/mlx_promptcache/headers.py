@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import re
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache import container
@@ -37,6 +36,7 @@ BLOCK = "block"
 SNAPSHOT = "snapshot"
 TOKENIZER = "tokenizer"
 KEY = re.compile(r"[0-9a-f]{32}")
+DIGEST = re.compile(r"[0-9a-f]{64}")
 LAYER_PATH = re.compile(r"(0|[1-9][0-9]{0,5})(\.(0|[1-9][0-9]{0,5}))*")
 ROW_LABEL = re.compile(r"(window\.)?(keys|values)(\.[0-9])?/[0-9]{1,4}")
 WINDOW = "window."  # begins the labels of the rows of windows
@@ -188,6 +188,7 @@ def _is_ref(ref: Any) -> bool:
         isinstance(ref, list)
         and [type(part) for part in ref] == [str, str, int, int]
         and BlockName.parse(ref[0]) is not None
+        and DIGEST.fullmatch(ref[1]) is not None
         and 0 < ref[3] <= CELL
     )
 
@@ -291,7 +292,7 @@ def using(snapshot: Header, stem: str, blocks: Iterable[tuple[str, str]]) -> tup
     content = {**snapshot.content, "refs": refs}
     head = container.head_of(snapshot.kind, content, snapshot.notes, snapshot.entries)
     own = f"{stem[:-ID_DIGITS]}{head.digest[:ID_DIGITS]}"
-    return own, replace(snapshot, content=content, digest=head.digest)
+    return own, snapshot._replace(content=content, digest=head.digest)
 
 
 def blocks_of(store: Store, snapshot: Header) -> list[Header]:

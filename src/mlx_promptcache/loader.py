@@ -27,7 +27,7 @@ from mlx_promptcache.windows import Span
 from mlx_promptcache.writer import record_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from mlx_promptcache.blueprint import Blueprint
     from mlx_promptcache.container import Entry, Header
@@ -38,7 +38,11 @@ if TYPE_CHECKING:
     Rooms = Mapping[tuple[str, str], Room]
 
 READERS = 4  # threads that read, check and decompress blocks: all three release the GIL
-SPARE = 0.2  # what may be taken in memory beside a state, against what it takes itself
+JOINED_BYTES = 1 << 21  # at once, of a stack: memory that is still in the cache when it is copied
+SPARE = 0.15  # what may be in memory of blocks that are read, against the state itself
+
+
+NONE_KNOWN: Mapping[str, Header] = {}
 
 
 class _Replaced(CacheMiss):
@@ -46,12 +50,16 @@ class _Replaced(CacheMiss):
 
 
 class _Stack(NamedTuple):
-    """An array of a block with this digest, the rows of some layers."""
+    """An array of a block, the rows of some layers."""
 
     ref: Ref
-    digest: str
+    block: Header
     label: str
-    entry: Entry
+
+    @property
+    def entry(self) -> Entry:
+        """Where it stands in the file of the block."""
+        return self.block.entries[self.label]
 
 
 class _Place(NamedTuple):
@@ -77,9 +85,9 @@ class Loader:
             BadFile: a file cannot be used, and was set aside; find again.
         """
         if found.snapshot is not None:
-            return self.snapshot(found.snapshot, tokens, rows=rows)
+            return self.snapshot(found.snapshot, tokens, found.blocks, rows=rows)
         refs = [Ref(step.stem, "", step.start, step.rows) for step in found.steps]
-        blocks = self._headers(refs)
+        blocks = self._headers(refs, found.blocks)
         refs = [
             Ref(ref.stem, block.digest, ref.start, ref.rows)
             for ref, block in zip(refs, blocks, strict=True)
@@ -101,10 +109,16 @@ class Loader:
         )
 
     def snapshot(
-        self, stem: str, tokens: Sequence[int] | None = None, *, rows: bool = True
+        self,
+        stem: str,
+        tokens: Sequence[int] | None = None,
+        known: Mapping[str, Header] = NONE_KNOWN,
+        *,
+        rows: bool = True,
     ) -> State:
         """Return the state of a snapshot, which must be a prefix of `tokens`, if these are given;
-        without `rows` it lacks what its layers hold.
+        without `rows` it lacks what its layers hold. The headers of blocks that are `known` by
+        their stems are not read again.
 
         Raises:
             BadFile: a file cannot be used, and was set aside.
@@ -116,7 +130,7 @@ class Loader:
         content = header.content
         refs = [Ref(*ref) for ref in content["refs"]]
         try:
-            blocks = self._headers(refs)
+            blocks = self._headers(refs, known)
             contents = self._contents(header, arrays, refs, blocks) if rows else ()
         except BadFile:
             self._bad.ignore(stem)
@@ -191,12 +205,13 @@ class Loader:
             }
         return header, arrays
 
-    def _headers(self, refs: Sequence[Ref]) -> list[Header]:
+    def _headers(self, refs: Sequence[Ref], known: Mapping[str, Header]) -> list[Header]:
         """The headers of blocks, checked to be those that are meant."""
-        return list(self._each([(ref, functools.partial(self._header, ref)) for ref in refs]))
+        tasks = [(ref, functools.partial(self._header, ref, known.get(ref.stem))) for ref in refs]
+        return list(self._each(tasks))
 
-    def _header(self, ref: Ref) -> Header:
-        return self._checked(ref, headers.block_header(self._store, ref.stem))
+    def _header(self, ref: Ref, known: Header | None) -> Header:
+        return self._checked(ref, known or headers.block_header(self._store, ref.stem))
 
     def _checked(self, ref: Ref, header: Header) -> Header:
         if header.content["fingerprint"] != self._finder.fingerprint.digest:
@@ -256,41 +271,39 @@ class Loader:
                         rooms[path, name] = Room(entry, spans, padded=not of_window)
                     elif (path, name) in rooms:
                         rooms[path, name].check(entry)  # before anything is allocated
-        Room.open(rooms.values())
         stacks = [
-            _Stack(ref, block.digest, label, entry)
+            _Stack(ref, block, label)
             for ref, block in zip(refs, blocks, strict=True)
-            for label, entry in block.entries.items()
+            for label in block.entries
             if _wanting(ref, block, label, rooms)
         ]
         sizes = [container.raw_bytes(stack.entry.dtype, stack.entry.shape) for stack in stacks]
         readers = _readers(sizes)
         staging = Staging(readers, max(sizes, default=0))
+        Room.open(rooms.values())
         tasks = [(stack.ref, functools.partial(self._read, stack, staging)) for stack in stacks]
-        for stack, header, planes in self._each(tasks, readers):
-            _put(planes, _wanting(stack.ref, header, stack.label, rooms), staging)
+        for stack, planes in self._each(tasks, readers):
+            _put(planes, _wanting(stack.ref, stack.block, stack.label, rooms), staging)
         arrays: dict[str, dict[str, mx.array]] = {}
         for (path, name), room in rooms.items():
             arrays.setdefault(path, {})[name] = room.close()
         return [_layer(path, named, n_past, windows.get(path)) for path, named in arrays.items()]
 
-    def _read(self, stack: _Stack, staging: Staging) -> tuple[_Stack, Header, Planes]:
-        """Read the planes of a stack."""
+    def _read(self, stack: _Stack, staging: Staging) -> tuple[_Stack, Planes]:
+        """Read the planes of a stack, as the header tells of them that was checked before."""
         with self._store.reader(BLOCKS, stack.ref.stem) as reader:
-            header = headers.checked_block(reader.header(), stack.ref.stem)
-            exactly = Ref(stack.ref.stem, stack.digest, stack.ref.start, stack.ref.rows)
-            entry = self._checked(exactly, header).entries[stack.label]
-            planes = staging.take(entry)
-            container.read_planes(reader.read, reader.read_into, entry, planes.memory)
-        return stack, header, planes
+            if container.read_seal(reader.read, reader.size) != stack.block.seal:
+                raise _Replaced("a block that is needed was replaced by another")
+            planes = staging.take(stack.entry)
+            container.read_planes(reader.read, reader.read_into, stack.entry, planes.memory)
+        return stack, planes
 
 
 def _readers(sizes: Sequence[int]) -> int:
-    """How many stacks of these bytes may be read at once: of a small state fewer than of a large
-    one. One more is on its way into the layers.
+    """How many stacks of these bytes may be in memory at once, on their way into the layers: of a
+    small state fewer than of a large one.
     """
-    spare = int(SPARE * sum(sizes) / max([1, *sizes])) - 1
-    return max(1, min(READERS, spare))
+    return max(1, min(READERS, int(SPARE * sum(sizes) / max([1, *sizes]))))
 
 
 def _wanting(ref: Ref, header: Header, label: str, rooms: Rooms) -> list[_Place]:
@@ -309,12 +322,33 @@ def _used(ref: Ref, header: Header, label: str) -> Span:
 
 
 def _put(planes: Planes, places: Sequence[_Place], staging: Staging) -> None:
-    """Put the rows of a stack where there is room for them; nothing else is left of it then."""
-    items = planes.joined()
-    mx.eval(items)
+    """Put the rows of a stack where there is room for them; nothing else is left of it then.
+
+    While some of its layers are put in their places the next ones are joined.
+    """
+    count = max(1, JOINED_BYTES // max(1, planes.layer_bytes))
+    end = max((place.layer for place in places), default=-1) + 1
+    begins = range(0, end, count)
+    joined = (planes.joined(begin, min(begin + count, end)) for begin in begins)
+    for begin, items in zip(begins, _ahead(joined), strict=True):
+        for place in places:
+            if begin <= place.layer < begin + count:
+                place.room.put(items, place.layer - begin, place.used)
     staging.give_back(planes)
-    for place in places:
-        place.room.put(items, place.layer, place.used)
+
+
+def _ahead(arrays: Iterable[mx.array]) -> Iterator[mx.array]:
+    """Each of these arrays, evaluated, while the next one is being computed."""
+    before: mx.array | None = None
+    for array in arrays:
+        mx.async_eval(array)
+        if before is not None:
+            mx.eval(before)
+            yield before
+        before = array
+    if before is not None:
+        mx.eval(before)
+        yield before
 
 
 def _layer(path: str, arrays: dict[str, mx.array], n_past: int, window: Window | None) -> Layer:

@@ -200,4 +200,4 @@ def _part(kind: str, content: Json, notes: Json, entries: Mapping[str, Entry]) -
     if not isinstance(content, dict) or not isinstance(notes, dict):
         raise DamagedFile("it is not a whole state")
     head = container.head_of(kind, content, notes, entries)
-    return Header(kind, content, notes, entries, head.digest, head.size)
+    return Header(kind, content, notes, entries, head.digest, head.size, head.seal)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -30,8 +29,7 @@ class Pass(NamedTuple):
     lineage: str
 
 
-@dataclass(frozen=True)
-class Lineage:
+class Lineage(NamedTuple):
     """The lineage of a position; `inside` is the pass that went on beyond it, if one did."""
 
     digest: str

@@ -60,7 +60,7 @@ class Prompter:
         tokens = self._encode(origin)
         if not tokens:
             raise PromptError(EMPTY)
-        ends = set() if prefix is None else {agreeing(self._stable(prefix), tokens)}
+        ends = set() if prefix is None else {self._stays(prefix, origin, tokens)}
         if self._marks_turns:
             ends.add(self._left_by_next_turn(origin, tokens))
         boundaries = sorted(end for end in ends if 0 < end < len(tokens))
@@ -113,18 +113,33 @@ class Prompter:
 
     def _stable(self, origin: Origin) -> list[int]:
         """The tokens that all continuations begin with."""
+        first, *others = self._continuations(origin)
+        whole = self.encode_text(first, special=not _is_chat(origin))
+        return whole[: self._shared(origin, first, whole, others)]
+
+    def _stays(self, prefix: Origin, origin: Origin, tokens: Sequence[int]) -> int:
+        """How many of the tokens of a prompt all continuations of its beginning begin with."""
+        if _is_chat(prefix) != _is_chat(origin):
+            return agreeing(self._stable(prefix), tokens)
+        return self._shared(prefix, self._text(origin), tokens, self._continuations(prefix))
+
+    def _continuations(self, origin: Origin) -> list[str]:
         try:
-            texts = [self._text(continued(origin, text)) for text in CONTINUATIONS]
+            return [self._text(continued(origin, text)) for text in CONTINUATIONS]
         except PromptError:
             # A template that allows no second user message: what follows is the answer.
-            texts = [self._text(origin), self._text(origin, answer=False)]
-        special = not _is_chat(origin)
-        whole = self.encode_text(texts[0], special=special)
-        position = self._seam(texts, whole)
+            return [self._text(origin), self._text(origin, answer=False)]
+
+    def _shared(
+        self, origin: Origin, text: str, tokens: Sequence[int], others: Sequence[str]
+    ) -> int:
+        """How many tokens of a text those of all others begin with."""
+        position = self._seam([text, *others], tokens)
         if position is None:
-            others = [self.encode_text(text, special=special) for text in texts[1:]]
-            position = min(agreeing(whole, other) for other in others)
-        return whole[:position]
+            special = not _is_chat(origin)
+            found = [self.encode_text(other, special=special) for other in others]
+            position = min(agreeing(tokens, other) for other in found)
+        return position
 
     def _seam(self, texts: Sequence[str], whole: Sequence[int]) -> int | None:
         """How many tokens of the first text, `whole`, the others begin with, found without encoding

@@ -310,3 +310,11 @@ def _without_password(url: str) -> str:
         return "the remote"
     user, at, host = parts.netloc.rpartition("@")
     return urlunsplit(parts._replace(netloc=f"{user.partition(':')[0]}{at}{host}", query=""))
+
+
+def by_stem(files: Iterable[RemoteFile]) -> dict[str, list[RemoteFile]]:
+    """Files by their stems: other people sign the same file, too."""
+    found: dict[str, list[RemoteFile]] = {}
+    for file in files:
+        found.setdefault(file.stem, []).append(file)
+    return found

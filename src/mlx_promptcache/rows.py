@@ -85,15 +85,22 @@ class Planes(NamedTuple):
     memory: memoryview
     host: memoryview
 
-    def joined(self) -> mx.array:
-        """The bytes of the array, `[..., rows, bytes of a row]`; not evaluated."""
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer of the array."""
+        return len(self.memory) // max(1, self.entry.shape[0])
+
+    def joined(self, begin: int, end: int) -> mx.array:
+        """The bytes of the layers `[begin, end)` of the array, `[..., rows, bytes of a row]`; not
+        evaluated.
+        """
         itemsize, shape = ITEMSIZE[self.entry.dtype], self.entry.shape
         memory: Any = self.memory
         flat = self.array[: len(memory)] if _HOST_SEES_ARRAYS else mx.array(memory)
-        dealt = flat.reshape(itemsize, -1)
+        dealt = flat.reshape(itemsize, shape[0], -1)[:, begin:end].reshape(itemsize, -1)
         items = mx.concatenate([dealt[k : k + 1].T for k in range(itemsize)], axis=1)
         _, rest = _around_rows(shape)
-        return items.reshape(*shape[: TOKEN_AXIS + 2], math.prod(rest) * itemsize)
+        return items.reshape(end - begin, *shape[1 : TOKEN_AXIS + 2], math.prod(rest) * itemsize)
 
 
 class Room:

@@ -114,10 +114,11 @@ class Runner:
         self.why_not_kept: str | None = None
         """Why states of this model cannot be kept; then there is no cache, whatever was given."""
         self._to_be_told = False
-        self.limits = Limits(0, context_length)
-        """Which prompts and which sampling the model takes; the probe tells its vocabulary."""
-        self._trunk = Trunk.of(model, self._probe)
         self._blueprint = self._look()
+        shape = self._logits_shape()
+        self.limits = Limits(shape[-1], context_length)
+        """Which prompts and which sampling the model takes."""
+        self._trunk = Trunk.of(model, self._probe, shape)
         self._traits = Traits.of(self._blueprint)
         if draft_model is not None:
             self._check_draft()
@@ -354,10 +355,15 @@ class Runner:
         """Empty mlx-lm cache objects for this model, and for its draft model."""
         return make_layers(self._whole, self.kv)
 
+    def _logits_shape(self) -> tuple[int, ...]:
+        """The shape of what `_probe` gives."""
+        if self._blueprint is None:
+            return self._probe().shape
+        return (1, PROBE_TOKENS, *self._blueprint.logits.lengths)
+
     def _probe(self) -> mx.array:
         tokens = mx.zeros((1, PROBE_TOKENS), mx.int32)
         logits: mx.array = self._model(tokens, cache=make_layers(self._model, self.kv))
-        self.limits = self.limits._replace(vocabulary=logits.shape[-1])
         return logits
 
     def forward(self, inputs: mx.array, layers: list[Any]) -> tuple[mx.array, mx.array | None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
@@ -68,8 +68,7 @@ class Origin:
         )
 
 
-@dataclass(frozen=True)
-class Ref:
+class Ref(NamedTuple):
     """Rows `[start, start + rows)` as the first rows of a stored block."""
 
     stem: str
@@ -109,8 +108,7 @@ class Mark:
     trail: Trail | None = None
 
 
-@dataclass(frozen=True)
-class Speculation:
+class Speculation(NamedTuple):
     """That a state was taken in the middle of a round of speculative decoding.
 
     The round began at `start`, with `key` and `lineage`, and with `draft_tokens` proposals to make.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mlx_promptcache import arrivals, memo, places
 from mlx_promptcache.errors import PromptCacheError, RemoteError
 from mlx_promptcache.rates import Rates
-from mlx_promptcache.sharing import by_stem
+from mlx_promptcache.remote import by_stem
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS
 from mlx_promptcache.tree import (
     BlockName,
@@ -35,8 +35,9 @@ from mlx_promptcache.tree import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from mlx_promptcache.moved import Moved
     from mlx_promptcache.remote import RemoteFile
-    from mlx_promptcache.sharing import Moved, Sharing
+    from mlx_promptcache.sharing import Sharing
 
 log = logging.getLogger("mlx_promptcache")
 
@@ -102,19 +103,19 @@ class Supply:
         wanted = self._wanted(keys)
         if wanted.position < position + LEAST_TOKENS:
             return
-        came = self._sharing.arrivals()
+        came = self._sharing.receiver.arrivals()
         lacking = [file for file in wanted.blocks if not came.has(file.stem)]
         size = sum(file.size for file in lacking)
         if self._rates.reading_is_slower(size, wanted.position - position):
             return
         began = time.perf_counter()
         try:
-            self._sharing.bring_blocks(came, lacking)
+            self._sharing.receiver.bring_blocks(came, lacking)
             self._rates.note_read(size, time.perf_counter() - began)
             if wanted.snapshot is not None:
                 snapshot = came.fetch(self._sharing.remote, SNAPSHOTS, [wanted.snapshot])
                 if snapshot is not None:
-                    self._sharing.complete(came, snapshot)
+                    self._sharing.receiver.complete(came, snapshot)
         finally:
             came.tell()
             arrivals.forget_parts()
@@ -146,7 +147,7 @@ class Supply:
 
     def send(self, stems: tuple[str, ...]) -> None:
         """Send the states of these snapshots, some time later."""
-        self._later(functools.partial(self._sharing.send, stems))
+        self._later(functools.partial(self._sharing.sender.send, stems))
 
     def send_name(self, name: str) -> None:
         """Send the state of a name, and the name, some time later."""

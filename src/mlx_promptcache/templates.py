@@ -35,9 +35,9 @@ class Template:
         TemplateError: it is no template.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, sandbox: Sandbox | None = None) -> None:
         self._source = source
-        self._compiled = _environment().from_string(source)
+        self._compiled = (sandbox or Sandbox()).from_string(source)
 
     def __call__(
         self,
@@ -101,16 +101,18 @@ def _up_to_mark(text: str, last: str) -> str:
     return text[:at] if whole else text[:at].rstrip()  # what trims the message, trims the mark
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals.update(
-        raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(),
-        namespace=_Namespace,
-    )  # fmt: skip
-    return environment
+class Sandbox(ImmutableSandboxedEnvironment):
+    """What templates run in."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
+        self.filters["tojson"] = _to_json
+        self.globals.update(
+            raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(),
+            namespace=_Namespace,
+        )  # fmt: skip
 
 
 class _Generation(Extension):

@@ -17,10 +17,10 @@ import operator
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_promptcache import engine
+from mlx_promptcache.outlines import Outline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,8 +35,7 @@ CLEANED = (
 """What `clean_up_tokenization_spaces` does, in this order (transformers 5.23)."""
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     """What is known of a tokenizer besides its Rust part."""
 
     special_tokens: dict[str, str]
@@ -46,6 +45,7 @@ class Facts:
     detokenizer: str
     splits_special_tokens: bool
     cleans_up: bool
+    outlines: list[Outline]
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Facts:
@@ -55,6 +55,9 @@ class Facts:
             TypeError: they are not all there, or are not what facts are.
         """
         facts = cls(**value)
+        if not isinstance(facts.outlines, list):
+            raise TypeError("these are no facts of a tokenizer")
+        facts = facts._replace(outlines=[Outline.from_json(each) for each in facts.outlines])
         specials, ends = facts.special_tokens, facts.eos_token_ids
         sound = (
             isinstance(specials, dict)
@@ -201,15 +204,29 @@ class Tokenizer(engine.Renderer):
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message, **variables,
             )  # fmt: skip
+        text = self._text(
+            conversation, variables, answer=add_generation_prompt, goes_on=continue_final_message
+        )
+        return self.encode(text, add_special_tokens=False) if tokenize else text
+
+    def _text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+        *,
+        answer: bool,
+        goes_on: bool,
+    ) -> str:
+        outlines = () if goes_on else self._facts.outlines
+        for outline in outlines if self.chat_template is self._facts.chat_template else ():
+            if outline.serves(messages, variables, answer=answer):
+                return outline.text(messages)
         if self._render is None:
             from mlx_promptcache.templates import Template
 
-            self._render = Template(self.chat_template)
-        text = self._render(
-            conversation, {**self._facts.special_tokens, **variables},
-            answer=add_generation_prompt, goes_on=continue_final_message,
-        )  # fmt: skip
-        return self.encode(text, add_special_tokens=False) if tokenize else text
+            self._render = Template(str(self.chat_template))
+        variables = {**self._facts.special_tokens, **variables}
+        return str(self._render(messages, variables, answer=answer, goes_on=goes_on))
 
 
 ASKED = frozenset(

@@ -15,7 +15,6 @@ import logging
 import os
 import re
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from mlx_promptcache.errors import CacheMiss, DamagedFile, ForeignStore, PromptC
 from mlx_promptcache.headers import TOKENIZER
 from mlx_promptcache.store import TOKENIZERS
 from mlx_promptcache.tokenizer import Facts, Tokenizer, wrapped
-from mlx_promptcache.tokenizer_trial import agrees, facts_of
+from mlx_promptcache.tokenizer_trial import agrees, facts_of, outlines_of
 from mlx_promptcache.tree import KEY_BYTES
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_promptcache")
 
 ARRAY = "tokenizer.json"
-FORMAT = 1  # raised when what is kept means something else
+FORMAT = 2  # raised when what is kept means something else
 FILES = (
     "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.jsonl",
     "additional_chat_templates/*.jinja",
@@ -95,6 +94,7 @@ class TokenizerStore:
             if facts is None:
                 return
             text = _shortened(wrapper.backend_tokenizer.to_str()).encode()
+            facts = facts._replace(outlines=outlines_of(wrapper, facts))
             if agrees(_made(text, facts, lambda: wrapper), wrapper):
                 self._write(stem, facts, text)
             else:
@@ -105,7 +105,7 @@ class TokenizerStore:
     def _write(self, stem: str, facts: Facts, text: bytes) -> None:
         arrays = {ARRAY: Array("uint8", (len(text),), text)}
         notes = {"made": round(time.time(), 3), "versions": arithmetic.versions()}
-        packed = container.pack(TOKENIZER, asdict(facts), notes, arrays)
+        packed = container.pack(TOKENIZER, facts._asdict(), notes, arrays)
         self._store.create()
         with self._store.adding():
             needed = packed.size + room.FILE_BYTES

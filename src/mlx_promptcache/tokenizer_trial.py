@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mlx_promptcache import engine
+from mlx_promptcache.outlines import outline
 from mlx_promptcache.tokenizer import BPE, NAIVE, SPM, SPM_NO_SPACE, Facts, cleaned
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from mlx_promptcache.outlines import Outline
 
 
 def facts_of(wrapper: Any) -> Facts | None:
@@ -46,6 +50,7 @@ def facts_of(wrapper: Any) -> Facts | None:
         detokenizer=detokenizer,
         splits_special_tokens=bool(getattr(whole, "split_special_tokens", False)),
         cleans_up=cleans_up,
+        outlines=[],
     )
 
 
@@ -57,6 +62,46 @@ FAST = (
     "_encode_plus", "_decode", "convert_ids_to_tokens", "get_vocab", "set_truncation_and_padding",
     "backend_tokenizer", "__len__",
 )  # fmt: skip
+
+
+def outlines_of(wrapper: Any, facts: Facts) -> list[Outline]:
+    """The outlines of what prompts mostly are, for a tokenizer in mlx-lm's wrapper."""
+    if facts.chat_template is None:
+        return []
+    variables = _variables_of(wrapper)
+    found = [
+        outline(facts.chat_template, facts.special_tokens, roles, variables, answer=answer)
+        for roles in OUTLINED
+        for answer in (True, False)
+    ]
+    return [each for each in found if each is not None]
+
+
+OUTLINED = (["user"], ["system", "user"])
+
+
+class _Told(engine.Renderer):
+    """A tokenizer that takes note of the variables that templates get."""
+
+    def __init__(self) -> None:
+        self.variables: dict[str, Any] = {}
+
+    def apply_chat_template(self, *_: Any, **asked: Any) -> str:
+        """Take note."""
+        usual = {"tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
+        self.variables = {name: value for name, value in asked.items() if name not in usual}
+        return ""
+
+
+def _variables_of(wrapper: Any) -> dict[str, Any]:
+    """The variables that mlx-lm's wrapper adds to what is asked."""
+    tokenizer, told = wrapper._tokenizer, _Told()
+    wrapper._tokenizer = told
+    try:
+        wrapper.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+    finally:
+        wrapper._tokenizer = tokenizer
+    return told.variables
 
 
 def _detokenizer_of(wrapper: Any) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mlx_promptcache import catalog, container, headers
 from mlx_promptcache.errors import CacheMiss, DamagedFile, ForeignFile, StoreError
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-@dataclass(frozen=True)
-class Damage:
+class Damage(NamedTuple):
     """A file that is not what it should be: a block, a snapshot, a tokenizer or a name.
 
     `certain` if its bytes say so; not if they merely could not be read, or if what is wrong is

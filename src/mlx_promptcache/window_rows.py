@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
@@ -16,8 +15,7 @@ if TYPE_CHECKING:
 MOST_PASSED_BYTES = 1 << 30
 
 
-@dataclass(frozen=True)
-class WindowRows:
+class WindowRows(NamedTuple):
     """The rows of all windows of a model for the positions of `span`, by path and then by name."""
 
     span: Span

@@ -13,7 +13,7 @@ from mlx_promptcache.sharing import Sharing, remote_at
 
 if TYPE_CHECKING:
     from mlx_promptcache.cli.choices import ModelChoice
-    from mlx_promptcache.sharing import Moved
+    from mlx_promptcache.moved import Moved
     from mlx_promptcache.signatures import Signer
 
 
