@@ -232,12 +232,10 @@ def test_without_exact_log_probabilities_agree_to_a_thousandth(
     assert float(str(apart.item())) < 1e-3
 
 
-@pytest.mark.parametrize("declared", [True, False])
 def test_a_hundred_prompts_after_one_prefix_store_its_rows_once(
-    declared: bool, runner: Runner, tmp_path: Path
+    runner: Runner, tmp_path: Path
 ) -> None:
     prefix = tokens_of(runner, PREFIX_FILE.read_text("utf-8"))[:600]
-    boundaries = (len(prefix),) if declared else ()
     keeping = with_store(runner, tmp_path)
     cache = keeping.cache
     assert cache is not None
@@ -251,7 +249,7 @@ def test_a_hundred_prompts_after_one_prefix_store_its_rows_once(
     own_rows = 0
     for i in range(100):
         question = [1000 + i, 2000 + i, 30 + i, 40]
-        run = keeping.start(prefix + question, boundaries=boundaries)
+        run = keeping.start(prefix + question)
         assert run.cached_tokens == len(prefix)
         own_rows += run.prefilled_tokens
         cache.save(None, run.state(), sync=False)

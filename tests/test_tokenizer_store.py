@@ -473,10 +473,11 @@ def test_what_differs_in_any_text_is_not_kept(model: Path, monkeypatch: pytest.M
 
 
 def test_merges_are_written_shorter_only_where_they_say_the_same() -> None:
-    tokens = ["#version", "x", "#versionx", "a", "b", "ab", " ", "a "]
+    tokens = ["#version", "x", "#versionx", "a", "b", "ab", " ", "a ", "merges", '"merges":[', "]"]
+    tokens.append("]]")
     model = {"type": "BPE", "vocab": {t: i for i, t in enumerate(tokens)}, "merges": []}
     for merges, short in (
-        ([["a", "b"]], True), ([["#version", "x"], ["a", "b"]], False),
+        ([["a", "b"], ["]", "]"]], True), ([["#version", "x"], ["a", "b"]], False),
         ([["a", "b"], ["a", " "]], False), ([], True),
     ):  # fmt: skip
         text = Rust.from_str(json.dumps({"model": {**model, "merges": merges}})).to_str()
