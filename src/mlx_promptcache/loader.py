@@ -49,25 +49,21 @@ class _Replaced(CacheMiss):
     """A block is sound, but not the one that a snapshot was made with."""
 
 
-class _Stack(NamedTuple):
-    """An array of a block, the rows of some layers."""
-
-    ref: Ref
-    block: Header
-    label: str
-
-    @property
-    def entry(self) -> Entry:
-        """Where it stands in the file of the block."""
-        return self.block.entries[self.label]
-
-
 class _Place(NamedTuple):
     """Where rows of one layer of a stack belong: those of the positions `used`."""
 
     layer: int
     room: Room
     used: Span
+
+
+class _Stack(NamedTuple):
+    """An array of a block, the rows of some layers, and where they belong."""
+
+    ref: Ref
+    block: Header
+    entry: Entry
+    places: list[_Place]
 
 
 class Loader:
@@ -207,11 +203,19 @@ class Loader:
 
     def _headers(self, refs: Sequence[Ref], known: Mapping[str, Header]) -> list[Header]:
         """The headers of blocks, checked to be those that are meant."""
-        tasks = [(ref, functools.partial(self._header, ref, known.get(ref.stem))) for ref in refs]
-        return list(self._each(tasks))
+        unknown = [ref for ref in refs if ref.stem not in known]
+        tasks = [(ref, functools.partial(self._header, ref)) for ref in unknown]
+        read = iter(list(self._each(tasks))) if tasks else iter(())
+        return [self._known(ref, known) if ref.stem in known else next(read) for ref in refs]
 
-    def _header(self, ref: Ref, known: Header | None) -> Header:
-        return self._checked(ref, known or headers.block_header(self._store, ref.stem))
+    def _header(self, ref: Ref) -> Header:
+        return self._checked(ref, headers.block_header(self._store, ref.stem))
+
+    def _known(self, ref: Ref, known: Mapping[str, Header]) -> Header:
+        try:
+            return self._checked(ref, known[ref.stem])
+        except PromptCacheError as exc:
+            raise self._unusable(ref, exc) from exc
 
     def _checked(self, ref: Ref, header: Header) -> Header:
         if header.content["fingerprint"] != self._finder.fingerprint.digest:
@@ -245,9 +249,13 @@ class Loader:
         except PromptCacheError as exc:
             for _, other in waiting:
                 other.cancel()
-            if isinstance(exc, _Replaced):
-                raise BadFile(str(exc)) from exc
-            raise self._bad.set_aside(BLOCKS, ref.stem, exc) from exc
+            raise self._unusable(ref, exc) from exc
+
+    def _unusable(self, ref: Ref, exc: PromptCacheError) -> BadFile:
+        """What is raised of a block that cannot be used; one that is damaged is set aside."""
+        if isinstance(exc, _Replaced):
+            return BadFile(str(exc))
+        return self._bad.set_aside(BLOCKS, ref.stem, exc)
 
     def _layers(
         self,
@@ -272,18 +280,18 @@ class Loader:
                     elif (path, name) in rooms:
                         rooms[path, name].check(entry)  # before anything is allocated
         stacks = [
-            _Stack(ref, block, label)
+            _Stack(ref, block, entry, _wanting(ref, block, label, rooms))
             for ref, block in zip(refs, blocks, strict=True)
-            for label in block.entries
-            if _wanting(ref, block, label, rooms)
+            for label, entry in block.entries.items()
         ]
+        stacks = [stack for stack in stacks if stack.places]
         sizes = [container.raw_bytes(stack.entry.dtype, stack.entry.shape) for stack in stacks]
         readers = _readers(sizes)
         staging = Staging(readers, max(sizes, default=0))
-        Room.open(rooms.values())
         tasks = [(stack.ref, functools.partial(self._read, stack, staging)) for stack in stacks]
         for stack, planes in self._each(tasks, readers):
-            _put(planes, _wanting(stack.ref, stack.block, stack.label, rooms), staging)
+            _put(planes, stack.places, staging)
+        Room.open(rooms.values())  # those, too, that no row belongs to
         arrays: dict[str, dict[str, mx.array]] = {}
         for (path, name), room in rooms.items():
             arrays.setdefault(path, {})[name] = room.close()
@@ -324,16 +332,24 @@ def _used(ref: Ref, header: Header, label: str) -> Span:
 def _put(planes: Planes, places: Sequence[_Place], staging: Staging) -> None:
     """Put the rows of a stack where there is room for them; nothing else is left of it then.
 
-    While some of its layers are put in their places the next ones are joined.
+    While some of its layers are put in their places the next ones are joined, and room is made for
+    them where these are the first rows of theirs.
     """
     count = max(1, JOINED_BYTES // max(1, planes.layer_bytes))
     end = max((place.layer for place in places), default=-1) + 1
-    begins = range(0, end, count)
-    joined = (planes.joined(begin, min(begin + count, end)) for begin in begins)
-    for begin, items in zip(begins, _ahead(joined), strict=True):
-        for place in places:
-            if begin <= place.layer < begin + count:
-                place.room.put(items, place.layer - begin, place.used)
+    parts = [
+        (begin, [place for place in places if begin <= place.layer < begin + count])
+        for begin in range(0, end, count)
+    ]
+
+    def joined() -> Iterator[mx.array]:
+        for begin, there in parts:
+            Room.open(place.room for place in there)
+            yield planes.joined(begin, min(begin + count, end))
+
+    for (begin, there), items in zip(parts, _ahead(joined()), strict=True):
+        for place in there:
+            place.room.put(items, place.layer - begin, place.used)
     staging.give_back(planes)
 
 

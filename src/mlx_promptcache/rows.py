@@ -97,10 +97,28 @@ class Planes(NamedTuple):
         itemsize, shape = ITEMSIZE[self.entry.dtype], self.entry.shape
         memory: Any = self.memory
         flat = self.array[: len(memory)] if _HOST_SEES_ARRAYS else mx.array(memory)
-        dealt = flat.reshape(itemsize, shape[0], -1)[:, begin:end].reshape(itemsize, -1)
-        items = mx.concatenate([dealt[k : k + 1].T for k in range(itemsize)], axis=1)
+        planes, items = flat.reshape(itemsize, -1), self.layer_bytes // itemsize
+        dealt = [planes[k, begin * items : end * items] for k in range(itemsize)]
         _, rest = _around_rows(shape)
-        return items.reshape(end - begin, *shape[1 : TOKEN_AXIS + 2], math.prod(rest) * itemsize)
+        row_bytes = math.prod(rest) * itemsize
+        return (
+            _words(*dealt)
+            .view(mx.uint8)
+            .reshape(end - begin, *shape[1 : TOKEN_AXIS + 2], row_bytes)
+        )
+
+
+@mx.compile
+def _words(*planes: mx.array) -> mx.array:
+    """Words of as many bytes as there are planes, the least significant first.
+
+    Compiled it is one pass over memory; one operation after the other takes three times as long.
+    """
+    kind = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[len(planes)]
+    words = planes[0].astype(kind)
+    for k, plane in enumerate(planes[1:], 1):
+        words = words | (plane.astype(kind) << (8 * k))
+    return words
 
 
 class Room:
@@ -122,11 +140,11 @@ class Room:
 
     @staticmethod
     def open(rooms: Iterable[Room]) -> None:
-        """Allocate what these rooms need: then rows can be put there.
+        """Allocate what these rooms need, those that are not open yet: then rows can be put there.
 
         Bytes are put into MLX's own memory: every further copy of a state costs its page faults.
         """
-        opened = list(rooms)
+        opened = [room for room in rooms if room._bytes is None]
         for room in opened:
             room._bytes = mx.zeros((*room._shape[: TOKEN_AXIS + 1], room._row_bytes), mx.uint8)
         mx.async_eval([room._bytes for room in opened])
