@@ -21,6 +21,7 @@ from tiny import bits, digest
 
 if TYPE_CHECKING:
     from mlx_promptcache.conversation import Exchange
+    from mlx_promptcache.windows import Span
 
 SAMPLED = Sampling(temp=1.0, top_p=0.95, repetition_penalty=1.1, seed=5)
 QUESTIONS = ("The cat sat on the mat.", "And the dog?", "What is two plus two?")
@@ -206,13 +207,13 @@ def test_what_is_stored_is_not_packed_again(
     talk.sample(only(talk, "Z"))
     ask(talk, QUESTIONS[0] * 40)
     held, begun = talk.n_past, []
-    block = saver.Saver._block
+    taken_out = saver.Saver._taken_out
 
-    def count(self: saver.Saver, begin: int, end: int) -> Any:
-        begun.append(begin)
-        return block(self, begin, end)
+    def count(self: saver.Saver, span: Span) -> Any:
+        begun.append(span.start)
+        return taken_out(self, span)
 
-    monkeypatch.setattr(saver.Saver, "_block", count)
+    monkeypatch.setattr(saver.Saver, "_taken_out", count)
     ask(talk, QUESTIONS[1])
     assert begun
     assert min(begun) == held

@@ -420,7 +420,7 @@ def test_the_directory_of_a_store_may_be_a_link_that_its_user_made(
 
 # What is told to whom
 
-SECRET = "Xyzzy the magpie keeps 4711 silver spoons"
+SECRET = "Xyzzy the magpie keeps 4711-0815 silver spoons"
 
 
 @contextlib.contextmanager
@@ -497,7 +497,7 @@ def test_no_prompt_stands_anywhere_but_in_states(
 
 
 def is_told(text: str) -> bool:
-    return any(word in text for word in ("Xyzzy", "magpie", "4711", "silver spoons"))
+    return any(word in text for word in ("Xyzzy", "magpie", "4711-0815", "silver spoons"))
 
 
 def test_a_template_that_repeats_the_messages_is_not_repeated(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace as replace_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_promptcache import arithmetic, container, headers
 from mlx_promptcache.parts import known_window_rows, split_rest, split_rows
@@ -27,11 +30,13 @@ from mlx_promptcache.windows import Span, widest
 from mlx_promptcache.writer import Saved, Synced, Writer, check_free
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from mlx_promptcache.container import Packed
     from mlx_promptcache.finder import Finder
 
 REF_BYTES = 200  # of a block, where a snapshot refers to it
+PACKERS = 2  # threads that compress blocks: compressing and hashing release the GIL
 ARRAY_BYTES = 600  # of an array, beside its own bytes
 
 
@@ -66,6 +71,16 @@ def _told_bytes(state: State) -> int:
 
 def _json_bytes(value: Any) -> int:
     return len(json.dumps(json.dumps(value)))  # a header is JSON in JSON
+
+
+class _Piece(NamedTuple):
+    """A block that is being made: the positions of its rows, those of which it has the rows of
+    windows, too, and its file.
+    """
+
+    span: Span
+    windows: Span
+    made: Future[Packed]
 
 
 class Saver:
@@ -155,13 +170,28 @@ class Saver:
                 break
             refs.append(ref)
         self._writer.shared += len(refs)
+        spans: list[Span] = []
         for begin, end in pieces(refs[-1].end if refs else 0, state.n_past):
             while (stop := self._stored_piece(begin, end)) is not None:
-                refs.append(self._block(begin, stop))
+                spans.append(Span(begin, stop))
                 begin = stop
             if begin < end:
-                refs.append(self._block(begin, end))
-        return refs
+                spans.append(Span(begin, end))
+        return [*refs, *self._blocks(spans)]
+
+    def _blocks(self, spans: Sequence[Span]) -> Iterator[Ref]:
+        """Store the rows of these positions, a block each. While one is compressed the rows of the
+        next one are copied out of the layers; more than two would take too much memory.
+        """
+        with ThreadPoolExecutor(PACKERS) as pool:
+            waiting: deque[_Piece] = deque()
+            for span in spans:
+                if len(waiting) == PACKERS:
+                    yield self._written(waiting.popleft())
+                pack, windows = self._taken_out(span)
+                waiting.append(_Piece(span, windows, pool.submit(pack)))
+            while waiting:
+                yield self._written(waiting.popleft())
 
     def _shard(self, position: int) -> str:
         return shard(self._keys[cell_start(position)])
@@ -184,10 +214,12 @@ class Saver:
         names = [name for name in map(BlockName.parse, stems) if name is not None]
         return max((known[n.end_key] for n in names if n.end_key in known), default=None)
 
-    def _block(self, begin: int, end: int) -> Ref:
-        state, keys = self._state, self._keys
+    def _taken_out(self, span: Span) -> tuple[Callable[[], Packed], Span]:
+        """What makes the file of a block, in any thread, since nothing of it is MLX's any more; and
+        the positions of which it has the rows of windows.
+        """
+        state, keys, (begin, end) = self._state, self._keys, span
         arrays, stacks, window = split_rows(state, self._window_rows, begin, end)
-        record = PassRecord.of(state.trail.passes, begin, end)
         content = {
             "fingerprint": self._finder.fingerprint.digest,
             "start": begin,
@@ -198,11 +230,19 @@ class Saver:
             "window": window,
             "stacks": stacks,
         }
-        notes = self._notes() | {"passes": record.to_json()}
-        packed = container.pack(headers.BLOCK, content, notes, arrays)
-        name = BlockName(self._shard(begin), keys[begin], state.tokens[begin], keys[end])
-        stem = self._writer.block(name, packed, record)
-        self._spans[stem] = Span(end if window is None else window["from"], end)
+        notes = self._notes() | {"passes": self._record(span).to_json()}
+        pack = functools.partial(container.pack, headers.BLOCK, content, notes, arrays)
+        return pack, Span(end if window is None else window["from"], end)
+
+    def _record(self, span: Span) -> PassRecord:
+        return PassRecord.of(self._state.trail.passes, span.start, span.stop)
+
+    def _written(self, piece: _Piece) -> Ref:
+        keys, (begin, end) = self._keys, piece.span
+        packed = piece.made.result()
+        name = BlockName(self._shard(begin), keys[begin], self._state.tokens[begin], keys[end])
+        stem = self._writer.block(name, packed, self._record(piece.span))
+        self._spans[stem] = piece.windows
         return Ref(stem, packed.digest, begin, end - begin)
 
     def _snapshot(self, state: State, refs: list[Ref]) -> str:
