@@ -76,6 +76,7 @@ FLOORS = [
     "engine",
     "ranks",
     "checkpoint",
+    "planes",
     "arrays",
     "layers",
     "blueprint",

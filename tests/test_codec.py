@@ -189,6 +189,18 @@ def test_bfloat16_like_keys_shrink_by_a_quarter() -> None:
     assert sum(len(plane.data) for plane in planes) < 0.75 * len(raw)
 
 
+@pytest.mark.parametrize("bits", [16, 32])
+def test_exponents_take_hardly_more_bytes_than_with_the_level_of_text(bits: int) -> None:
+    """As those of K/V do: values of each of 64 channels have a size of their own."""
+    rng = np.random.default_rng(5)
+    values = rng.normal(0, np.exp(rng.normal(0, 1, 64)), (20_000, 64)).astype(np.float32)
+    raw = (values.view(np.uint32) >> (32 - bits)).astype(f"<u{bits // 8}").tobytes()
+    exponents = encode(raw, bits // 8)[-1]
+    level_1 = zstd(raw[bits // 8 - 1 :: bits // 8])
+    assert exponents.codec == ZSTD
+    assert len(exponents.data) < 1.01 * len(level_1) < 0.5 * values.size
+
+
 # Hostile planes
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_promptcache.container import Array
+from mlx_promptcache import planes
+from mlx_promptcache.container import ITEMSIZE, Array, Dealt
 
 
 def dtype_name(array: mx.array) -> str:
@@ -25,6 +26,14 @@ def to_array(array: mx.array) -> Array:
     flat: Any = mx.contiguous(array).reshape(-1)
     raw = bytes(memoryview(flat.view(mx.uint8))) if array.size else b""
     return Array(dtype_name(array), tuple(array.shape), raw)
+
+
+def dealt(array: mx.array) -> Dealt:
+    """Copy an array out of MLX, dealt out into its planes."""
+    dtype = dtype_name(array)
+    found: Any = planes.deal(array, ITEMSIZE[dtype])
+    mx.eval(found)
+    return Dealt(dtype, tuple(array.shape), [memoryview(p) if p.size else b"" for p in found])
 
 
 def from_array(array: Array) -> mx.array:

@@ -51,8 +51,13 @@ def encode(raw: bytes | memoryview, itemsize: int) -> list[Plane]:
     items = bytes(raw)
     if itemsize == 0 or len(items) % itemsize:
         raise ValueError(f"{len(items)} bytes are no whole number of items of {itemsize} bytes")
-    compressor = _compressor(itemsize)
-    return [_encode_plane(items[k::itemsize], compressor) for k in range(itemsize)]
+    return compressed([items[k::itemsize] for k in range(itemsize)])
+
+
+def compressed(dealt: Sequence[bytes | memoryview]) -> list[Plane]:
+    """Return the planes of an array whose bytes are dealt out already, as `encode` does."""
+    compressor = _compressor(len(dealt))
+    return [_encode_plane(plane, compressor) for plane in dealt]
 
 
 def _compressor(itemsize: int) -> zstandard.ZstdCompressor:
@@ -62,7 +67,7 @@ def _compressor(itemsize: int) -> zstandard.ZstdCompressor:
     return zstandard.ZstdCompressor(compression_params=numbers)
 
 
-def _encode_plane(plane: bytes, compressor: zstandard.ZstdCompressor) -> Plane:
+def _encode_plane(plane: bytes | memoryview, compressor: zstandard.ZstdCompressor) -> Plane:
     if len(plane) > SAMPLES * SAMPLE_BYTES and not any(
         _shrinks(sample, compressor.compress(sample)) for sample in _samples(plane)
     ):
@@ -71,7 +76,7 @@ def _encode_plane(plane: bytes, compressor: zstandard.ZstdCompressor) -> Plane:
     return Plane(ZSTD, packed) if _shrinks(plane, packed) else Plane(RAW, plane)
 
 
-def _samples(plane: bytes) -> Iterator[bytes]:
+def _samples(plane: bytes | memoryview) -> Iterator[bytes | memoryview]:
     """Some parts of a plane, from its beginning to its end."""
     last = len(plane) - SAMPLE_BYTES
     for i in range(SAMPLES):
@@ -79,7 +84,7 @@ def _samples(plane: bytes) -> Iterator[bytes]:
         yield plane[begin : begin + SAMPLE_BYTES]
 
 
-def _shrinks(plane: bytes, packed: bytes) -> bool:
+def _shrinks(plane: bytes | memoryview, packed: bytes) -> bool:
     return len(packed) <= len(plane) - len(plane) // LEAST_GAIN and len(packed) < len(plane)
 
 

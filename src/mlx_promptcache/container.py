@@ -75,6 +75,14 @@ class Array(NamedTuple):
         return raw_bytes(self.dtype, self.shape)
 
 
+class Dealt(NamedTuple):
+    """An array outside of MLX: the first byte of every item, then the second, and so on."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    planes: Sequence[bytes | memoryview]
+
+
 def raw_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes that an array of this dtype and shape takes in memory."""
     return ITEMSIZE[dtype] * math.prod(shape)
@@ -131,7 +139,7 @@ class Packed(NamedTuple):
         return bytes(self.chunks[0][-SEAL_BYTES:])
 
 
-def pack(kind: str, content: Json, notes: Json, arrays: Mapping[str, Array]) -> Packed:
+def pack(kind: str, content: Json, notes: Json, arrays: Mapping[str, Array | Dealt]) -> Packed:
     """Return the file that holds these; `content` and `notes` must be JSON.
 
     The digest depends on kind, content and arrays, not on the notes.
@@ -140,7 +148,11 @@ def pack(kind: str, content: Json, notes: Json, arrays: Mapping[str, Array]) -> 
     quick: dict[str, str] = {}
     payloads: list[bytes | memoryview] = []
     for name, array in arrays.items():
-        planes = codec.encode(array.data, ITEMSIZE[array.dtype])
+        planes = (
+            codec.compressed(array.planes)
+            if isinstance(array, Dealt)
+            else codec.encode(array.data, ITEMSIZE[array.dtype])
+        )
         sha256, xxh3 = hashlib.sha256(), xxhash.xxh3_128()
         for plane in planes:
             sha256.update(plane.data)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import mlx.core as mx
 
-    from mlx_promptcache.container import Array, Header
+    from mlx_promptcache.container import Array, Dealt, Header
     from mlx_promptcache.state import State
     from mlx_promptcache.window_rows import WindowRows
 
@@ -36,7 +36,7 @@ def known_window_rows(state: State) -> list[WindowRows]:
 
 def split_rows(
     state: State, known: Sequence[WindowRows], begin: int, end: int
-) -> tuple[dict[str, Array], dict[str, list[str]], dict[str, int] | None]:
+) -> tuple[dict[str, Dealt], dict[str, list[str]], dict[str, int] | None]:
     """The rows `[begin, end)` as arrays, of which layers each array is a stack, and what a block
     says of windows: from which position on it has their rows. None if there are no windows.
     """

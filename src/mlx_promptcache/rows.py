@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_promptcache.arrays import dtype_name, mlx_dtype, to_array
-from mlx_promptcache.container import ITEMSIZE, Array, Entry, raw_bytes
+from mlx_promptcache.arrays import dealt, dtype_name, mlx_dtype
+from mlx_promptcache.container import ITEMSIZE, Dealt, Entry, raw_bytes
 from mlx_promptcache.errors import UnsupportedLayer
 from mlx_promptcache.headers import WINDOW
 from mlx_promptcache.layers import TOKEN_AXIS
+from mlx_promptcache.planes import join
 from mlx_promptcache.tree import CELL
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 def stacked(
     rows: Iterable[tuple[str, str, mx.array]], prefix: str = ""
-) -> tuple[dict[str, Array], dict[str, list[str]]]:
+) -> tuple[dict[str, Dealt], dict[str, list[str]]]:
     """The rows of layers, given as `(path, name, [batch, heads, tokens, ...])`, as few arrays
     `[layers, batch, heads, tokens, ...]`, and of which layers each is a stack.
     """
@@ -39,11 +40,11 @@ def stacked(
     for path, name, array in rows:
         alike = (name, dtype_name(array), tuple(array.shape))
         groups.setdefault(alike, []).append((path, array))
-    arrays: dict[str, Array] = {}
+    arrays: dict[str, Dealt] = {}
     stacks: dict[str, list[str]] = {}
     for (name, _, _), members in groups.items():
         label = f"{prefix}{name}/{sum(s.startswith(f'{prefix}{name}/') for s in stacks)}"
-        arrays[label] = to_array(mx.stack([array for _, array in members]))
+        arrays[label] = dealt(mx.stack([array for _, array in members]))
         stacks[label] = [path for path, _ in members]
     return arrays, stacks
 
@@ -98,27 +99,10 @@ class Planes(NamedTuple):
         memory: Any = self.memory
         flat = self.array[: len(memory)] if _HOST_SEES_ARRAYS else mx.array(memory)
         planes, items = flat.reshape(itemsize, -1), self.layer_bytes // itemsize
-        dealt = [planes[k, begin * items : end * items] for k in range(itemsize)]
+        joined = join([planes[k, begin * items : end * items] for k in range(itemsize)])
         _, rest = _around_rows(shape)
         row_bytes = math.prod(rest) * itemsize
-        return (
-            _words(*dealt)
-            .view(mx.uint8)
-            .reshape(end - begin, *shape[1 : TOKEN_AXIS + 2], row_bytes)
-        )
-
-
-@mx.compile
-def _words(*planes: mx.array) -> mx.array:
-    """Words of as many bytes as there are planes, the least significant first.
-
-    Compiled it is one pass over memory; one operation after the other takes three times as long.
-    """
-    kind = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[len(planes)]
-    words = planes[0].astype(kind)
-    for k, plane in enumerate(planes[1:], 1):
-        words = words | (plane.astype(kind) << (8 * k))
-    return words
+        return joined.reshape(end - begin, *shape[1 : TOKEN_AXIS + 2], row_bytes)
 
 
 class Room:
@@ -149,7 +133,7 @@ class Room:
             room._bytes = mx.zeros((*room._shape[: TOKEN_AXIS + 1], room._row_bytes), mx.uint8)
         mx.async_eval([room._bytes for room in opened])
 
-    def check(self, stack: Array | Entry) -> None:
+    def check(self, stack: Entry) -> None:
         """Compare the rows of a stack with those that belong here.
 
         Raises:
