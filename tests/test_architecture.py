@@ -45,6 +45,7 @@ FLOORS = [
     "fingerprint",
     "quarantine",
     "headers",
+    "journal",
     "facts",
     "eviction",
     "room",

@@ -11,6 +11,7 @@ import pytest
 from counting import Counted
 from mlx_promptcache import PromptCache, Runner, cli, container, facts
 from mlx_promptcache.catalog import Catalog, Entry, find
+from mlx_promptcache.facts import Facts
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from tiny import random_tokens, smallest
 
@@ -27,7 +28,9 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setattr(facts, "SETTLED_NS", 0)
     for number in range(STATES):
         add(tmp_path / "store", number)
-    return Store(tmp_path / "store")
+    there = Store(tmp_path / "store")
+    facts.forget(there)  # as if others had written it
+    return there
 
 
 def add(directory: Path, number: int) -> None:
@@ -62,6 +65,7 @@ def test_a_list_opens_each_file_once_and_the_next_list_none(store: Store) -> Non
 def test_a_list_reads_what_is_new_and_what_was_used_since(store: Store) -> None:
     listed(store)
     add(store.directory, STATES)
+    facts._journal_of(facts.memo_of(store)).forget()
     assert opened(store) == 3  # a block was used, too
     store.touch(SNAPSHOTS, store.stems(SNAPSHOTS)[0])
     assert opened(store) == 1
@@ -186,6 +190,57 @@ def test_a_system_that_notes_every_reading_lets_the_memo_stand(
     with Counted(store.directory) as count:
         listed(store)
     assert count.opened == []
+
+
+# What writers note
+
+
+def test_a_list_opens_nothing_that_this_user_wrote_since_but_what_was_used(store: Store) -> None:
+    listed(store)
+    for number in range(STATES, 2 * STATES):
+        add(store.directory, number)
+    assert 1 <= opened(store) < STATES  # blocks that others used since, of 2 * STATES new files
+    assert opened(store) == 0
+
+
+def test_already_the_first_list_opens_little(store: Store) -> None:
+    for number in range(STATES, 2 * STATES):
+        add(store.directory, number)
+    assert opened(store) <= 3 * STATES  # those of others, and those that were used since
+    assert not facts._journal_of(facts.memo_of(store))._path.exists()
+    assert opened(store) == 0
+
+
+def test_what_was_noted_and_changed_since_is_read(store: Store) -> None:
+    listed(store)
+    add(store.directory, STATES)
+    new = Facts(store).snapshots.keys() - Facts(store, facts.memo_of(store))._known.snapshots.keys()
+    assert new == set()  # it was noted
+    newest = max(Facts(store).snapshots.items(), key=lambda item: item[1].ctime_ns)[0]
+    path = store.path(SNAPSHOTS, newest)
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    assert [entry.stem for entry in listed(store) if entry.status == "damaged"] == [newest]
+
+
+def test_what_is_cleared_whole_leaves_no_journal(store: Store) -> None:
+    add(store.directory, STATES)
+    journal = facts._journal_of(facts.memo_of(store))._path
+    assert journal.stat().st_mode & 0o777 == 0o600
+    arguments = ["clear", "--all", "--yes", "--cache-dir", str(store.directory)]
+    assert cli.run(arguments) == cli.DONE
+    assert not journal.exists()
+
+
+def test_a_journal_that_cannot_be_written_stops_no_save(
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    before = len(store.stems(SNAPSHOTS))
+    add(store.directory, STATES)
+    assert len(store.stems(SNAPSHOTS)) == before + 1
 
 
 def test_to_clear_a_name_no_block_of_another_state_is_read(store: Store) -> None:

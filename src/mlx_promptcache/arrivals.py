@@ -209,6 +209,7 @@ class Arrivals:
                 writer = Writer(self._store, self._bad, sync=False)
                 yield writer
                 self._store.uses.note_write(writer.bytes)
+                writer.noted.keep()
                 self.files += writer.written + len(writer.snapshots)
                 self.bytes += writer.bytes
 

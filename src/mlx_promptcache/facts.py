@@ -16,10 +16,11 @@ import time
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from mlx_promptcache import headers, memo, places
+from mlx_promptcache import container, headers, memo, places
 from mlx_promptcache.container import UNREADABLE
 from mlx_promptcache.errors import CacheMiss, PromptCacheError
 from mlx_promptcache.files import SETTLED_NS
+from mlx_promptcache.journal import Journal
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, TOKENIZERS, Store
 from mlx_promptcache.version import __version__
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from mlx_promptcache.container import Header
+    from mlx_promptcache.container import Header, Packed
     from mlx_promptcache.files import File
 
     Stamp = tuple[int, ...]
@@ -86,14 +87,16 @@ class Facts:
         self.snapshots = store.files(SNAPSHOTS)
         self.blocks = store.files(BLOCKS)
         self.tokenizers = store.files(TOKENIZERS)
-        self._memo = memo
+        self._memo, self._journal = memo, None if memo is None else _journal_of(memo)
+        self._reads = 0
         self._known: _Known
         if earlier is not None:
             self._known = earlier._known
         else:
             self._known = _Known() if memo is None else _Known.load(memo)
+            for noted in () if self._journal is None else self._journal.rows():
+                self._reads += self._known.take(noted)  # as if they had been read
         self._wrong: dict[str, PromptCacheError] = {}
-        self._reads = 0
 
     @property
     def total_bytes(self) -> int:
@@ -154,7 +157,7 @@ class Facts:
 
     def keep(self) -> None:
         """Write the memo, if there is one and it is worth it. Failing is no matter."""
-        if self._memo is None or self._reads < WORTH_KEEPING:
+        if self._memo is None or self._journal is None or self._reads < WORTH_KEEPING:
             return
         before = time.time_ns() - SETTLED_NS
         for known, files in (
@@ -165,6 +168,7 @@ class Facts:
                 if stem not in files or files[stem].ctime_ns > before:
                     del known[stem]
         self._known.save(self._memo)
+        self._journal.clear()
 
 
 def _snapshot(header: Header, stem: str) -> Snapshot:
@@ -198,9 +202,45 @@ def memo_of(store: Store) -> Path:
 
 
 def forget(store: Store) -> None:
-    """Delete this user's memo of a store. Failing is no matter."""
+    """Delete this user's memo of a store, and its journal. Failing is no matter."""
     with contextlib.suppress(OSError):
         memo_of(store).unlink()
+    _journal_of(memo_of(store)).forget()
+
+
+class Noted:
+    """Facts of files that are being written, for lists to come: what else would read them all?
+
+    A file that changes within the same tick of the system's clock keeps its times, and a list would
+    not notice; nothing else believes what is noted.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._known = store, _Known()
+
+    def add(self, kind: str, stem: str, packed: Packed) -> None:
+        """Note the facts of a block or a snapshot that was written just now."""
+        file, first = self._store.file(kind, stem), packed.chunks[0]
+        if file is None:
+            return
+        with contextlib.suppress(PromptCacheError):
+            header = container.read_header(
+                lambda at, length: bytes(first[at : at + length]), packed.size
+            )
+            if kind == BLOCKS:
+                self._known.blocks[stem] = (file.stamp, _block(header, stem))
+            else:
+                self._known.snapshots[stem] = (file.stamp, _snapshot(header, stem))
+
+    def keep(self) -> None:
+        """Write down what was noted. Failing is no matter."""
+        if self._known.blocks or self._known.snapshots:
+            _journal_of(memo_of(self._store)).append(self._known.rows())
+            self._known = _Known()
+
+
+def _journal_of(memo: Path) -> Journal:
+    return Journal(memo.with_name(f"{memo.name}.new"))
 
 
 class _Known:
@@ -217,12 +257,13 @@ class _Known:
         try:
             checksum, _, text = path.read_text("ascii").partition("\n")
             if checksum == _checksum(text):
-                known._take(json.loads(text))
+                known.take(json.loads(text))
         except (OSError, *UNREADABLE):
             return cls()
         return known
 
-    def _take(self, rows: dict[str, Any]) -> None:
+    def take(self, rows: dict[str, Any]) -> int:
+        """Take what `rows` gave, and return of how many files that is."""
         parts, used = rows["fingerprints"], rows["used"]
         for stem, *stamp, digest, row_bytes, start, seconds, fingerprint in rows["blocks"]:
             block = Block(digest, row_bytes, start, seconds, parts[fingerprint])
@@ -231,9 +272,15 @@ class _Known:
             uses = _uses([used[i] for i in refs], counts)
             snapshot = Snapshot(n_past, raw, made, whole, parts[fingerprint], uses)
             self.snapshots[stem] = (tuple(stamp), snapshot)
+        return len(rows["blocks"]) + len(rows["snapshots"])
 
     def save(self, path: Path) -> None:
-        """Write the memo. What many snapshots share is written once."""
+        """Write the memo."""
+        text = json.dumps(self.rows())
+        memo.write(path, f"{_checksum(text)}\n{text}")
+
+    def rows(self) -> dict[str, Any]:
+        """All of it as JSON. What many snapshots share is there once."""
         parts: dict[str, int] = {}
         used: dict[tuple[str, str], int] = {}
         snapshots = [
@@ -251,9 +298,8 @@ class _Known:
             [stem, *stamp, *fact[:4], parts.setdefault(fact.fingerprint, len(parts))]
             for stem, (stamp, fact) in self.blocks.items()
         ]
-        rows = {"fingerprints": list(parts), "used": list(used)}
-        text = json.dumps({**rows, "snapshots": snapshots, "blocks": blocks})
-        memo.write(path, f"{_checksum(text)}\n{text}")
+        shared = {"fingerprints": list(parts), "used": list(used)}
+        return {**shared, "snapshots": snapshots, "blocks": blocks}
 
 
 def _uses(blocks: Sequence[tuple[str, str]], counts: Sequence[int]) -> tuple[Use, ...]:

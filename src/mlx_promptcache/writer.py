@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache import container, headers
 from mlx_promptcache.errors import CacheMiss, PromptCacheError, StoreError
+from mlx_promptcache.facts import Noted
 from mlx_promptcache.passes import PassRecord
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS
 from mlx_promptcache.tree import ID_DIGITS, SnapshotName, id_of
@@ -93,6 +94,8 @@ class Writer:
         self._store, self._bad, self._sync, self._exact = store, bad, sync, exact
         self.written = self.shared = self.bytes = 0
         self.snapshots: list[str] = []
+        self.noted = Noted(store)
+        """What lists will want to know of the files that are written."""
 
     def block(self, name: BlockName, packed: Packed, record: PassRecord) -> str:
         """Write a block, or find it written; where another has its name, write a variant. Return
@@ -106,7 +109,7 @@ class Writer:
             for _ in range(2):  # once more, where a damaged file had the name
                 if self._store.write(BLOCKS, stem, packed, sync=self._sync):
                     self.written += 1
-                    self.bytes += packed.size
+                    self._wrote(BLOCKS, stem, packed)
                     self._bad.trust(stem)
                     return stem
                 try:
@@ -130,13 +133,17 @@ class Writer:
         """
         for _ in range(2):  # once more, where a damaged file had the name
             if self._store.write(SNAPSHOTS, stem, packed, sync=self._sync):
-                self.bytes += packed.size
+                self._wrote(SNAPSHOTS, stem, packed)
                 self.snapshots.append(stem)
             elif not self.whole(SNAPSHOTS, stem):
                 continue
             self._bad.trust(stem)
             return
         raise StoreError("a snapshot can neither be written nor read")
+
+    def _wrote(self, kind: str, stem: str, packed: Packed) -> None:
+        self.bytes += packed.size
+        self.noted.add(kind, stem, packed)
 
     def whole(self, kind: str, stem: str) -> bool:
         """Whether a file that was there before can be relied on, by its header (that of a block
@@ -167,6 +174,7 @@ class Writer:
         if name is not None:
             self._store.names.write(name, snapshot, sync=self._sync)
         self._store.uses.note_write(self.bytes)
+        self.noted.keep()
         snapshots = tuple(self.snapshots)
         return Saved(name, id_of(snapshot), self.written, self.shared, self.bytes, snapshots)
 
