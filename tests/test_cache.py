@@ -1380,3 +1380,26 @@ def test_a_state_whose_settings_make_no_sense_is_damaged(
     with pytest.raises(DamagedFile, match="settings make no sense"):
         PromptCache(tmp_path, "plain").load("hot")
     assert_as_cold(run_of("plain", tmp_path, prompt), "plain", prompt)
+
+
+AT_THE_END = """
+import atexit, sys, threading
+sys.path.insert(0, sys.argv[1])
+from mlx_promptcache import PromptCache, Runner
+from tiny import random_tokens, smallest
+runner = Runner(smallest(), None, PromptCache(sys.argv[2], "smallest"))
+states = [runner.prefill(random_tokens(600, seed=seed, vocab=16)) for seed in (1, 2)]
+def save():
+    threading.main_thread().join()  # what makes threads is shut down by then
+    runner.cache.save("thread", states[0])
+threading.Thread(target=save).start()
+atexit.register(lambda: runner.cache.save("exit", states[1]))
+"""
+
+
+def test_states_are_saved_while_a_process_ends(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", AT_THE_END, str(Path(__file__).parent), str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    cache = PromptCache(tmp_path, "smallest")
+    assert [cache.load(name).n_past for name in ("thread", "exit")] == [600, 600]

@@ -11,6 +11,7 @@ import pytest
 from counting import Counted
 from mlx_promptcache import PromptCache, Runner, cli, container, facts
 from mlx_promptcache.catalog import Catalog, Entry, find
+from mlx_promptcache.errors import StoreError
 from mlx_promptcache.facts import Facts
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from tiny import random_tokens, smallest
@@ -238,6 +239,36 @@ def test_a_journal_that_cannot_be_written_stops_no_save(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    before = len(store.stems(SNAPSHOTS))
+    add(store.directory, STATES)
+    assert len(store.stems(SNAPSHOTS)) == before + 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        None, 7, "text", [], [facts.FORMAT], [facts.FORMAT, None], [facts.FORMAT, {}],
+        [facts.FORMAT, {"fingerprints": [], "used": [], "blocks": [["a"]], "snapshots": []}],
+        [facts.FORMAT, {"fingerprints": [], "used": [], "blocks": [], "snapshots": [[1] * 12]}],
+        [facts.FORMAT + 1, {"fingerprints": [], "used": [], "blocks": [], "snapshots": []}],
+    ],
+)  # fmt: skip
+def test_nonsense_in_a_journal_is_passed_over(row: object, store: Store) -> None:
+    journal = facts._journal_of(facts.memo_of(store))
+    journal.append(row)
+    add(store.directory, STATES)
+    journal.append(row)
+    assert opened(store) <= 2 * STATES + 3
+    assert opened(store) == 0
+
+
+def test_whoever_has_no_directory_of_their_own_saves_all_the_same(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> Path:
+        raise StoreError("there is no home directory")
+
+    monkeypatch.setattr("mlx_promptcache.places.user_cache", none)
     before = len(store.stems(SNAPSHOTS))
     add(store.directory, STATES)
     assert len(store.stems(SNAPSHOTS)) == before + 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -77,6 +79,21 @@ def test_it_does_not_grow_without_end(path: Path, monkeypatch: pytest.MonkeyPatc
     for _ in range(3):
         Journal(path).append("more")
     assert list(Journal(path).rows()) == [*ROWS, "more"]
+
+
+def test_who_begins_a_journal_deletes_those_that_nobody_added_to_for_a_month(
+    tmp_path: Path,
+) -> None:
+    names = ("old.new", "young.new", "old")
+    for name in names:
+        Journal(tmp_path / name).append("row")
+    month = time.time() - journal.FORGOTTEN_SECONDS
+    for name, when in zip(names, (month - 60, month + 60, month - 60), strict=True):
+        os.utime(tmp_path / name, (when, when))
+    Journal(tmp_path / "young.new").append("row")
+    assert {path.name for path in tmp_path.iterdir()} == set(names)
+    Journal(tmp_path / "another.new").append("row")
+    assert {path.name for path in tmp_path.iterdir()} == {"young.new", "old", "another.new"}
 
 
 def test_no_link_is_followed(path: Path, tmp_path: Path) -> None:

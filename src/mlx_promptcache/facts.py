@@ -95,7 +95,8 @@ class Facts:
         else:
             self._known = _Known() if memo is None else _Known.load(memo)
             for noted in () if self._journal is None else self._journal.rows():
-                self._reads += self._known.take(noted)  # as if they had been read
+                with contextlib.suppress(*UNREADABLE):  # of another release, say
+                    self._reads += self._known.take_noted(noted)  # as if they had been read
         self._wrong: dict[str, PromptCacheError] = {}
 
     @property
@@ -211,8 +212,8 @@ def forget(store: Store) -> None:
 class Noted:
     """Facts of files that are being written, for lists to come: what else would read them all?
 
-    A file that changes within the same tick of the system's clock keeps its times, and a list would
-    not notice; nothing else believes what is noted.
+    A file that changes within the same tick of the system's clock keeps its times, and whoever
+    believes the memo would not notice: lists, and the choice of what is evicted first.
     """
 
     def __init__(self, store: Store) -> None:
@@ -235,7 +236,8 @@ class Noted:
     def keep(self) -> None:
         """Write down what was noted. Failing is no matter."""
         if self._known.blocks or self._known.snapshots:
-            _journal_of(memo_of(self._store)).append(self._known.rows())
+            with contextlib.suppress(PromptCacheError):  # this user may have no directory for it
+                _journal_of(memo_of(self._store)).append([FORMAT, self._known.rows()])
             self._known = _Known()
 
 
@@ -261,6 +263,13 @@ class _Known:
         except (OSError, *UNREADABLE):
             return cls()
         return known
+
+    def take_noted(self, row: Any) -> int:
+        """Take what a writer noted, and return of how many files that is; none if it was noted by
+        another version.
+        """
+        version, rows = row
+        return self.take(rows) if version == FORMAT else 0
 
     def take(self, rows: dict[str, Any]) -> int:
         """Take what `rows` gave, and return of how many files that is."""

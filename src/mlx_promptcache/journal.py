@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache.version import __version__
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MOST_BYTES = 1 << 24  # more is not appended: whoever reads it begins a new one
+FORGOTTEN_SECONDS = 30 * 86400.0  # nobody reads a journal of what is not there any more
 DIGITS = 16  # of the checksum that begins a line
 
 
@@ -31,17 +33,30 @@ class Journal:
         self._read_bytes = 0
 
     def append(self, row: Any) -> None:
-        """Add a row, which must be JSON, in one write. Failing is no matter."""
+        """Add a row, which must be JSON, in one write. Failing is no matter.
+
+        Whoever begins a journal deletes those beside it, with the same suffix, to which nothing was
+        added for a month.
+        """
         line = _line(json.dumps(row))
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(0o700, parents=True, exist_ok=True)
             fd = os.open(self._path, flags, 0o600)
             try:
-                if os.fstat(fd).st_size < MOST_BYTES:
+                size = os.fstat(fd).st_size
+                if size < MOST_BYTES:
                     os.write(fd, line)
             finally:
                 os.close(fd)
+            if not size:
+                self._forget_old()
+
+    def _forget_old(self) -> None:
+        before = time.time() - FORGOTTEN_SECONDS
+        for other in self._path.parent.glob(f"*{self._path.suffix}"):
+            if other.lstat().st_mtime < before:
+                other.unlink()
 
     def rows(self) -> Iterator[Any]:
         """The rows that are whole, in the order in which they were added."""

@@ -189,7 +189,7 @@ class Saver:
                 if len(waiting) == PACKERS:
                     yield self._written(waiting.popleft())
                 pack, windows = self._taken_out(span)
-                waiting.append(_Piece(span, windows, pool.submit(pack)))
+                waiting.append(_Piece(span, windows, _begun(pool, pack)))
             while waiting:
                 yield self._written(waiting.popleft())
 
@@ -215,8 +215,8 @@ class Saver:
         return max((known[n.end_key] for n in names if n.end_key in known), default=None)
 
     def _taken_out(self, span: Span) -> tuple[Callable[[], Packed], Span]:
-        """What makes the file of a block, in any thread, since nothing of it is MLX's any more; and
-        the positions of which it has the rows of windows.
+        """What makes the file of a block, in any thread: of MLX it needs nothing but memory that
+        nobody writes to; and the positions of which it has the rows of windows.
         """
         state, keys, (begin, end) = self._state, self._keys, span
         arrays, stacks, window = split_rows(state, self._window_rows, begin, end)
@@ -298,3 +298,15 @@ class Saver:
             "versions": arithmetic.versions(),
             "seconds_per_token": round(self._state.trail.seconds_per_token, 6),
         }
+
+
+def _begun(pool: ThreadPoolExecutor, pack: Callable[[], Packed]) -> Future[Packed]:
+    """What a thread of the pool makes; or this one, where no more are to be had: states are also
+    saved while a process ends, and where a user's threads are all in use.
+    """
+    try:
+        return pool.submit(pack)
+    except RuntimeError:
+        made: Future[Packed] = Future()
+        made.set_result(pack())
+        return made
