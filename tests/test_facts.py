@@ -244,22 +244,33 @@ def test_a_journal_that_cannot_be_written_stops_no_save(
     assert len(store.stems(SNAPSHOTS)) == before + 1
 
 
+EMPTY: dict[str, list[object]] = {"fingerprints": [], "used": [], "blocks": [], "snapshots": []}
+
+
 @pytest.mark.parametrize(
-    "row",
+    "rows",
     [
-        None, 7, "text", [], [facts.FORMAT], [facts.FORMAT, None], [facts.FORMAT, {}],
-        [facts.FORMAT, {"fingerprints": [], "used": [], "blocks": [["a"]], "snapshots": []}],
-        [facts.FORMAT, {"fingerprints": [], "used": [], "blocks": [], "snapshots": [[1] * 12]}],
-        [facts.FORMAT + 1, {"fingerprints": [], "used": [], "blocks": [], "snapshots": []}],
+        None, 7, "text", [], {}, {**EMPTY, "blocks": [["a"]]}, {**EMPTY, "snapshots": [[1] * 12]},
+        {**EMPTY, "blocks": [["a", 1, 2, 3, 4, "digest", 1, 0, 0.0, 5]]},
     ],
 )  # fmt: skip
-def test_nonsense_in_a_journal_is_passed_over(row: object, store: Store) -> None:
+def test_nonsense_in_a_journal_is_passed_over(rows: object, store: Store) -> None:
     journal = facts._journal_of(facts.memo_of(store))
-    journal.append(row)
+    for row in (rows, [rows], [facts._version(), rows], ["another version", EMPTY]):
+        journal.append(row)
     add(store.directory, STATES)
-    journal.append(row)
+    journal.append([facts._version(), rows])
     assert opened(store) <= 2 * STATES + 3
     assert opened(store) == 0
+
+
+def test_what_was_noted_of_files_of_another_format_is_not_believed(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed(store)
+    add(store.directory, STATES)
+    monkeypatch.setattr(container, "VERSION", "77")
+    assert {entry.status for entry in listed(store)} == {"stale"}
 
 
 def test_whoever_has_no_directory_of_their_own_saves_all_the_same(

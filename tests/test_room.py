@@ -16,7 +16,7 @@ from test_eviction import files_of, held, runner, size, state_of, store_of, two_
 from mlx_promptcache import PromptCache, Runner, Sampling, budget, room
 from mlx_promptcache.budget import MAX_SIZE, MIN_FREE, Drive
 from mlx_promptcache.errors import CacheLocked, StoreError
-from mlx_promptcache.facts import Facts
+from mlx_promptcache.facts import Facts, forget
 from mlx_promptcache.saver import most_bytes
 from mlx_promptcache.state import Origin
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
@@ -276,6 +276,7 @@ def test_whoever_makes_room_reads_before_others_have_to_wait(
 ) -> None:
     for seed in range(4):
         cache.keep(state_of(seed))
+    forget(store_of(cache))  # nothing is known of the files
     alone: list[bool] = []
     read: list[bool] = []
     exclusive, original = Store.exclusive, Facts._read

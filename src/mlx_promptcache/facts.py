@@ -237,7 +237,7 @@ class Noted:
         """Write down what was noted. Failing is no matter."""
         if self._known.blocks or self._known.snapshots:
             with contextlib.suppress(PromptCacheError):  # this user may have no directory for it
-                _journal_of(memo_of(self._store)).append([FORMAT, self._known.rows()])
+                _journal_of(memo_of(self._store)).append([_version(), self._known.rows()])
             self._known = _Known()
 
 
@@ -269,7 +269,7 @@ class _Known:
         another version.
         """
         version, rows = row
-        return self.take(rows) if version == FORMAT else 0
+        return self.take(rows) if version == _version() else 0
 
     def take(self, rows: dict[str, Any]) -> int:
         """Take what `rows` gave, and return of how many files that is."""
@@ -318,5 +318,10 @@ def _uses(blocks: Sequence[tuple[str, str]], counts: Sequence[int]) -> tuple[Use
     )
 
 
+def _version() -> str:
+    """Of what is remembered, and of the files that it was read from: others are told to be such."""
+    return f"{FORMAT}.{container.VERSION}"
+
+
 def _checksum(text: str) -> str:
-    return hashlib.sha256(f"{__version__} {FORMAT}\n{text}".encode()).hexdigest()
+    return hashlib.sha256(f"{__version__} {_version()}\n{text}".encode()).hexdigest()
