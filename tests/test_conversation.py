@@ -207,13 +207,13 @@ def test_what_is_stored_is_not_packed_again(
     talk.sample(only(talk, "Z"))
     ask(talk, QUESTIONS[0] * 40)
     held, begun = talk.n_past, []
-    taken_out = saver.Saver._taken_out
+    piece = saver.Saver._piece
 
-    def count(self: saver.Saver, span: Span) -> Any:
+    def count(self: saver.Saver, span: Span, *pool: Any) -> Any:
         begun.append(span.start)
-        return taken_out(self, span)
+        return piece(self, span, *pool)
 
-    monkeypatch.setattr(saver.Saver, "_taken_out", count)
+    monkeypatch.setattr(saver.Saver, "_piece", count)
     ask(talk, QUESTIONS[1])
     assert begun
     assert min(begun) == held

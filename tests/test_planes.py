@@ -6,7 +6,7 @@ import functools
 import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -60,20 +60,12 @@ def parts_of_larger(itemsize: int) -> None:
 
 
 def in_another_thread(function: Callable[[], None]) -> None:
-    failed: list[BaseException] = []
-
     def run() -> None:
-        try:
-            with mx.stream(mx.cpu):
-                function()
-        except BaseException as exc:  # noqa: BLE001 - raised again
-            failed.append(exc)
+        with mx.stream(mx.cpu):
+            function()
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run).result()
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -256,19 +256,8 @@ def test_a_generation_that_waits_for_readers_gives_up_and_keeps_nothing(
 
 def in_thread(task: Callable[[], object]) -> None:
     """Run a task in a thread of its own, which holds none of our locks; raise what it raises."""
-    raised: list[Exception] = []
-
-    def run() -> None:
-        try:
-            task()
-        except Exception as exc:  # noqa: BLE001 - it is raised again
-            raised.append(exc)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if raised:
-        raise raised[0]
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(task).result()
 
 
 def test_whoever_makes_room_reads_before_others_have_to_wait(

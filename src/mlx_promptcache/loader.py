@@ -205,7 +205,7 @@ class Loader:
         """The headers of blocks, checked to be those that are meant."""
         unknown = [ref for ref in refs if ref.stem not in known]
         tasks = [(ref, functools.partial(self._header, ref)) for ref in unknown]
-        read = iter(list(self._each(tasks))) if tasks else iter(())
+        read = iter(list(self._each(tasks)))
         return [self._known(ref, known) if ref.stem in known else next(read) for ref in refs]
 
     def _header(self, ref: Ref) -> Header:

@@ -75,11 +75,12 @@ def _json_bytes(value: Any) -> int:
 
 class _Piece(NamedTuple):
     """A block that is being made: the positions of its rows, those of which it has the rows of
-    windows, too, and its file.
+    windows, too, which passes computed them, and its file.
     """
 
     span: Span
     windows: Span
+    record: PassRecord
     made: Future[Packed]
 
 
@@ -188,8 +189,7 @@ class Saver:
             for span in spans:
                 if len(waiting) == PACKERS:
                     yield self._written(waiting.popleft())
-                pack, windows = self._taken_out(span)
-                waiting.append(_Piece(span, windows, _begun(pool, pack)))
+                waiting.append(self._piece(span, pool))
             while waiting:
                 yield self._written(waiting.popleft())
 
@@ -214,12 +214,13 @@ class Saver:
         names = [name for name in map(BlockName.parse, stems) if name is not None]
         return max((known[n.end_key] for n in names if n.end_key in known), default=None)
 
-    def _taken_out(self, span: Span) -> tuple[Callable[[], Packed], Span]:
-        """What makes the file of a block, in any thread: of MLX it needs nothing but memory that
-        nobody writes to; and the positions of which it has the rows of windows.
+    def _piece(self, span: Span, pool: ThreadPoolExecutor) -> _Piece:
+        """Copy rows out of the layers, and have a thread make the file of their block: of MLX it
+        needs nothing but memory that nobody writes to.
         """
         state, keys, (begin, end) = self._state, self._keys, span
         arrays, stacks, window = split_rows(state, self._window_rows, begin, end)
+        record = PassRecord.of(state.trail.passes, begin, end)
         content = {
             "fingerprint": self._finder.fingerprint.digest,
             "start": begin,
@@ -230,18 +231,16 @@ class Saver:
             "window": window,
             "stacks": stacks,
         }
-        notes = self._notes() | {"passes": self._record(span).to_json()}
+        notes = self._notes() | {"passes": record.to_json()}
         pack = functools.partial(container.pack, headers.BLOCK, content, notes, arrays)
-        return pack, Span(end if window is None else window["from"], end)
-
-    def _record(self, span: Span) -> PassRecord:
-        return PassRecord.of(self._state.trail.passes, span.start, span.stop)
+        windows = Span(end if window is None else window["from"], end)
+        return _Piece(span, windows, record, _begun(pool, pack))
 
     def _written(self, piece: _Piece) -> Ref:
         keys, (begin, end) = self._keys, piece.span
         packed = piece.made.result()
         name = BlockName(self._shard(begin), keys[begin], self._state.tokens[begin], keys[end])
-        stem = self._writer.block(name, packed, self._record(piece.span))
+        stem = self._writer.block(name, packed, piece.record)
         self._spans[stem] = piece.windows
         return Ref(stem, packed.digest, begin, end - begin)
 
