@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,12 +13,15 @@ SUFFIX = ".safetensors"
 
 
 class Counted:
-    """While this lasts: the containers that are opened, and the directories that are listed."""
+    """While this lasts: the containers that are opened, the directories that are listed, and how
+    many names `os.listdir` showed of each.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = str(directory)
         self.opened: list[str] = []
         self.listed: list[str] = []
+        self.shown: Counter[str] = Counter()
         self._original: dict[str, Any] = {}
 
     def __enter__(self) -> Counted:
@@ -39,6 +43,9 @@ class Counted:
             text = str(path)
             if text.startswith(self.directory) and (notes is self.listed or text.endswith(SUFFIX)):
                 notes.append(text)
-            return original(path, *args, **kwargs)
+            answer = original(path, *args, **kwargs)
+            if text.startswith(self.directory) and isinstance(answer, list):
+                self.shown[text] += len(answer)
+            return answer
 
         return call

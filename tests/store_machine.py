@@ -330,14 +330,14 @@ class StoreMachine(RuleBasedStateMachine):
         """Files that are not ours lie about."""
         self._step()
         for kind in (BLOCKS, SNAPSHOTS):
-            for shard in sorted(self.directory.glob(f"{kind}/??"))[:1]:
+            for shard in sorted(self.directory.glob(f"{kind}/*"))[:1]:
                 (shard / name).write_bytes(b"of somebody")
 
     def _step(self) -> None:
         StoreMachine.steps += 1
 
     def _any_file(self, draw: random.Random) -> tuple[Path, ...]:
-        kinds = (f"{BLOCKS}/??/*{SUFFIX}", f"{SNAPSHOTS}/??/*{SUFFIX}", f"{NAMES}/*")
+        kinds = (f"{BLOCKS}/*/*{SUFFIX}", f"{SNAPSHOTS}/*/*{SUFFIX}", f"{NAMES}/*")
         files = sorted(path for kind in kinds for path in self.directory.glob(kind))
         return (draw.choice(files),) if files else ()
 

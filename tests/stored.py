@@ -154,18 +154,31 @@ def keys(fingerprint: str, namespace: str, tokens: Sequence[int]) -> list[str]:
 # Stores
 
 
+def _snapshot_file(store: Path, stem: str) -> Path:
+    cell, _, name = stem.partition("/")
+    directory = f"{cell}{int(name.split('-')[1]) // 8:02x}"
+    return store / "snapshots" / directory / f"{name}.safetensors"
+
+
+def _block_file(store: Path, stem: str) -> Path:
+    cell, _, name = stem.partition("/")
+    key, token = name.split("-")[:2]
+    directory = f"{cell}{key[:2]}{int(token):x}"
+    return store / "blocks" / (directory[:4] + directory[-1]) / f"{name}.safetensors"
+
+
 def state(store: Path, name: str) -> Stored:
     """The state of a name, with every file that it needs checked."""
     line = (store / "names" / name).read_text("ascii")
     _check(line.endswith("\n"), "a name's line end")
     stem = line[:-1]
-    snapshot = container((store / "snapshots" / f"{stem}.safetensors").read_bytes())
+    snapshot = container(_snapshot_file(store, stem).read_bytes())
     content = snapshot.content
     _check(snapshot.kind == "snapshot", "kind")
     tokens: list[int] = []
     blocks = []
     for block_stem, digest, start, rows in content["refs"]:
-        block = container((store / "blocks" / f"{block_stem}.safetensors").read_bytes())
+        block = container(_block_file(store, block_stem).read_bytes())
         _check((block.digest, start) == (digest, len(tokens)), "a block that is referred to")
         blocks.append((block_stem, block, rows))
         tokens += block.content["tokens"][:rows]

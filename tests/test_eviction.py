@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mlx_promptcache import PromptCache, Runner, facts
+from mlx_promptcache import PromptCache, Runner, facts, files
 from mlx_promptcache.catalog import Catalog
 from mlx_promptcache.errors import ForeignFile
 from mlx_promptcache.facts import Facts
@@ -76,9 +76,10 @@ def files_of(cache: PromptCache, state: State) -> list[tuple[str, str]]:
 
 
 def on_disk(cache: PromptCache, state: State) -> int:
-    """Bytes on disk of the files of a state."""
-    store = store_of(cache)
-    return sum(store.files(kind)[stem].on_disk for kind, stem in files_of(cache, state))
+    """Bytes on disk of the files of a state, and of the directories that have nothing else."""
+    paths = {store_of(cache).path(kind, stem) for kind, stem in files_of(cache, state)}
+    alone = {path.parent for path in paths if set(path.parent.iterdir()) <= paths}
+    return sum(files.on_disk(path.lstat()) for path in paths | alone)
 
 
 def held(cache: PromptCache, state: State) -> int:
@@ -170,8 +171,8 @@ def test_of_two_models_the_one_that_is_computed_faster_goes_first(tmp_path: Path
         for kind in (BLOCKS, SNAPSHOTS):
             for stem in store.stems(kind):
                 os.utime(store.path(kind, stem), ns=(now, now))
-    total = sum(f.on_disk for kind in (BLOCKS, SNAPSHOTS) for f in store.files(kind).values())
-    fast.prune(size(slow) - total // 2)
+    kept = (path for kind in (BLOCKS, SNAPSHOTS) for path in (tmp_path / kind).rglob("*"))
+    fast.prune(size(slow) - sum(files.on_disk(path.lstat()) for path in kept) // 2)
     assert (held(slow, state_of(1)), held(fast, state_of(1))) == (300, 0)
 
 

@@ -212,7 +212,7 @@ def test_verify_shows_what_it_would_move_aside(program: Program) -> None:
 
 def test_leftovers_of_crashes_are_counted_and_pruned(program: Program) -> None:
     fill(program)
-    left = program.directory / BLOCKS / "3f" / ".tmp-1-abc"
+    left = program.directory / BLOCKS / "3f3f7" / ".tmp-1-abc"
     left.parent.mkdir(exist_ok=True)
     left.write_bytes(b"x" * 9000)
     os.utime(left, (1, 1))
@@ -223,7 +223,7 @@ def test_leftovers_of_crashes_are_counted_and_pruned(program: Program) -> None:
 def test_clear_all_takes_what_crashes_left_just_now_and_says_so(program: Program) -> None:
     fill(program)
     assert program("clear", "--all", "--yes").code == 0
-    left = program.directory / SNAPSHOTS / "3f" / ".tmp-1-abc"
+    left = program.directory / SNAPSHOTS / "3f0b" / ".tmp-1-abc"
     left.parent.mkdir(exist_ok=True)
     left.write_bytes(b"tokens of a prompt")
     told = program("clear", "--all", "--dry-run")

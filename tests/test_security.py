@@ -235,7 +235,7 @@ def test_in_a_store_of_another_user_both_users_files_count(tmp_path: Path) -> No
 
 
 @ROOT_ONLY
-@pytest.mark.parametrize("parts", [(BLOCKS,), (BLOCKS, "3f")])
+@pytest.mark.parametrize("parts", [(BLOCKS,), (BLOCKS, "3f3f7")])
 def test_a_directory_of_a_third_user_is_not_used(parts: tuple[str, ...], tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     store.create()
@@ -402,7 +402,7 @@ def test_leftovers_are_not_deleted_through_a_link(tmp_path: Path) -> None:
     store.create()
     (tmp_path / "away").mkdir()
     (tmp_path / "away" / ".tmp-mine").write_text("mine")
-    (store.directory / BLOCKS / "3f").symlink_to(tmp_path / "away")
+    (store.directory / BLOCKS / "3f3f7").symlink_to(tmp_path / "away")
     store.clear_traces()
     assert (tmp_path / "away" / ".tmp-mine").read_text() == "mine"
 

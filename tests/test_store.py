@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 FIXED = settings(derandomize=True, deadline=None, max_examples=200)
 STEM = "3f/3f00-7-9a00"
 OTHER = "3f/3f00-8-9a01"
+PLACE = "blocks/3f3f7"  # the directory of the block STEM
+FILE = f"{PLACE}/3f00-7-9a00.safetensors"
 LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="O_NOATIME is Linux's")
 
 
@@ -113,10 +115,10 @@ def test_what_is_written_is_read(store: Store) -> None:
     assert not store.exists(SNAPSHOTS, STEM)
 
 
-def test_a_file_stands_in_the_directory_of_its_first_two_characters(store: Store) -> None:
+def test_a_file_stands_where_its_stem_says(store: Store) -> None:
     store.write(BLOCKS, STEM, packed())
-    assert store.path(BLOCKS, STEM) == store.directory / "blocks" / f"{STEM}.safetensors"
-    assert files(store.directory) == [f"blocks/{STEM}.safetensors"]
+    assert store.path(BLOCKS, STEM) == store.directory / FILE
+    assert files(store.directory) == [FILE]
 
 
 def test_the_first_writer_wins_and_the_file_is_not_touched_again(store: Store) -> None:
@@ -131,7 +133,7 @@ def test_the_first_writer_wins_and_the_file_is_not_touched_again(store: Store) -
         before.st_mtime_ns,
         before.st_ctime_ns,
     )
-    assert files(store.directory) == [f"blocks/{STEM}.safetensors"]
+    assert files(store.directory) == [FILE]
 
 
 def test_of_writers_that_all_saw_the_name_free_one_wins(
@@ -153,7 +155,7 @@ def test_of_writers_that_all_saw_the_name_free_one_wins(
         thread.join()
     assert len(won) == 1
     assert store.header(BLOCKS, STEM).content == {"text": won[0]}
-    assert files(store.directory) == [f"blocks/{STEM}.safetensors"]
+    assert files(store.directory) == [FILE]
 
 
 def test_nothing_is_written_where_the_name_is_taken(
@@ -185,7 +187,7 @@ def test_a_file_system_without_hard_links_will_do(
     assert not store.write(BLOCKS, STEM, packed("third"))
     assert len(seen) == 2
     assert store.header(BLOCKS, STEM).content == {"text": "first"}
-    assert files(store.directory) == [f"blocks/{STEM}.safetensors"]
+    assert files(store.directory) == [FILE]
 
 
 def test_any_other_error_in_giving_the_name_is_told(
@@ -238,8 +240,8 @@ def test_a_power_cut_may_leave_any_part_of_a_new_store(kept: str, store: Store) 
 
 @pytest.mark.parametrize(
     ("function", "path"),
-    [("listdir", "blocks"), ("listdir", "blocks/3f"), ("listdir", "names"),
-     ("scandir", "blocks/3f"), ("stat", f"blocks/{STEM}.safetensors")],
+    [("listdir", "blocks"), ("listdir", PLACE), ("listdir", "names"), ("scandir", PLACE),
+     ("stat", FILE)],
 )  # fmt: skip
 def test_what_cannot_be_looked_at_is_not_taken_for_empty(
     function: str, path: str, store: Store
@@ -259,13 +261,13 @@ def test_what_is_no_directory_of_ours_is_not_looked_into(store: Store) -> None:
     with Shim(store.directory) as shim:
         assert store.stems(BLOCKS) == list(store.files(BLOCKS)) == [STEM]
     assert {call.path for call in shim.calls if call.function in {"listdir", "scandir"}} == {
-        "blocks", "blocks/3f",
+        "blocks", PLACE,
     }  # fmt: skip
 
 
 def test_a_file_that_cannot_be_asked_for_its_size_is_closed_again(store: Store) -> None:
     store.write(BLOCKS, STEM, packed())
-    call = Call("fstat", f"blocks/{STEM}.safetensors", 1)
+    call = Call("fstat", FILE, 1)
     with Shim(store.directory, Fault(call, errno.EIO)) as shim:
         with pytest.raises(StoreError, match="cannot be read") as caught:
             store.header(BLOCKS, STEM)
@@ -411,6 +413,7 @@ def test_a_symbolic_link_in_the_place_of_a_file_is_not_followed(
     store.write(BLOCKS, OTHER, packed())
     elsewhere = tmp_path / "elsewhere.safetensors"
     store.path(BLOCKS, OTHER).rename(elsewhere)
+    store.path(BLOCKS, STEM).parent.mkdir()
     store.path(BLOCKS, STEM).symlink_to(elsewhere)
     with pytest.raises(StoreError) as caught:
         store.header(BLOCKS, STEM)
@@ -572,7 +575,7 @@ def test_traces_are_what_is_no_state(store: Store) -> None:
     (store.path(BLOCKS, STEM).parent / ".tmp-7-ab").write_bytes(b"half")
     (store.directory / NAMES / ".tmp-7-ab").write_bytes(b"half")
     store.clear_traces()
-    assert files(store.directory) == [f"blocks/{STEM}.safetensors", "names/prefix"]
+    assert files(store.directory) == [FILE, "names/prefix"]
     assert not (store.directory / QUARANTINE).exists()
     store.clear_traces()
 
@@ -698,18 +701,21 @@ def test_foreign_files_are_not_stems(store: Store) -> None:
     (store.directory / BLOCKS / "long" / "long.safetensors").write_bytes(b"x")
     assert store.stems(BLOCKS) == [STEM]
     assert store.stems(SNAPSHOTS) == []
-    assert store.beginning(BLOCKS, "3f/") == [STEM]
-    assert store.beginning(BLOCKS, "9a") == store.beginning(BLOCKS, "00") == []
+    assert store.beginning(BLOCKS, "3f/3f00-7-") == [STEM]
+    assert store.beginning(BLOCKS, "9a/9a-7-") == store.beginning(BLOCKS, "00/") == []
 
 
 def test_beginning_finds_those_that_begin_so_in_order(store: Store) -> None:
-    names = ["3f00-7-9a00", "3f00-7-9a01", "3f00-70-9a00", "3f01-7-9a00"]
+    names = ["3f00-23-9a00", "3f00-7-9a00", "3f00-7-9a01", "3f00-70-9a00", "3f01-7-9a00"]
     stems = [*(f"3f/{name}" for name in names), "40/4000-7-9a00"]
     for stem in reversed(stems):
-        store.write(BLOCKS, stem, packed())
-    assert store.stems(BLOCKS) == stems
-    assert store.beginning(BLOCKS, "3f/") == stems[:4]
-    assert store.beginning(BLOCKS, "3f/3f00-7-") == stems[:2]
+        for kind in (BLOCKS, SNAPSHOTS):
+            store.write(kind, stem, packed())
+    assert store.stems(BLOCKS) == store.stems(SNAPSHOTS) == stems
+    assert store.beginning(BLOCKS, "3f/3f00-7-") == stems[1:3]
+    assert store.beginning(SNAPSHOTS, "3f/") == stems[:5]
+    assert store.beginning(SNAPSHOTS, "3f/3f00-") == stems[:4]
+    assert store.beginning(SNAPSHOTS, "3f/3f00-7-9a00") == stems[1:2]
 
 
 # What is a store

@@ -31,16 +31,16 @@ class Littered:
         self.wrong: list[str] = []
         for i, known in enumerate(self.inspector.known):
             self.inspector.cache().save(f"prompt {i}", self.inspector.runner.prefill(known.prompt))
-        self.shard = self.store.stems(BLOCKS)[0][:2]
+        self.place = self.store.path(BLOCKS, self.store.stems(BLOCKS)[0]).parent
         self._litter(files)
 
     def _litter(self, files: int) -> None:
         """Half of them are called as ours are, and are empty; the others are somebody else's."""
-        place = self.store.directory / BLOCKS / self.shard
+        start, token = self.place.name[2:4], int(self.place.name[4], 16)
         for i in range(files // 2):
-            key, end = secrets.token_hex(16), secrets.token_hex(16)
-            (place / f"{key}-{i % 16}-{end}{SUFFIX}").touch()
-            (place / f"somebody's {i}.txt").touch()
+            key, end = start + secrets.token_hex(15), secrets.token_hex(16)
+            (self.place / f"{key}-{token + 16 * (i % 16)}-{end}{SUFFIX}").touch()
+            (self.place / f"somebody's {i}.txt").touch()
 
     def timed(self, what: str, call: Callable[[], Any]) -> Any:
         """What a call returns; it is wrong if it takes too long."""
@@ -66,7 +66,7 @@ class Littered:
         self._expect(pruned[0] == 0, f"prune: {pruned[1]}")
         for i in range(len(known)):
             self._expect(self.inspector.load(f"prompt {i}") is not None, f"prompt {i} is lost")
-        left = list((there / BLOCKS / self.shard).iterdir())
+        left = list(self.place.iterdir())
         theirs = [path for path in left if path.suffix == ".txt"]
         self._expect(len(left) - len(theirs) < 20, "what is damaged was not pruned")
         self.seconds["files of others left"] = len(theirs)

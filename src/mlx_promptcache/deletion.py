@@ -16,7 +16,8 @@ class Deletion:
     """What would be deleted, in that order: names, snapshots, blocks from the leaf up, tokenizers,
     and leftovers (what crashes left, and what was moved aside), by their paths in the store.
 
-    `freed_bytes` are the sizes of the files, `freed_on_disk` what the drive gave for them.
+    `freed_bytes` are the sizes of the files, `freed_on_disk` what the drive gave for them, and for
+    directories that have nothing else, where that was asked for.
     """
 
     names: tuple[str, ...] = ()

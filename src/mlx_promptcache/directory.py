@@ -12,7 +12,7 @@ from mlx_promptcache import places, privacy
 from mlx_promptcache.errors import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 ELSEWHERE = "choose a --cache-dir that you may use"
 ROOM = "make room there, or choose a --cache-dir on another drive"
@@ -73,6 +73,36 @@ class StoreDirectory:
             return os.listdir(self.inside(*parts))  # noqa: PTH208 - only the names are wanted
         except (OSError, StoreError):
             return []
+
+    def few_names_in(self, part: str, at_most: int) -> list[str] | None:
+        """The names in a directory of directories, if they are at most so many; None if they are
+        more, or it is not there, does not count or cannot be read.
+
+        Most file systems say how many directories there are in one. Where they do not it is None.
+        """
+        with contextlib.suppress(OSError, StoreError):
+            path = self.inside(part)
+            if os.lstat(path).st_nlink - 2 in range(at_most + 1):
+                return os.listdir(path)  # noqa: PTH208 - only the names are wanted
+        return None
+
+    def names_in_each(self, part: str, directories: Iterable[str]) -> dict[str, list[str]]:
+        """The names in each of many directories in one, by what these are called; none of one
+        that is not there, does not count or cannot be read.
+        """
+        found: dict[str, list[str]] = {}
+        wanted = set(directories)
+        # To ask for some that are not there takes as long as to list twice as many that are.
+        if len(wanted) > 1 and (there := self.few_names_in(part, 2 * len(wanted))) is not None:
+            wanted.intersection_update(there)
+        with contextlib.suppress(StoreError):
+            trusted, above = self.allow(), self.inside(part)
+            for name in wanted:
+                path = f"{above}/{name}"
+                if privacy.is_there(path, trusted):
+                    with contextlib.suppress(OSError):
+                        found[name] = os.listdir(path)  # noqa: PTH208 - only the names are wanted
+        return found
 
     def entries_in(self, *parts: str) -> list[os.DirEntry[str]]:
         """What is in a directory; nothing if it is not there, does not count or cannot be read."""

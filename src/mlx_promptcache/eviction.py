@@ -119,11 +119,11 @@ class Eviction:
         """What to evict so that at least so many bytes on disk are freed, or as many as can be."""
         gone: dict[str, list[str]] = {SNAPSHOTS: [], BLOCKS: [], TOKENIZERS: []}
         freed = size = 0
-        for kind, stem, file in self.order():
+        for kind, stem, file, on_disk in self.order():
             if freed >= wanted_bytes:
                 break
             gone[kind].append(stem)
-            freed += file.on_disk
+            freed += on_disk
             size += file.size
         return Deletion(
             snapshots=tuple(gone[SNAPSHOTS]),
@@ -133,8 +133,11 @@ class Eviction:
             freed_on_disk=freed,
         )
 
-    def order(self) -> Iterator[tuple[str, str, File]]:
-        """All that may be evicted, what goes first at the head: kinds, stems and files."""
+    def order(self) -> Iterator[tuple[str, str, File, int]]:
+        """All that may be evicted, what goes first at the head: kinds, stems, files, and the bytes
+        on disk that are free then. A directory goes with the last file in it.
+        """
+        left: dict[str, int] = {}  # names in directories
         children: dict[Node, set[Node]] = defaultdict(set)
         nodes = [*((SNAPSHOTS, s) for s in self._snapshots), *((BLOCKS, b) for b in self._blocks)]
         nodes += [(TOKENIZERS, stem) for stem in self._facts.tokenizers.keys() - self._stays]
@@ -146,7 +149,9 @@ class Eviction:
         there = set(nodes)
         while leaves:
             _, node = heapq.heappop(leaves)
-            yield *node, self._file(node)
+            file, directory = self._file(node), self._facts.store.directory_of(*node)
+            left[directory.path] = left.get(directory.path, directory.names) - 1
+            yield *node, file, file.on_disk + (0 if left[directory.path] else directory.on_disk)
             for parent in self._parents.get(node, ()):
                 children[parent].discard(node)
                 if not children[parent] and parent in there:

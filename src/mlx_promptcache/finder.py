@@ -10,15 +10,15 @@ import heapq
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from mlx_promptcache import headers
+from mlx_promptcache import headers, layout
+from mlx_promptcache.beginnings import Beginnings
 from mlx_promptcache.errors import DamagedFile, PromptCacheError
 from mlx_promptcache.files import SUFFIX
 from mlx_promptcache.fingerprint import PLAIN
 from mlx_promptcache.headers import LOGITS
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store, stems_of
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from mlx_promptcache.tree import (
     CELL,
-    KEY_BYTES,
     BlockName,
     Keys,
     SnapshotName,
@@ -42,9 +42,7 @@ if TYPE_CHECKING:
     from mlx_promptcache.passes import Plan
     from mlx_promptcache.quarantine import Quarantine
 
-KEY_DIGITS = 2 * KEY_BYTES
-SHARD, ID = len("3f/"), len("-0123456789abcdef")  # at the ends of a snapshot's stem
-ID_AND_SUFFIX = ID + len(SUFFIX)
+ID_AND_SUFFIX = len("-0123456789abcdef" + SUFFIX)  # at the end of the name of a snapshot's file
 FOREIGN_SNAPSHOTS = 64  # how many files are looked into to explain a miss
 
 
@@ -140,7 +138,7 @@ class Finder:
         return [(step, walk.digests[step.stem]) for step in steps]
 
     def snapshots(self, keys: Keys, position: int) -> Iterator[tuple[int, str]]:
-        """Snapshots of these tokens at or before a position, deepest first: one listing a cell."""
+        """Snapshots of these tokens at or before a position, deepest first, cell by cell."""
         start = cell_start(position)
         while start >= 0:
             yield from self._snapshots_in_cell(keys, start, position)
@@ -151,17 +149,24 @@ class Finder:
         others here: what they are called is compared before anything is parsed.
         """
         cell_key = keys[start]
-        listed = self.store.names_in(SNAPSHOTS, shard(cell_key))
-        names = [name for name in listed if name.startswith(cell_key)]
-        if not names:
+        end = min(position + 1, start + CELL)
+        *groups, once = layout.directories(SNAPSHOTS, f"{shard(cell_key)}/{cell_key}-")
+        there = [*groups[: (end - 1 - start) // layout.NEIGHBOURS + 1], once]
+        listed = [
+            (directory, name)
+            for directory, names in self.store.names_in_each(SNAPSHOTS, there).items()
+            for name in names
+            if name.startswith(cell_key)
+        ]
+        if not listed:
             return []
-        wanted = {
-            f"{cell_key}-{at - start}-{keys[at]}": at
-            for at in range(max(1, start), min(position + 1, start + CELL))
-        }
-        names = [name for name in names if name[:-ID_AND_SUFFIX] in wanted]
-        stems = filter(SnapshotName.parse, stems_of(shard(cell_key), names))
-        here = [(wanted[stem[SHARD:-ID]], stem) for stem in stems if stem not in self.bad]
+        wanted = {f"{cell_key}-{at - start}-{keys[at]}": at for at in range(max(1, start), end)}
+        here = set()
+        for directory, name in listed:
+            if (at := wanted.get(name[:-ID_AND_SUFFIX])) is not None:
+                stem = layout.stem(SNAPSHOTS, directory, name)
+                if stem is not None and SnapshotName.parse(stem) and stem not in self.bad:
+                    here.add((at, stem))
         return sorted(here, reverse=True)
 
     def snapshot_at(
@@ -238,7 +243,7 @@ class _Walk:
         self._window_spans: dict[str, Span] = {}
         self.digests: dict[str, str] = {}
         self.through: dict[str, Header] = {}
-        self._listed: dict[str, dict[str, list[str]]] = {}
+        self._beginnings = Beginnings(finder.store, keys)
 
     def ways_on(self, position: int) -> Iterator[Stretch]:
         """The blocks that begin at a position, each with as many rows as may be used."""
@@ -253,7 +258,7 @@ class _Walk:
             for step in self._step(whole, position, wanted):
                 yield step
                 yield from self._branches(step)  # where a plan allows a part of it only
-        for stem in self._beginning(position):
+        for stem in self._beginnings.at(position):
             if stem != whole:
                 for step in self._step(stem, position, wanted):
                     yield step
@@ -262,31 +267,12 @@ class _Walk:
     def _shard(self, position: int) -> str:
         return shard(self.keys[cell_start(position)])
 
-    def _beginning(self, position: int) -> list[str]:
-        """The blocks that begin at a position with the token there."""
-        key = self.keys[position]
-        start = f"{key}-{self.keys.tokens[position]}-"
-        names = [name for name in self._cell(position).get(key, ()) if name.startswith(start)]
-        return sorted(filter(BlockName.parse, stems_of(self._shard(position), names)))
-
-    def _cell(self, position: int) -> dict[str, list[str]]:
-        """The names of files in the directory of a position's cell, by their first digits."""
-        shard = self._shard(position)
-        if shard not in self._listed:
-            by_key: dict[str, list[str]] = {}
-            for name in self.finder.store.names_in(BLOCKS, shard):
-                by_key.setdefault(name[:KEY_DIGITS], []).append(name)
-            self._listed[shard] = by_key
-        return self._listed[shard]
-
     def _branches(self, step: Stretch) -> Iterator[Stretch]:
         """Where blocks begin among the rows of a step: a run may have used a part of it only, and
         gone on with a row of its own for the next token.
         """
-        begins = self._cell(step.start)
-        for position in range(step.start + 1, step.end):
-            if self.keys[position] in begins and self._beginning(position):
-                yield step._replace(rows=position - step.start)
+        for position in self._beginnings.among(step.start + 1, step.end):
+            yield step._replace(rows=position - step.start)
 
     def _step(self, stem: str, position: int, wanted: list[int]) -> Iterator[Stretch]:
         if stem in self.finder.bad:
@@ -319,7 +305,7 @@ class _Walk:
         if header.content.get("window") is None:
             return best
         end = f"-{header.content['end_key']}"
-        for other in [s for s in self._beginning(position) if end in s and s != stem]:
+        for other in [s for s in self._beginnings.at(position) if end in s and s != stem]:
             with contextlib.suppress(PromptCacheError):
                 told = headers.block_header(self.finder.store, other)
                 spans = headers.window_span(told), headers.window_span(best[1])

@@ -50,6 +50,19 @@ def why_not(path: str, trusted: Collection[int]) -> str | None:
         status = os.lstat(path)
     except OSError:  # whoever uses it is told
         return None
+    return _why_not(status, trusted)
+
+
+def is_there(path: str, trusted: Collection[int]) -> bool:
+    """Whether there is a directory that counts in a store."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    return _why_not(status, trusted) is None
+
+
+def _why_not(status: os.stat_result, trusted: Collection[int]) -> str | None:
     if stat.S_ISLNK(status.st_mode):
         return LINK
     if not stat.S_ISDIR(status.st_mode):

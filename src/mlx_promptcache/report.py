@@ -231,18 +231,18 @@ def _order(
         order = list(Eviction(facts).order())
     except PromptCacheError as exc:
         return [], str(exc)
-    freed = accumulate(file.on_disk for _, _, file in order)
+    freed = accumulate(on_disk for *_, on_disk in order)
     return [
         {
             "kind": kind.removesuffix("s"),
             "id": id_of(stem) if kind == SNAPSHOTS else stem.rpartition("/")[2],
             "of": id_of(stem) if kind == SNAPSHOTS else users.get(stem),
             "end": _end(facts, kind, stem, snapshots),
-            "bytes": file.on_disk,
+            "bytes": on_disk,
             "freed_bytes": so_far,
             "last_used": file.last_use,
         }
-        for (kind, stem, file), so_far in zip(order, freed, strict=True)
+        for (kind, stem, file, on_disk), so_far in zip(order, freed, strict=True)
     ], None
 
 

@@ -1,10 +1,8 @@
 """A directory of write-once containers: atomic, locked, private.
 
     <directory>/               0700, every file 0600, no links: see `privacy.py`
-      blocks/<stem>.safetensors       the stem says the directory, too: 3f/...
-      snapshots/<stem>.safetensors
+      blocks/, snapshots/, tokenizers/    where the file of a stem is says `layout.py`
       names/<name>             one line: the stem of a snapshot
-      tokenizers/<stem>.safetensors
       quarantine/              files found damaged, moved aside
       uses.jsonl               one line a hit; statistics only
       trusted_keys             whose signatures are asked for; the user's own
@@ -19,18 +17,18 @@ stems mean.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
-import re
 import secrets
 import shutil
 import stat
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from mlx_promptcache import privacy
+from mlx_promptcache import layout, privacy
 from mlx_promptcache.directory import StoreDirectory, entries, told
 from mlx_promptcache.errors import DamagedFile, StoreError, UnreadableStore
 from mlx_promptcache.files import (
@@ -55,8 +53,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlx_promptcache")
 
-BLOCKS = "blocks"
-SNAPSHOTS = "snapshots"
+BLOCKS, SNAPSHOTS = layout.BLOCKS, layout.SNAPSHOTS
 TOKENIZERS = "tokenizers"
 KINDS = (BLOCKS, SNAPSHOTS, TOKENIZERS)
 QUARANTINE = "quarantine"
@@ -71,8 +68,15 @@ OURS = {
     *LOCK_FILES,
 }  # after a power cut any of them may be left
 
-SHARD = re.compile(r"[0-9a-f]{2}")
 LEFTOVER_SECONDS = 3600.0  # a write that is on its way is younger
+
+
+class Directory(NamedTuple):
+    """A directory in a store: how many names are in it, and what the drive gave for it itself."""
+
+    path: str
+    names: int
+    on_disk: int
 
 
 class Store(StoreDirectory):
@@ -158,7 +162,8 @@ class Store(StoreDirectory):
 
     def close_files(self) -> int:
         """Close each file that is open to others, and return how many those were."""
-        kept = [self._file(kind, stem) for kind in KINDS for stem in self.stems(kind)]
+        stems = [(kind, stem) for kind in KINDS for stem in self.stems(kind)]
+        kept = [path for kind, stem in stems for path in self._places(kind, stem)]
         kept += [f"{self.directory}/{NAMES}/{name}" for name in self.names.all()]
         kept += [f"{self.directory}/{name}" for name in (USES, *LOCK_FILES)]
         return 0 if self.read_only else sum(map(privacy.close, kept))
@@ -216,14 +221,20 @@ class Store(StoreDirectory):
         return Path(self._file(kind, stem))
 
     def _file(self, kind: str, stem: str) -> str:  # a `Path` takes longer to make than to open
+        first, *others = self._places(kind, stem)
+        if others and not os.path.lexists(first):
+            return next(filter(os.path.lexists, others), first)
+        return first
+
+    def _places(self, kind: str, stem: str) -> list[str]:
         if not STEM.fullmatch(stem):
             raise DamagedFile("it names a file that no store has")
-        return f"{self.directory}/{kind}/{stem}{SUFFIX}"
+        return [f"{self.directory}/{kind}/{path}" for path in layout.paths(kind, stem)]
 
     def _own(self, kind: str, stem: str) -> str:
         """The path of the file of this stem, in a directory that counts. Raises as `inside`."""
         path = self._file(kind, stem)
-        self.inside(kind, stem[: stem.index("/")])
+        self.inside(kind, path.rsplit("/", 2)[1])
         return path
 
     def exists(self, kind: str, stem: str) -> bool:
@@ -231,16 +242,24 @@ class Store(StoreDirectory):
         return self.file(kind, stem) is not None
 
     def beginning(self, kind: str, start: str) -> list[str]:
-        """The stems that begin with `start`, in order; it begins with a directory: `3f/ab`."""
-        directory, _, first = start.partition("/")
-        names = [name for name in self.names_in(kind, directory) if name.startswith(first)]
-        return sorted(stems_of(directory, names))
+        """The stems that begin with `start`, in order; `layout.directories` says how it ends."""
+        first = start.partition("/")[2]
+        stems = {
+            layout.stem(kind, directory, name)
+            for directory, names in self.names_in_each(
+                kind, layout.directories(kind, start)
+            ).items()
+            for name in names
+            if name.startswith(first)
+        }
+        return sorted(stem for stem in stems if stem is not None)
 
     def stems(self, kind: str) -> list[str]:
         """All stems of a kind, in order. Raises as `files` does."""
         with self.cannot_be_read():
-            shards = sorted(filter(SHARD.fullmatch, self.all_names_in(kind)))
-            return [s for d in shards for s in sorted(stems_of(d, self.all_names_in(kind, d)))]
+            places = [(d, name) for d in self._all(kind) for name in self.all_names_in(kind, d)]
+        stems = {layout.stem(kind, directory, name) for directory, name in places}
+        return sorted(stem for stem in stems if stem is not None)
 
     def files(self, kind: str) -> dict[str, File]:
         """All stems of a kind, in no order, and what the file system says of their files.
@@ -250,13 +269,20 @@ class Store(StoreDirectory):
         """
         found: dict[str, File] = {}
         with self.cannot_be_read():
-            for shard in filter(SHARD.fullmatch, self.all_names_in(kind)):
-                for entry in self.all_entries_in(kind, shard):
-                    stem = f"{shard}/{entry.name.removesuffix(SUFFIX)}"
-                    if entry.name.endswith(SUFFIX) and STEM.fullmatch(stem):
+            for directory in self._all(kind):
+                for entry in self.all_entries_in(kind, directory):
+                    stem = layout.stem(kind, directory, entry.name)
+                    if stem is not None and stem not in found:
                         with contextlib.suppress(FileNotFoundError):  # deleted since
                             found[stem] = File.of(entry.stat(follow_symlinks=False))
         return found
+
+    def _all(self, kind: str) -> list[str]:
+        """The directories that files of a kind may be in, those that are looked into first at the
+        head. Raises OSError.
+        """
+        names = [name for name in self.all_names_in(kind) if layout.is_directory(kind, name)]
+        return sorted(names, key=len, reverse=True)
 
     def file(self, kind: str, stem: str) -> File | None:
         """What the file system says of a file; None if it is not there."""
@@ -275,9 +301,19 @@ class Store(StoreDirectory):
         """
         path = Path(self._own(kind, stem))
         with self.cannot_be_written():
-            for directory in (path.parent.parent, path.parent):
-                privacy.make_directory(directory)
+            try:
+                return self._write(path, packed, sync=sync)
+            except FileNotFoundError:  # the directory went with the last file in it
+                return self._write(path, packed, sync=sync)
+
+    def _write(self, path: Path, packed: container.Packed, *, sync: bool) -> bool:
+        for directory in (path.parent.parent, path.parent):
+            privacy.make_directory(directory)
+        try:
             return write_once(path, packed.chunks, sync=sync)
+        except OSError:
+            _remove_if_empty(path.parent)
+            raise
 
     def sync(self, files: Iterable[tuple[str, str]]) -> None:
         """Return when these files that were written before, each a kind and a stem, are on the
@@ -318,6 +354,14 @@ class Store(StoreDirectory):
         with self.reader(kind, stem) as reader:
             return reader.header()
 
+    def directory_of(self, kind: str, stem: str) -> Directory:
+        """The directory that a file is in, with whatever else."""
+        path = self._file(kind, stem).rpartition("/")[0]
+        try:
+            return Directory(path, len(os.listdir(path)), on_disk(os.lstat(path)))  # noqa: PTH208
+        except OSError:
+            return Directory(path, 0, 0)
+
     def size(self, kind: str, stem: str) -> int:
         """Bytes of a file, 0 if it is not there."""
         file = self.file(kind, stem)
@@ -341,12 +385,24 @@ class Store(StoreDirectory):
         Raises:
             StoreError: the file system refuses.
         """
-        path, size = Path(self._own(kind, stem)), self.size(kind, stem)
+        first, *others = self._places(kind, stem)
         with self.cannot_delete():
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # other files are in it
-                path.parent.rmdir()
-        return size
+            freed = self._remove(kind, Path(first))
+            for other in others:
+                with contextlib.suppress(StoreError):  # its directory does not count
+                    freed += self._remove(kind, Path(other))
+        return freed
+
+    def _remove(self, kind: str, path: Path) -> int:
+        if not os.path.lexists(path):
+            return 0
+        self.inside(kind, path.parent.name)
+        with contextlib.suppress(FileNotFoundError):
+            size = path.lstat().st_size
+            path.unlink()
+            _remove_if_empty(path.parent)
+            return size
+        return 0
 
     def quarantine(self, kind: str, stem: str) -> bool:
         """Move a damaged file aside, so that a sound one can be written in its place."""
@@ -420,11 +476,14 @@ class Store(StoreDirectory):
         with self.cannot_delete(), contextlib.suppress(FileNotFoundError):
             size = there.lstat().st_size
             there.unlink()
+            if parts[0] in KINDS:
+                _remove_if_empty(there.parent)
             return size
         return 0
 
     def clear_traces(self) -> None:
-        """Delete what is no state: quarantined files, statistics, leftovers of crashes.
+        """Delete what is no state: quarantined files, statistics, leftovers of crashes, directories
+        that lost their last file to the quarantine.
 
         The caller holds `exclusive()`. Failing is no matter.
         """
@@ -432,12 +491,14 @@ class Store(StoreDirectory):
         for path in (*self.leftovers(math.inf), USES):
             with contextlib.suppress(OSError):
                 (self.directory / path).unlink(missing_ok=True)
+        for kind in KINDS:
+            for name in filter(functools.partial(layout.is_directory, kind), self.names_in(kind)):
+                _remove_if_empty(self.directory / kind / name)
 
 
-def stems_of(directory: str, names: Iterable[str]) -> list[str]:
-    """The stems that names in one directory stand for; files of others have none."""
-    stems = [f"{directory}/{name[: -len(SUFFIX)]}" for name in names if name.endswith(SUFFIX)]
-    return [stem for stem in stems if STEM.fullmatch(stem)]
+def _remove_if_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):  # other files are in it
+        directory.rmdir()
 
 
 def _sync_path(path: Path) -> None:

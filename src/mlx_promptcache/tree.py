@@ -14,8 +14,8 @@ position, the blocks whose names begin with it are the ways on.
     block     xx / K(a) - first token - K(b) [- variant]   rows [a, b) of one cell
     snapshot  xx / K(g) - (n - g) - K(n) - id
 
-where `g` is the start of the cell, and `xx`, a directory, the first two digits of `K(g)`: one
-listing shows all that there is of a cell.
+where `g` is the start of the cell, and `xx` the first two digits of `K(g)`: what a remote has of a
+cell is in one directory. Where a store has its files says `layout.py`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def cell_end(position: int) -> int:
 
 
 def shard(cell_key: str) -> str:
-    """The directory of all that there is of a cell."""
+    """What the stems begin with of all that there is of a cell."""
     return cell_key[:2]
 
 
@@ -73,15 +73,20 @@ class Keys:
         self.tokens = tokens
         self._cells = [root]
         self._packed = (0, b"")  # the start of a cell, and what is hashed to its end
+        self._inside: dict[int, str] = {}  # those of positions inside a cell that were asked for
 
     def __getitem__(self, position: int) -> str:
         """The key of a position between 0 and `len(tokens)`."""
+        if position in self._inside:
+            return self._inside[position]
         start = cell_start(position)
         while len(self._cells) <= start // CELL:
             self._cells.append(_hash(self._pack((len(self._cells) - 1) * CELL)))
         if position == start:
             return self._cells[start // CELL]
-        return _hash(self._pack(start)[: KEY_BYTES + TOKEN_BYTES * (position - start)])
+        key = _hash(self._pack(start)[: KEY_BYTES + TOKEN_BYTES * (position - start)])
+        self._inside[position] = key
+        return key
 
     def _pack(self, start: int) -> bytes:
         """The key of the start of a cell, and the cell's tokens."""
@@ -97,7 +102,7 @@ def _hash(packed: bytes) -> str:
 
 
 class BlockName(NamedTuple):
-    """What a block's stem says; `shard` is the directory of its cell."""
+    """What a block's stem says; `shard` is that of its cell."""
 
     shard: str
     start_key: str
