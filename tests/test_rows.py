@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_promptcache import rows
 from mlx_promptcache.container import ITEMSIZE, Entry
 from mlx_promptcache.errors import UnsupportedLayer
 from mlx_promptcache.rows import Planes, Room, Staging
@@ -88,3 +90,42 @@ def test_room_that_lacks_rows_is_not_closed() -> None:
     room.put(planes.joined(0, LAYERS), 0, Span(0, 4))
     with pytest.raises(UnsupportedLayer, match="lack rows"):
         room.close()
+
+
+# Rooms that are opened beside
+
+
+def rooms_of(count: int) -> list[Room]:
+    return [Room(entry_of("float32", 8), [Span(0, 8)], padded=True) for _ in range(count)]
+
+
+def test_rooms_that_are_opened_beside_are_empty_and_take_rows() -> None:
+    entry, rooms = entry_of("float32", 8), rooms_of(7)
+    items = drawn(entry, seed=4)
+    planes, _ = staged(entry, items)
+    Room.open_beside(rooms)
+    joined = planes.joined(0, LAYERS)
+    mx.eval(joined)
+    for i, room in enumerate(rooms[:LAYERS]):
+        room.put(joined, i, Span(0, 8))
+    for i, room in enumerate(rooms[:LAYERS]):
+        assert bytes_of(room.close()[:, :, :8].view(mx.uint8)) == items[i].tobytes()
+    assert not mx.any(rooms[-1].bytes).item()
+
+
+def test_in_another_thread_no_stream_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise AssertionError("a stream was made")
+
+    def work() -> None:
+        done.extend(rooms_of(2))
+        Room.open_beside(done)
+
+    done: list[Room] = []
+    monkeypatch.setattr(rows, "_streams", refuse)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(done) == 2
+    with pytest.raises(AssertionError, match="a stream was made"):  # as here
+        Room.open_beside(rooms_of(1))

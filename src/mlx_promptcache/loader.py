@@ -279,16 +279,19 @@ class Loader:
                         rooms[path, name] = Room(entry, spans, padded=not of_window)
                     elif (path, name) in rooms:
                         rooms[path, name].check(entry)  # before anything is allocated
+        labels = dict.fromkeys(label for block in blocks for label in block.entries)
         stacks = [
-            _Stack(ref, block, entry, _wanting(ref, block, label, rooms))
+            _Stack(ref, block, block.entries[label], _wanting(ref, block, label, rooms))
+            for label in labels  # the rooms of one after the other
             for ref, block in zip(refs, blocks, strict=True)
-            for label, entry in block.entries.items()
+            if label in block.entries
         ]
         stacks = [stack for stack in stacks if stack.places]
         sizes = [container.raw_bytes(stack.entry.dtype, stack.entry.shape) for stack in stacks]
         readers = _readers(sizes)
         staging = Staging(readers, max(sizes, default=0))
         tasks = [(stack.ref, functools.partial(self._read, stack, staging)) for stack in stacks]
+        Room.open_beside(rooms.values())
         for stack, planes in self._each(tasks, readers):
             _put(planes, stack.places, staging)
         Room.open(rooms.values())  # those, too, that no row belongs to

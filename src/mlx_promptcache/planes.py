@@ -23,7 +23,7 @@ def deal(array: mx.array, itemsize: int) -> list[mx.array]:
     words = mx.contiguous(array).reshape(-1).view(WORDS[itemsize])
     if itemsize == 1:
         return [words]
-    if _may_compile() and _compiles(_dealt, (WORDS[itemsize],)):
+    if in_main_thread_on_cpu() and _compiles(_dealt, (WORDS[itemsize],)):
         return _dealt(words)
     items = words.view(mx.uint8).reshape(-1, itemsize)
     return [mx.contiguous(items[:, k]) for k in range(itemsize)]
@@ -33,7 +33,7 @@ def join(planes: Sequence[mx.array]) -> mx.array:
     """The bytes of the items that have these planes, item after item; not evaluated."""
     if len(planes) == 1:
         return planes[0]
-    if _may_compile() and _compiles(_joined, (mx.uint8,) * len(planes)):
+    if in_main_thread_on_cpu() and _compiles(_joined, (mx.uint8,) * len(planes)):
         return _joined(*planes).view(mx.uint8)
     return mx.concatenate([plane[:, None] for plane in planes], axis=1).reshape(-1)
 
@@ -52,9 +52,10 @@ def _joined(*planes: mx.array) -> mx.array:
     return words
 
 
-def _may_compile() -> bool:
-    """Whether to compile: in the main thread, and on a CPU, where it was measured. A process in
-    which another thread ran something compiled may abort when it ends (MLX 0.32.4).
+def in_main_thread_on_cpu() -> bool:
+    """Whether to compile, and to compute in several streams: in the main thread, and on a CPU,
+    where it was measured. A process in which another thread ran something compiled may abort when
+    it ends (MLX 0.32.4).
     """
     main = threading.current_thread() is threading.main_thread()
     return main and mx.default_device() == mx.Device(mx.cpu)

@@ -7,6 +7,7 @@ may hold fewer, are `window.keys/0`.
 
 from __future__ import annotations
 
+import functools
 import math
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +19,7 @@ from mlx_promptcache.container import ITEMSIZE, Dealt, Entry, raw_bytes
 from mlx_promptcache.errors import UnsupportedLayer
 from mlx_promptcache.headers import WINDOW
 from mlx_promptcache.layers import TOKEN_AXIS
-from mlx_promptcache.planes import join
+from mlx_promptcache.planes import in_main_thread_on_cpu, join
 from mlx_promptcache.tree import CELL
 
 if TYPE_CHECKING:
@@ -123,15 +124,26 @@ class Room:
         self._bytes: mx.array | None = None
 
     @staticmethod
-    def open(rooms: Iterable[Room]) -> None:
-        """Allocate what these rooms need, those that are not open yet: then rows can be put there.
+    def open(rooms: Iterable[Room], streams: Sequence[mx.Stream | None] = (None,)) -> None:
+        """Allocate what these rooms need, those that are not open yet, in these streams of MLX by
+        turns: then rows can be put there.
 
         Bytes are put into MLX's own memory: every further copy of a state costs its page faults.
         """
         opened = [room for room in rooms if room._bytes is None]
-        for room in opened:
-            room._bytes = mx.zeros((*room._shape[: TOKEN_AXIS + 1], room._row_bytes), mx.uint8)
+        for i, room in enumerate(opened):
+            shape, stream = room._shape[: TOKEN_AXIS + 1], streams[i % len(streams)]
+            room._bytes = mx.zeros((*shape, room._row_bytes), mx.uint8, stream=stream)
         mx.async_eval([room._bytes for room in opened])
+
+    @staticmethod
+    def open_beside(rooms: Iterable[Room]) -> None:
+        """Have these rooms opened, all of them, in threads of MLX's beside the one that joins
+        planes: fresh memory costs more than anything else in a restore. Only in the main thread and
+        on a CPU: elsewhere nothing is done, and `open` opens them when they are needed.
+        """
+        if in_main_thread_on_cpu():
+            Room.open(rooms, _streams())
 
     def check(self, stack: Entry) -> None:
         """Compare the rows of a stack with those that belong here.
@@ -203,6 +215,12 @@ class Room:
         if not array.size:
             return mx.zeros(self._shape, mlx_dtype(self._dtype))
         return array.view(mlx_dtype(self._dtype)).reshape(self._shape)
+
+
+@functools.cache
+def _streams() -> tuple[mx.Stream, ...]:
+    """Streams for what is allocated, each of which has a thread of its own."""
+    return tuple(mx.new_stream(mx.Device(mx.cpu)) for _ in range(2))
 
 
 def _flat(array: mx.array) -> memoryview:
