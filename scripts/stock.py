@@ -10,12 +10,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from mlx_promptcache import facts, tree
 from mlx_promptcache.eviction import Eviction
 from mlx_promptcache.files import File
-from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Directory
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS
 from mlx_promptcache.tree import (
     BlockName,
     Keys,
@@ -338,10 +339,14 @@ class _Facts:
         del certain
         return {}
 
-    def directory_of(self, kind: str, stem: str) -> Directory:
-        """None: a simulation counts files."""
-        del kind, stem
-        return Directory("", 0, 0)
+    def path(self, kind: str, stem: str) -> Path:
+        """A place; there are no files."""
+        return Path(kind, stem)
+
+    def names_and_bytes(self, directory: Path) -> tuple[int, int]:
+        """Nothing: only files are counted."""
+        del directory
+        return 0, 0
 
     def _file(self, file: Any) -> File:
         used = self._stock.used[file.stem] + self._shift

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mlx_promptcache.facts import Facts
 from mlx_promptcache.files import SUFFIX
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, TOKENIZERS, Store
 from mlx_promptcache.tree import BlockName, SnapshotName
+from shim import Fault, Shim
 from tiny import digest, random_tokens, smallest
 
 FIXED = settings(derandomize=True, deadline=None, max_examples=200)
@@ -171,11 +173,57 @@ def test_a_link_where_files_once_were_is_not_followed(cache: PromptCache, tmp_pa
     (tmp_path / "away").mkdir()
     shutil.copy(store.path(BLOCKS, stem), tmp_path / "away")
     (cache.directory / BLOCKS / stem[:2]).symlink_to(tmp_path / "away")
-    before = everything(tmp_path / "away")
+    for path in (tmp_path / "away").iterdir():
+        path.chmod(0o644)
+    before = [(path, path.stat().st_mode) for path in (tmp_path / "away").iterdir()]
     assert states(cache) == expected
+    store.remove(BLOCKS, stem)
+    assert not store.exists(BLOCKS, stem)
+    assert store.write(BLOCKS, stem, container.pack("block", {}, {}, {}))
     PromptCache(cache.directory, "smallest").clear(["prefix", "question 2", "question 3"])
-    assert everything(tmp_path / "away") == before
-    assert store.stems(BLOCKS) == []
+    assert [(path, path.stat().st_mode) for path in (tmp_path / "away").iterdir()] == before
+
+
+def test_a_link_where_a_file_is_now_does_not_hide_where_it_once_was(
+    cache: PromptCache, tmp_path: Path
+) -> None:
+    as_once(cache.directory)
+    expected, store = states(cache), Store(cache.directory)
+    stem = store.stems(BLOCKS)[0]
+    (tmp_path / "away").mkdir()
+    shutil.copy(store.path(BLOCKS, stem), tmp_path / "away")
+    (cache.directory / BLOCKS / layout.directories(BLOCKS, stem)[0]).symlink_to(tmp_path / "away")
+    assert states(cache) == expected
+    assert store.remove(BLOCKS, stem) > 0
+    assert not store.exists(BLOCKS, stem)
+    assert len(list((tmp_path / "away").iterdir())) == 1
+
+
+def test_what_cannot_be_asked_for_is_not_taken_for_deleted(cache: PromptCache) -> None:
+    store = Store(cache.directory)
+    stem = store.stems(BLOCKS)[0]
+    path = store.path(BLOCKS, stem).relative_to(cache.directory).as_posix()
+    with Shim(cache.directory) as shim:
+        store.path(BLOCKS, stem).lstat()
+    call = next(call for call in shim.calls if (call.function, call.path) == ("stat", path))
+    with (
+        Shim(cache.directory, Fault(call, errno.EIO)),
+        pytest.raises(StoreError, match="cannot delete"),
+    ):
+        store.remove(BLOCKS, stem)
+    assert store.exists(BLOCKS, stem)
+
+
+def test_to_plan_an_eviction_each_directory_is_listed_once(cache: PromptCache) -> None:
+    as_once(cache.directory)
+    store = Store(cache.directory)
+    for name in ("prefix", "question 2", "question 3"):
+        store.names.remove(name)
+    with Shim(cache.directory) as shim:
+        order = list(Eviction(Facts(store)).order())
+    listed = Counter(c.path for c in shim.calls if c.function in {"listdir", "scandir"})
+    assert len(order) > 2 * len([path for path in listed if "/" in path])
+    assert max(listed.values()) == 2  # once for all that is there, once for the plan
 
 
 # Directories that come and go

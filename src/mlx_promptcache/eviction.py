@@ -24,6 +24,7 @@ from mlx_promptcache.tree import BlockName
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
+    from pathlib import Path
 
     from mlx_promptcache.facts import Block, Facts, Snapshot
     from mlx_promptcache.files import File
@@ -137,7 +138,10 @@ class Eviction:
         """All that may be evicted, what goes first at the head: kinds, stems, files, and the bytes
         on disk that are free then. A directory goes with the last file in it.
         """
-        left: dict[str, int] = {}  # names in directories
+        store = self._facts.store
+        left: dict[
+            Path, tuple[int, int]
+        ] = {}  # names in directories, and bytes of these themselves
         children: dict[Node, set[Node]] = defaultdict(set)
         nodes = [*((SNAPSHOTS, s) for s in self._snapshots), *((BLOCKS, b) for b in self._blocks)]
         nodes += [(TOKENIZERS, stem) for stem in self._facts.tokenizers.keys() - self._stays]
@@ -149,9 +153,10 @@ class Eviction:
         there = set(nodes)
         while leaves:
             _, node = heapq.heappop(leaves)
-            file, directory = self._file(node), self._facts.store.directory_of(*node)
-            left[directory.path] = left.get(directory.path, directory.names) - 1
-            yield *node, file, file.on_disk + (0 if left[directory.path] else directory.on_disk)
+            file, directory = self._file(node), store.path(*node).parent
+            names, own = left.get(directory) or store.names_and_bytes(directory)
+            left[directory] = names - 1, own
+            yield *node, file, file.on_disk + (own if names == 1 else 0)
             for parent in self._parents.get(node, ()):
                 children[parent].discard(node)
                 if not children[parent] and parent in there:

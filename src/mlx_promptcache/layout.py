@@ -52,11 +52,6 @@ def digit(first_token: int) -> str:
     return DIGITS[first_token % 16]
 
 
-def directory(kind: str, stem: str) -> str:
-    """The directory of a stem's file."""
-    return directories(kind, stem)[0]
-
-
 def paths(kind: str, stem: str) -> list[str]:
     """Where the file of a stem may be, below the directory of its kind: the first one is where it
     is written.

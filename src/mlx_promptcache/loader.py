@@ -336,7 +336,7 @@ def _put(planes: Planes, places: Sequence[_Place], staging: Staging) -> None:
     """Put the rows of a stack where there is room for them; nothing else is left of it then.
 
     While some of its layers are put in their places the next ones are joined, and room is made for
-    them where these are the first rows of theirs.
+    them, where it is not being made already and these are the first rows of theirs.
     """
     count = max(1, JOINED_BYTES // max(1, planes.layer_bytes))
     end = max((place.layer for place in places), default=-1) + 1

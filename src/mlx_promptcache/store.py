@@ -26,7 +26,7 @@ import shutil
 import stat
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from mlx_promptcache import layout, privacy
 from mlx_promptcache.directory import StoreDirectory, entries, told
@@ -69,14 +69,6 @@ OURS = {
 }  # after a power cut any of them may be left
 
 LEFTOVER_SECONDS = 3600.0  # a write that is on its way is younger
-
-
-class Directory(NamedTuple):
-    """A directory in a store: how many names are in it, and what the drive gave for it itself."""
-
-    path: str
-    names: int
-    on_disk: int
 
 
 class Store(StoreDirectory):
@@ -163,7 +155,7 @@ class Store(StoreDirectory):
     def close_files(self) -> int:
         """Close each file that is open to others, and return how many those were."""
         stems = [(kind, stem) for kind in KINDS for stem in self.stems(kind)]
-        kept = [path for kind, stem in stems for path in self._places(kind, stem)]
+        kept = [p for kind, stem in stems for p in self._there(kind, self._places(kind, stem))]
         kept += [f"{self.directory}/{NAMES}/{name}" for name in self.names.all()]
         kept += [f"{self.directory}/{name}" for name in (USES, *LOCK_FILES)]
         return 0 if self.read_only else sum(map(privacy.close, kept))
@@ -218,24 +210,29 @@ class Store(StoreDirectory):
         Raises:
             DamagedFile: it is no stem. Stems stand in files, too, and files are deleted by them.
         """
-        return Path(self._file(kind, stem))
+        places = self._places(kind, stem)
+        return Path(next(self._there(kind, places), places[0]))
 
-    def _file(self, kind: str, stem: str) -> str:  # a `Path` takes longer to make than to open
-        first, *others = self._places(kind, stem)
-        if others and not os.path.lexists(first):
-            return next(filter(os.path.lexists, others), first)
-        return first
-
-    def _places(self, kind: str, stem: str) -> list[str]:
+    def _places(self, kind: str, stem: str) -> list[str]:  # `Path`s take longer to make than files
         if not STEM.fullmatch(stem):
             raise DamagedFile("it names a file that no store has")
         return [f"{self.directory}/{kind}/{path}" for path in layout.paths(kind, stem)]
 
+    def _there(self, kind: str, places: Iterable[str]) -> Iterator[str]:
+        """Those of these paths where something is, in a directory that counts."""
+        with contextlib.suppress(StoreError):
+            trusted, _ = self.allow(), self.inside(kind)
+            for path in places:
+                if privacy.is_there(path.rpartition("/")[0], trusted) and os.path.lexists(path):
+                    yield path
+
     def _own(self, kind: str, stem: str) -> str:
         """The path of the file of this stem, in a directory that counts. Raises as `inside`."""
-        path = self._file(kind, stem)
-        self.inside(kind, path.rsplit("/", 2)[1])
-        return path
+        places = self._places(kind, stem)
+        for path in self._there(kind, places):
+            return path
+        self.inside(kind, places[0].rsplit("/", 2)[1])
+        return places[0]
 
     def exists(self, kind: str, stem: str) -> bool:
         """Whether the file is there; says nothing of its content."""
@@ -354,13 +351,14 @@ class Store(StoreDirectory):
         with self.reader(kind, stem) as reader:
             return reader.header()
 
-    def directory_of(self, kind: str, stem: str) -> Directory:
-        """The directory that a file is in, with whatever else."""
-        path = self._file(kind, stem).rpartition("/")[0]
+    def names_and_bytes(self, directory: Path) -> tuple[int, int]:
+        """How many names are in a directory of files, and what the drive gave for it itself; zeros
+        where that cannot be told.
+        """
         try:
-            return Directory(path, len(os.listdir(path)), on_disk(os.lstat(path)))  # noqa: PTH208
+            return len(list(directory.iterdir())), on_disk(directory.lstat())
         except OSError:
-            return Directory(path, 0, 0)
+            return 0, 0
 
     def size(self, kind: str, stem: str) -> int:
         """Bytes of a file, 0 if it is not there."""
@@ -385,24 +383,26 @@ class Store(StoreDirectory):
         Raises:
             StoreError: the file system refuses.
         """
-        first, *others = self._places(kind, stem)
+        freed, refused = 0, None
         with self.cannot_delete():
-            freed = self._remove(kind, Path(first))
-            for other in others:
-                with contextlib.suppress(StoreError):  # its directory does not count
-                    freed += self._remove(kind, Path(other))
+            for path in map(Path, self._places(kind, stem)):
+                try:
+                    freed += self._remove(kind, path)
+                except StoreError as exc:  # a directory that does not count
+                    refused = exc
+        if refused is not None and not freed:
+            raise refused
         return freed
 
     def _remove(self, kind: str, path: Path) -> int:
-        if not os.path.lexists(path):
+        try:
+            size = path.lstat().st_size
+        except (FileNotFoundError, NotADirectoryError):
             return 0
         self.inside(kind, path.parent.name)
-        with contextlib.suppress(FileNotFoundError):
-            size = path.lstat().st_size
-            path.unlink()
-            _remove_if_empty(path.parent)
-            return size
-        return 0
+        path.unlink(missing_ok=True)
+        _remove_if_empty(path.parent)
+        return size
 
     def quarantine(self, kind: str, stem: str) -> bool:
         """Move a damaged file aside, so that a sound one can be written in its place."""
