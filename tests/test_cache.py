@@ -492,7 +492,7 @@ def test_nothing_is_deleted_while_what_stays_cannot_be_read(
     for call in calls:
         with (
             Shim(tmp_path, Fault(call, errno.EIO, stays=True)) as shim,
-            pytest.raises(StoreError, match=r"cannot (be read|delete)"),
+            pytest.raises(StoreError, match="cannot be read"),
         ):
             cache.clear(["b"])
         assert shim.met

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mlx.core as mx
@@ -128,9 +128,8 @@ def test_in_another_thread_no_stream_is_made(monkeypatch: pytest.MonkeyPatch) ->
 
     done: list[Room] = []
     monkeypatch.setattr(rows, "_streams", refuse)
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
     assert len(done) == 2
     with pytest.raises(AssertionError, match="a stream was made"):  # as here
         Room.open_beside(rooms_of(1))

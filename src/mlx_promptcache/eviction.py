@@ -24,7 +24,6 @@ from mlx_promptcache.tree import BlockName
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
-    from pathlib import Path
 
     from mlx_promptcache.facts import Block, Facts, Snapshot
     from mlx_promptcache.files import File
@@ -139,9 +138,7 @@ class Eviction:
         on disk that are free then. A directory goes with the last file in it.
         """
         store = self._facts.store
-        left: dict[
-            Path, tuple[int, int]
-        ] = {}  # names in directories, and bytes of these themselves
+        left: dict[tuple[str, str], tuple[int, int]] = {}  # names in directories, their own bytes
         children: dict[Node, set[Node]] = defaultdict(set)
         nodes = [*((SNAPSHOTS, s) for s in self._snapshots), *((BLOCKS, b) for b in self._blocks)]
         nodes += [(TOKENIZERS, stem) for stem in self._facts.tokenizers.keys() - self._stays]
@@ -153,8 +150,8 @@ class Eviction:
         there = set(nodes)
         while leaves:
             _, node = heapq.heappop(leaves)
-            file, directory = self._file(node), store.path(*node).parent
-            names, own = left.get(directory) or store.names_and_bytes(directory)
+            file, directory = self._file(node), (node[0], store.path(*node).parent.name)
+            names, own = left.get(directory) or store.names_and_bytes(*directory)
             left[directory] = names - 1, own
             yield *node, file, file.on_disk + (own if names == 1 else 0)
             for parent in self._parents.get(node, ()):

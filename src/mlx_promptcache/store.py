@@ -241,11 +241,10 @@ class Store(StoreDirectory):
     def beginning(self, kind: str, start: str) -> list[str]:
         """The stems that begin with `start`, in order; `layout.directories` says how it ends."""
         first = start.partition("/")[2]
+        listed = self.names_in_each(kind, layout.directories(kind, start))
         stems = {
             layout.stem(kind, directory, name)
-            for directory, names in self.names_in_each(
-                kind, layout.directories(kind, start)
-            ).items()
+            for directory, names in listed.items()
             for name in names
             if name.startswith(first)
         }
@@ -276,10 +275,10 @@ class Store(StoreDirectory):
 
     def _all(self, kind: str) -> list[str]:
         """The directories that files of a kind may be in, those that are looked into first at the
-        head. Raises OSError.
+        head, and else in order. Raises OSError.
         """
         names = [name for name in self.all_names_in(kind) if layout.is_directory(kind, name)]
-        return sorted(names, key=len, reverse=True)
+        return sorted(names, key=lambda name: (-len(name), name))
 
     def file(self, kind: str, stem: str) -> File | None:
         """What the file system says of a file; None if it is not there."""
@@ -351,14 +350,15 @@ class Store(StoreDirectory):
         with self.reader(kind, stem) as reader:
             return reader.header()
 
-    def names_and_bytes(self, directory: Path) -> tuple[int, int]:
+    def names_and_bytes(self, kind: str, directory: str) -> tuple[int, int]:
         """How many names are in a directory of files, and what the drive gave for it itself; zeros
         where that cannot be told.
         """
         try:
-            return len(list(directory.iterdir())), on_disk(directory.lstat())
+            own = on_disk((self.directory / kind / directory).lstat())
         except OSError:
             return 0, 0
+        return len(self.names_in(kind, directory)), own
 
     def size(self, kind: str, stem: str) -> int:
         """Bytes of a file, 0 if it is not there."""
