@@ -89,6 +89,7 @@ FLOORS = [
     "window_rows",
     "rows",
     "arithmetic",
+    "excerpts",
     "tokenizer",
     "tokenizer_trial",
     "tokenizer_store",

@@ -1045,15 +1045,17 @@ def test_what_cannot_be_exported_or_imported_is_told_in_one_line(
     assert program("import", file, "--format", "mlx-lm").code == 2
 
 
-def test_a_start_hardly_looks_for_garbage(program: Program) -> None:
+def test_a_start_hardly_looks_for_garbage_and_an_end_not_at_all(program: Program) -> None:
     source = (
         "import atexit, gc, json, sys; from mlx_promptcache import cli;"
         "looked = lambda: sum(s['collections'] for s in gc.get_stats()); before = looked();"
-        "atexit.register(lambda: print(json.dumps(looked() - before))); cli.main()"
+        "left = lambda: len(gc.get_objects());"
+        "atexit.register(lambda: print(json.dumps([looked() - before, left()]))); cli.main()"
     )
     chosen = ("-m", program.model, "--cache-dir", program.directory)
     again = [processes.python(source, "generate", "-p", PROMPT, *chosen) for _ in range(2)][1]
-    assert again < 5  # some 50 with Python's own threshold
+    assert again[0] < 5  # some 50 with Python's own threshold
+    assert again[1] < 1000  # some 37,000 that would be looked through at the end
 
 
 def test_exporting_and_importing_do_not_wait_for_mlx(program: Program, tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import tiny
 from families import CORPUS, FAMILIES, write_tokenizer
-from mlx_promptcache import Runner, checkpoint
+from mlx_promptcache import Runner, checkpoint, excerpts
 from mlx_promptcache.budget import Budget
+from mlx_promptcache.excerpts import Excerpts
 from mlx_promptcache.quarantine import Quarantine
 from mlx_promptcache.store import Store
 from mlx_promptcache.tokenizer import ASKED, BPE, NAIVE, SPM, SPM_NO_SPACE, Tokenizer, wrapped
@@ -140,7 +141,12 @@ KINDS = {
     "word piece, cleaned": Kind(word_piece, NAIVE, {"clean_up_tokenization_spaces": True}),
 }
 REAL = "the real one"
-EVERY = [*FAMILIES, *KINDS, REAL]
+ALONE = ", by excerpts alone"
+WHOLE = [name for name in KINDS if name.startswith(("unigram", "word piece"))]
+EVERY = [
+    *FAMILIES, *KINDS, REAL,
+    *(name + ALONE for name in ("chatml", "llama3", "byte level", "splits specials", REAL)),
+]  # fmt: skip
 
 
 @dataclass
@@ -181,6 +187,10 @@ def pair_of(model: Path, store: Path) -> Pair:
     return Pair(first, kept, loads)
 
 
+def never(_: Any) -> Any:
+    raise AssertionError("the whole Rust tokenizer was made")
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
     pairs: dict[str, Pair] = {}
@@ -189,13 +199,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
     def of(name: str, real: Path | None = None) -> Pair:
         if name not in pairs:
             model = real or directory / str(len(pairs))
+            kind = name.removesuffix(ALONE)
             if real is None:
                 model.mkdir()
                 (model / "config.json").write_text('{"model_type": "llama"}')
-                write_kind(model, KINDS[name]) if name in KINDS else write_tokenizer(
-                    model, FAMILIES[name]
+                write_kind(model, KINDS[kind]) if kind in KINDS else write_tokenizer(
+                    model, FAMILIES[kind]
                 )
-            pairs[name] = pair_of(model, directory / f"store {len(pairs)}")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(excerpts, "MOST", 1 << 30)
+                if kind != name:
+                    patch.setattr(excerpts, "MOST_STRINGS", 1 << 30)
+                    patch.setattr(Excerpts, "whole", never)
+                pairs[name] = pair_of(model, directory / f"store {len(pairs)}")
+            assert isinstance(pairs[name].kept._tokenizer._rust, Excerpts) == (kind not in WHOLE)
         return pairs[name]
 
     return of
@@ -204,13 +221,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
 @pytest.fixture(scope="module")
 def pair(request: pytest.FixtureRequest, made: Callable[..., Pair]) -> Pair:
     name = request.param
-    return made(name, request.getfixturevalue("real_model")) if name == REAL else made(name)
+    return made(name, request.getfixturevalue("real_model") if name.startswith(REAL) else None)
 
 
 every = pytest.mark.parametrize(
-    "pair", [n if n != REAL else pytest.param(n, marks=pytest.mark.real) for n in EVERY],
+    "pair",
+    [pytest.param(n, marks=pytest.mark.real) if n.startswith(REAL) else n for n in EVERY],
     indirect=True,
-)  # fmt: skip
+)
 
 
 # Text to tokens and back

@@ -13,10 +13,12 @@ import pytest
 from tokenizers import Tokenizer as Rust
 
 import tiny
-from families import FAMILIES
+from families import CORPUS, FAMILIES
 from mlx_promptcache import Runner, arithmetic, checkpoint, cli, container, tokenizer_store
 from mlx_promptcache.container import Array
 from mlx_promptcache.errors import ModelError
+from mlx_promptcache.excerpts import LEFTS, RANKS, STARTS, TOKENS, Excerpts, Parts, taken_apart
+from mlx_promptcache.state import Origin
 from mlx_promptcache.store import TOKENIZERS, Store
 from mlx_promptcache.tokenizer import Facts
 from mlx_promptcache.tokenizer_store import ARRAY, stem_of
@@ -386,6 +388,99 @@ def test_a_forged_file_is_not_believed(
     assert not is_kept(tokenizer)
     assert said(tokenizer) == said(whole_of(model))
     assert is_kept(Runner.load(str(model)).tokenizer)
+
+
+FORGED_PARTS: dict[str, Callable[[Parts], Parts]] = {
+    "another frame": lambda p: p._replace(frame={"added_tokens": []}),
+    "fewer tokens": lambda p: p._replace(tokens=p.tokens[:9]),
+    "fewer merges": lambda p: p._replace(ranks=p.ranks[:-1]),
+}
+FORGED_MERGES: dict[str, Callable[[Parts], Parts]] = {
+    "merges beyond the end": lambda p: p._replace(starts=[*p.starts[:-1], 1 << 20]),
+    "merges of nothing": lambda p: p._replace(lefts=[0] * len(p.lefts)),
+}
+
+
+def forge_parts(model: Path, change: Callable[[Parts], Parts]) -> None:
+    content, text = kept_parts(model)
+    parts = taken_apart(text.decode())
+    assert parts is not None
+    forge(model, content, {**of_text(text), **change(parts).arrays()})
+
+
+@pytest.mark.parametrize("what", FORGED_PARTS)
+def test_forged_parts_are_not_believed(
+    what: str, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    forge_parts(model, FORGED_PARTS[what])
+    assert not is_kept(Runner.load(str(model)).tokenizer)
+    assert "a stored tokenizer cannot be used and was moved aside: " in caplog.text
+
+
+@pytest.mark.parametrize("missing", [TOKENS, STARTS, RANKS, LEFTS])
+def test_parts_that_are_not_all_there_are_not_believed(missing: str, model: Path) -> None:
+    content, text = kept_parts(model)
+    parts = taken_apart(text.decode())
+    assert parts is not None
+    arrays = {**of_text(text), **parts.arrays()}
+    forge(model, content, arrays)
+    assert is_kept(Runner.load(str(model)).tokenizer)
+    del arrays[missing]
+    forge(model, content, arrays)
+    assert not is_kept(Runner.load(str(model)).tokenizer)
+
+
+@pytest.mark.parametrize("what", FORGED_MERGES)
+def test_merges_that_are_found_out_later_are_moved_aside_then(
+    what: str, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    forge_parts(model, FORGED_MERGES[what])
+    tokenizer = Runner.load(str(model)).tokenizer
+    assert is_kept(tokenizer)
+    texts = [*CORPUS, "Hello"]
+    whole = whole_of(model)
+    tokenizer.expect(texts)
+    assert [tokenizer.encode(text) for text in texts] == [whole.encode(text) for text in texts]
+    (notice,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert notice.startswith("a stored tokenizer cannot be used and was moved aside: ")
+    assert not is_kept(Runner.load(str(model)).tokenizer)
+    assert is_kept(Runner.load(str(model)).tokenizer)
+
+
+def test_what_cannot_be_taken_apart_is_kept_whole(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for odd in (lambda _: None, lambda text: json.loads(text)["nothing"]):
+        shutil.rmtree(model / "prompt_cache")
+        monkeypatch.setattr(tokenizer_store, "taken_apart", odd)
+        for kept in (False, True):
+            tokenizer = Runner.load(str(model)).tokenizer
+            assert is_kept(tokenizer) == kept
+            assert said(tokenizer) == said(whole_of(model))
+        assert type(tokenizer._tokenizer._rust) is Rust
+
+
+def test_a_prompt_needs_no_more_than_excerpts(
+    model: Path, monkeypatch: pytest.MonkeyPatch, loads: list[Path]
+) -> None:
+    def never(_: Any) -> Any:
+        raise AssertionError("the whole Rust tokenizer was made")
+
+    made: list[int] = []
+    excerpt = Parts.excerpt
+    monkeypatch.setattr(Excerpts, "whole", never)
+
+    def counted(parts: Parts, strings: set[str]) -> str:
+        made.append(len(strings))
+        return excerpt(parts, strings)
+
+    monkeypatch.setattr(Parts, "excerpt", counted)
+    runner = Runner.load(str(model))
+    prompt = runner.prompter.whole(Origin("The quick brown fox"), Origin("The quick"))
+    text = "".join(step.text for step in runner.generate(prompt, 8))
+    assert text
+    assert loads == []
+    assert len(made) == 2  # for the prompt, and for all that tells where the prefix ends
 
 
 def test_an_array_that_would_be_huge_is_not_read(

@@ -146,7 +146,11 @@ class Prompter:
         all of them: what is far before the seam is left out. None if the rest does not line up.
         """
         cut = max(0, len(os.path.commonprefix(texts)) - TAIL)  # noqa: RUF071 - of characters
-        first, *others = (self.encode_text(text[cut:], special=False) for text in texts)
+        ends = [text[cut:] for text in texts]
+        expect = getattr(self._tokenizer, "expect", None)  # which transformers' do not have
+        if expect is not None:
+            expect(ends)
+        first, *others = (self.encode_text(end, special=False) for end in ends)
         shared = min(agreeing(first, other) for other in others)
         shift = len(whole) - len(first)
         middle = shared // 2 if cut else 0  # by then a cut inside a word is forgotten

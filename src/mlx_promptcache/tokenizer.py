@@ -11,21 +11,26 @@ happens.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import operator
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from mlx_promptcache import engine
+from mlx_promptcache.errors import DamagedFile
+from mlx_promptcache.excerpts import Excerpts
 from mlx_promptcache.outlines import Outline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import tokenizers
+
+    Rust: TypeAlias = tokenizers.Tokenizer | Excerpts
 
 DETOKENIZERS = BPE, SPM, SPM_NO_SPACE, NAIVE = "bpe", "spm", "spm, no space", "naive"
 CLEANED = (
@@ -82,17 +87,22 @@ def _is_id(value: Any) -> bool:
 class Tokenizer(engine.Renderer):
     """A Hugging Face tokenizer as far as mlx-lm and this program ask it.
 
-    `whole` makes the tokenizer that this one was kept of, for whatever else is asked.
+    `whole` makes the tokenizer that this one was kept of, for whatever else is asked. `damaged` is
+    told if excerpts turn out to be none: from then on the whole one encodes.
     """
 
-    def __init__(self, rust: tokenizers.Tokenizer, facts: Facts, whole: Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        rust: Rust,
+        facts: Facts,
+        whole: Callable[[], Any],
+        damaged: Callable[[DamagedFile], Any] = lambda _: None,
+    ) -> None:
         self._rust, self._facts, self._make_whole = rust, facts, whole
+        self._damaged, self._encodes = damaged, True
         self._made: Any = None
         self._making = threading.Lock()
         self.is_wrapped = False
-        rust.no_truncation()
-        rust.no_padding()
-        rust.encode_special_tokens = facts.splits_special_tokens
         self.chat_template = facts.chat_template
         self.eos_token_id = facts.eos_token_id
         self._render: Any = None
@@ -144,12 +154,28 @@ class Tokenizer(engine.Renderer):
         self, text: str, *args: Any, add_special_tokens: bool = True, **others: Any
     ) -> list[int]:
         """The ids of a text."""
-        if args or others or not isinstance(text, str):
-            ids: list[int] = self._whole().encode(
-                text, *args, add_special_tokens=add_special_tokens, **others
-            )
-            return ids
-        return list(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
+        usual = isinstance(text, str) and not (args or others)
+        if usual and self._encodes:
+            with self._watched():
+                return list(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
+        ids: list[int] = self._whole().encode(
+            text, *args, add_special_tokens=add_special_tokens, **others
+        )
+        return ids
+
+    def expect(self, texts: Sequence[str]) -> None:
+        """Be told that these texts are encoded next: what encodes them is made once for all."""
+        if isinstance(self._rust, Excerpts) and self._encodes:
+            with self._watched():
+                self._rust.expect(texts)
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
+        except DamagedFile as exc:
+            self._encodes = False
+            self._damaged(exc)
 
     def decode(self, ids: Any, skip_special_tokens: bool = False, **others: Any) -> Any:
         """The text of an id, or of a list of ids."""
@@ -261,7 +287,7 @@ def cleaned(text: str) -> str:
 class _Vocabulary(Mapping[str, int]):
     """Tokens to ids, looked up one by one: a dict of all takes as long as encoding a long text."""
 
-    def __init__(self, rust: tokenizers.Tokenizer) -> None:
+    def __init__(self, rust: Rust) -> None:
         self._rust = rust
 
     def __getitem__(self, token: str) -> int:
@@ -280,7 +306,7 @@ class _Vocabulary(Mapping[str, int]):
 class _Tokens(Sequence[Any]):
     """The tokens of ids, looked up one by one."""
 
-    def __init__(self, rust: tokenizers.Tokenizer, ids: Sequence[int]) -> None:
+    def __init__(self, rust: Rust, ids: Sequence[int]) -> None:
         self._rust, self._ids = rust, ids
 
     def __getitem__(self, index: Any) -> Any:

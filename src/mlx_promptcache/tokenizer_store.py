@@ -1,4 +1,5 @@
-"""Tokenizers in a store: made by transformers once, kept as what they came to.
+"""Tokenizers in a store: made by transformers once, kept as what they came to, and in parts if
+excerpts can be made of it.
 
 `tokenizers/3f/<key>.safetensors`, a container like any other; the key is a hash of the files of the
 model's directory that a tokenizer is made from, and of the releases that made it. Losing the file
@@ -8,6 +9,7 @@ costs seconds.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_promptcache import arithmetic, container, room
 from mlx_promptcache.container import Array
 from mlx_promptcache.errors import CacheMiss, DamagedFile, ForeignStore, PromptCacheError
+from mlx_promptcache.excerpts import DTYPES, FRAME, Excerpts, Parts, rust_of, taken_apart
 from mlx_promptcache.headers import TOKENIZER
 from mlx_promptcache.store import TOKENIZERS
 from mlx_promptcache.tokenizer import Facts, Tokenizer, wrapped
@@ -33,12 +36,13 @@ if TYPE_CHECKING:
     from mlx_promptcache.budget import Budget
     from mlx_promptcache.quarantine import Quarantine
     from mlx_promptcache.store import Store
+    from mlx_promptcache.tokenizer import Rust
 
 log = logging.getLogger("mlx_promptcache")
 
 ARRAY = "tokenizer.json"
 MERGES = '"merges":['  # no text that has a quote in it, and no token: these are numbered
-FORMAT = 2  # raised when what is kept means something else
+FORMAT = 3  # raised when what is kept means something else
 FILES = (
     "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.jsonl",
     "additional_chat_templates/*.jinja",
@@ -73,9 +77,16 @@ class TokenizerStore:
         try:
             with self._store.reader(TOKENIZERS, stem) as reader:
                 header = reader.header()
-                facts, entry = _checked(header)
-                text = bytes(container.read_array(reader.read, entry).data)
-            tokenizer = _made(text, facts, whole)
+                facts, entries = _checked(header)
+                arrays = {
+                    name: container.read_later(reader.read, entry)
+                    for name, entry in entries.items()
+                }
+            text, parts = arrays.pop(ARRAY), {name: array() for name, array in arrays.items()}
+            damaged = functools.partial(self._bad.set_aside, TOKENIZERS, stem)
+            taken = Parts.of_arrays(parts) if parts else None
+            rust = _rust(lambda: _text_of(text()), taken, facts)
+            tokenizer = wrapped(Tokenizer(rust, facts, whole, damaged), facts)
         except ForeignStore:  # every prompt is told so
             return None
         except PromptCacheError as exc:
@@ -94,17 +105,22 @@ class TokenizerStore:
             facts = facts_of(wrapper)
             if facts is None:
                 return
-            text = _shortened(wrapper.backend_tokenizer.to_str()).encode()
+            text = _shortened(wrapper.backend_tokenizer.to_str())
+            parts = _parts_of(text)
             facts = facts._replace(outlines=outlines_of(wrapper, facts))
-            if agrees(_made(text, facts, lambda: wrapper), wrapper):
-                self._write(stem, facts, text)
+            kept = Tokenizer(_rust(lambda: text, parts, facts), facts, lambda: wrapper)
+            if agrees(wrapped(kept, facts), wrapper):
+                self._write(stem, facts, text, parts)
             else:
                 log.debug("this tokenizer is not kept: what would be kept of it differs")
         except Exception as exc:  # noqa: BLE001 - it is a convenience
             log.debug("this tokenizer is not kept: %s", exc)
 
-    def _write(self, stem: str, facts: Facts, text: bytes) -> None:
-        arrays = {ARRAY: Array("uint8", (len(text),), text)}
+    def _write(self, stem: str, facts: Facts, text: str, parts: Parts | None) -> None:
+        data = text.encode()
+        arrays = {ARRAY: Array("uint8", (len(data),), data)}
+        if parts is not None:
+            arrays |= parts.arrays()
         notes = {"made": round(time.time(), 3), "versions": arithmetic.versions()}
         packed = container.pack(TOKENIZER, facts._asdict(), notes, arrays)
         self._store.create()
@@ -136,35 +152,49 @@ def _is_shortened_well(pair: Any) -> bool:
     return not spaces and not pair[0].startswith("#version")
 
 
-def _made(text: bytes, facts: Facts, whole: Callable[[], Any]) -> Any:
-    """The tokenizer that is kept.
+def _parts_of(text: str) -> Parts | None:
+    """The parts of a tokenizer, if excerpts can be made of it and have its added tokens."""
+    try:
+        parts = taken_apart(text)
+        if parts is not None:
+            Excerpts(parts, lambda: text)
+    except (DamagedFile, LookupError, TypeError, ValueError) as exc:
+        log.debug("no excerpts are made of this tokenizer: %s", exc)
+        return None
+    return parts
+
+
+def _rust(text: Callable[[], str], parts: Parts | None, facts: Facts) -> Rust:
+    """What is kept of a tokenizer as what encodes.
 
     Raises:
         DamagedFile: it is none.
     """
-    import tokenizers
+    splits = facts.splits_special_tokens
+    if parts is None:
+        return rust_of(text(), splits_special_tokens=splits)
+    return Excerpts(parts, text, splits_special_tokens=splits)
 
+
+def _text_of(array: Array) -> str:
     try:
-        rust = tokenizers.Tokenizer.from_str(text.decode())
-        return wrapped(Tokenizer(rust, facts, whole), facts)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as exc:  # a panic of Rust is no Exception
-        raise DamagedFile(f"it makes no tokenizer: {_sentence(exc)}") from exc
+        return str(array.data, "utf-8")
+    except UnicodeDecodeError as exc:
+        raise DamagedFile(f"its tokenizer is no text: {exc}") from None
 
 
-def _sentence(exc: BaseException) -> str:
-    return " ".join(str(exc).split())[:200]
-
-
-def _checked(header: container.Header) -> tuple[Facts, container.Entry]:
-    entry = header.entries.get(ARRAY)
-    if header.kind != TOKENIZER or entry is None or entry.dtype != "uint8" or len(entry.shape) != 1:
+def _checked(header: container.Header) -> tuple[Facts, dict[str, container.Entry]]:
+    names = {ARRAY: "uint8", **(DTYPES if FRAME in header.entries else {})}
+    entries = {name: header.entries.get(name) for name in names}
+    found = {name: entry for name, entry in entries.items() if entry is not None}
+    if header.kind != TOKENIZER or len(found) < len(names):
         raise DamagedFile("it is no tokenizer")
-    if entry.shape[0] > LARGEST_BYTES:
+    if any(e.dtype != names[name] or len(e.shape) != 1 for name, e in found.items()):
+        raise DamagedFile("it is no tokenizer")
+    if any(container.raw_bytes(e.dtype, e.shape) > LARGEST_BYTES for e in found.values()):
         raise DamagedFile("it is too large")
     try:
-        return Facts.from_json(header.content), entry
+        return Facts.from_json(header.content), found
     except TypeError:
         raise DamagedFile("what it says of a tokenizer makes no sense") from None
 

@@ -1,0 +1,336 @@
+"""Excerpts: as much of a tokenizer of byte-pair encoding as one text can need.
+
+Such a tokenizer is two large tables above all, of tokens and of merges. Making a Rust tokenizer of
+them takes some 2 us a token, during which nothing else runs in Python; a prompt needs a few of
+them. In byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909, as `tokenizers` has it) a word
+begins as its characters, and a merge takes place only where what it makes stands in the word, but
+for characters that no token knows. So the tokens that stand in the words of a text, and the merges
+that make them, in their order, give the same ids as all.
+
+What the words are says the tokenizer itself, with its own normalizer, added tokens and
+pre-tokenizer: everything but the tables is in each excerpt.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from array import array
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mlx_promptcache.container import Array
+from mlx_promptcache.errors import DamagedFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+
+    import tokenizers
+
+    Json = dict[str, Any]
+
+MOST = 16  # excerpts are made; who needs more than that is better off with the whole
+MOST_STRINGS = 4  # times the number of tokens: finding more strings takes as long as the whole
+BYTES = tuple(f"<0x{i:02X}>" for i in range(256))
+FRAME, TOKENS = "frame.json", "tokens.txt"
+STARTS, RANKS, LEFTS = "merges.starts", "merges.ranks", "merges.lefts"
+DTYPES = {FRAME: "uint8", TOKENS: "uint8", STARTS: "uint32", RANKS: "uint32", LEFTS: "uint32"}
+
+
+class Parts(NamedTuple):
+    """A tokenizer of byte-pair encoding, taken apart.
+
+    `frame` is its JSON; of its tokens only those that every excerpt needs: the unknown one, bytes
+    that stand in for characters, and the added ones, which get other ids where a model of fewer
+    tokens does not have them. `tokens` are in the order of their ids, which `ids` gives. Merges are
+    ordered by the token that they make: those of token `i` are the ones from `starts[i]` up to
+    `starts[i + 1]`, of each the rank and the length of the left part in characters.
+    """
+
+    frame: Json
+    tokens: Sequence[str]
+    ids: Mapping[str, int]
+    starts: Sequence[int]
+    ranks: Sequence[int]
+    lefts: Sequence[int]
+
+    def excerpt(self, strings: Set[str]) -> str:
+        """The JSON of the tokenizer with those of its tokens that are among these strings.
+
+        Raises:
+            DamagedFile: what it was taken apart into fits nothing.
+        """
+        model: Json = self.frame["model"]
+        found = {text: self.ids[text] for text in strings if text in self.ids}
+        merges = self._merges(found.values())
+        model = {**model, "vocab": {**model["vocab"], **found}, "merges": merges}
+        return json.dumps({**self.frame, "model": model}, ensure_ascii=False)
+
+    def _merges(self, ids: Iterable[int]) -> list[list[str]]:
+        """The merges that make these tokens, in the order of their ranks."""
+        tokens, starts, ranks, lefts = self.tokens, self.starts, self.ranks, self.lefts
+        found: list[tuple[int, str, str]] = []
+        for i in ids:
+            begin, end, token = starts[i], starts[i + 1], tokens[i]
+            if not (begin <= end <= len(ranks) and len(found) + end - begin <= len(ranks)):
+                raise DamagedFile("its merges are not where they should be")
+            for k in range(begin, end):
+                left = lefts[k]
+                found.append((ranks[k], token[:left], token[left:]))
+        found.sort()
+        return [[left, right] for _, left, right in found]
+
+    def arrays(self) -> dict[str, Array]:
+        """What is kept of it: text in UTF-8, a token a line, and numbers."""
+        texts = {FRAME: json.dumps(self.frame), TOKENS: "\n".join(self.tokens)}
+        numbers = {STARTS: self.starts, RANKS: self.ranks, LEFTS: self.lefts}
+        data = {name: text.encode() for name, text in texts.items()}
+        data |= {name: array("I", values).tobytes() for name, values in numbers.items()}
+        size = {"uint8": 1, "uint32": 4}
+        return {
+            name: Array(dtype, (len(data[name]) // size[dtype],), data[name])
+            for name, dtype in DTYPES.items()
+        }
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, Array]) -> Parts:
+        """What was kept of a tokenizer.
+
+        Raises:
+            DamagedFile: that is not what these are.
+        """
+        try:
+            frame = json.loads(bytes(arrays[FRAME].data))
+            tokens = str(arrays[TOKENS].data, "utf-8").split("\n")
+        except (ValueError, RecursionError) as exc:
+            raise DamagedFile(f"its parts are no text: {exc}") from None
+        starts, ranks, lefts = (
+            memoryview(arrays[name].data).cast("B").cast("I") for name in (STARTS, RANKS, LEFTS)
+        )
+        if len(starts) != len(tokens) + 1 or len(ranks) != len(lefts):
+            raise DamagedFile("its merges are not those of its tokens")
+        ids = dict(zip(tokens, range(len(tokens)), strict=True))
+        return cls(frame, tokens, ids, starts, ranks, lefts)
+
+    def added(self) -> list[Json]:
+        """The added tokens, as the JSON has them."""
+        return self.frame.get("added_tokens") or []
+
+    def outside(self) -> set[str]:
+        """The added tokens that are no tokens of the model."""
+        added = ((each["content"], each["id"]) for each in self.added())
+        return {text for text, i in added if self.ids.get(text) != i}
+
+
+def rust_of(text: str, *, splits_special_tokens: bool) -> tokenizers.Tokenizer:
+    """The Rust tokenizer of its JSON, which neither pads nor cuts; with `splits_special_tokens`,
+    special tokens in a text are text to it.
+
+    Raises:
+        DamagedFile: it is none.
+    """
+    import tokenizers
+
+    try:
+        rust = tokenizers.Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as exc:  # a panic of Rust is no Exception
+        said = " ".join(str(exc).split())[:200]
+        raise DamagedFile(f"it makes no tokenizer: {said}") from exc
+    rust.no_truncation()
+    rust.no_padding()
+    rust.encode_special_tokens = splits_special_tokens
+    return rust
+
+
+def taken_apart(text: str) -> Parts | None:
+    """A tokenizer's JSON taken apart; None if an excerpt could do something else than the whole."""
+    frame: Json = json.loads(text)
+    model = frame["model"]
+    vocabulary: dict[str, int] = model.get("vocab") or {}
+    if not (_is_plain(model) and sorted(vocabulary.values()) == list(range(len(vocabulary)))):
+        return None
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    stand_ins = {model.get("unk_token"), *(BYTES if model.get("byte_fallback") else ())}
+    if any("\n" in token for token in tokens) or not all(
+        len(pair) == 2 and all(pair) and stand_ins.isdisjoint(pair) for pair in pairs
+    ):
+        return None
+    model["vocab"] = {token: vocabulary[token] for token in stand_ins if token in vocabulary}
+    model["vocab"] |= {each["content"]: each["id"] for each in frame["added_tokens"]}
+    model["merges"] = []
+    made: list[list[tuple[int, int]]] = [[] for _ in tokens]
+    for rank, (left, right) in enumerate(pairs):
+        made[vocabulary[left + right]].append((rank, len(left)))
+    starts, ranks, lefts = array("I", [0]), array("I"), array("I")
+    for each in made:
+        ranks.extend(rank for rank, _ in each)
+        lefts.extend(left for _, left in each)
+        starts.append(len(ranks))
+    return Parts(frame, tokens, vocabulary, starts, ranks, lefts)
+
+
+def _is_plain(model: Mapping[str, Any]) -> bool:
+    """Whether it is byte-pair encoding as it is described above: no chance, no marks on words."""
+    odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    return model.get("type") == "BPE" and not any(model.get(name) for name in odd)
+
+
+class Excerpts:
+    """A Rust tokenizer, as far as `tokenizer.Tokenizer` asks it, made of its parts when it is
+    needed: an excerpt for each of the first texts, then the whole.
+
+    Any thread may ask.
+    """
+
+    def __init__(
+        self, parts: Parts, text: Callable[[], str], *, splits_special_tokens: bool = False
+    ) -> None:
+        """Make what the words of texts are found with. `text` gives the JSON of the whole; with
+        `splits_special_tokens`, special tokens in a text are text.
+
+        Raises:
+            DamagedFile: these are no parts of a tokenizer.
+        """
+        self._parts, self._text, self._splits = parts, text, splits_special_tokens
+        self._left, self._most_strings = MOST, MOST_STRINGS * len(parts.tokens)
+        self._made: tokenizers.Tokenizer | None = None
+        self._expected: dict[str, tokenizers.Tokenizer] = {}
+        self._lock = threading.RLock()
+        self._frame = rust_of(json.dumps(parts.frame), splits_special_tokens=self._splits)
+        self._outside = parts.outside()
+        added = self._frame.get_added_tokens_decoder()
+        self._added = {i: token.content for i, token in added.items()}
+        self._added_ids = {text: i for i, text in self._added.items()}
+        self._special = {token.content for token in added.values() if token.special}
+        if self._added != {each["id"]: each["content"] for each in parts.added()}:
+            raise DamagedFile("its added tokens have other ids")
+        self._words = _Words(self._frame)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tokenizers.Encoding:
+        """Encode a text as the whole tokenizer does.
+
+        Raises:
+            DamagedFile: its parts make no tokenizer.
+        """
+        with self._lock:
+            if text not in self._expected:
+                self.expect([text])
+            rust = self._expected[text]
+        return rust.encode(text, add_special_tokens=add_special_tokens)
+
+    def expect(self, texts: Sequence[str]) -> None:
+        """Make what encodes all of these texts, which are to be encoded next.
+
+        Raises:
+            DamagedFile: its parts make no tokenizer.
+        """
+        with self._lock:
+            self._expected = dict.fromkeys(texts, self._for(texts))
+
+    def _for(self, texts: Sequence[str]) -> tokenizers.Tokenizer:
+        if self._made is None and self._left > 0:
+            self._left -= 1
+            strings = _strings(self._words.of(texts), self._parts.ids, self._most_strings)
+            if strings is not None and self._outside.isdisjoint(strings):
+                excerpt = self._parts.excerpt(strings)
+                return rust_of(excerpt, splits_special_tokens=self._splits)
+        return self.whole()
+
+    def whole(self) -> tokenizers.Tokenizer:
+        """The whole tokenizer, made when this is first called.
+
+        Raises:
+            DamagedFile: its parts make no tokenizer.
+        """
+        with self._lock:
+            if self._made is None:
+                self._made = rust_of(self._text(), splits_special_tokens=self._splits)
+            return self._made
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of these ids."""
+        tokens = [token for token in map(self.id_to_token, ids) if token is not None]
+        if skip_special_tokens:
+            tokens = [token for token in tokens if token not in self._special]
+        decoder = self._frame.decoder
+        return " ".join(tokens) if decoder is None else str(decoder.decode(tokens))
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The token of an id, None if there is none.
+
+        Raises:
+            OverflowError: it is negative.
+        """
+        if token_id < 0:
+            raise OverflowError("ids of tokens are not negative")
+        if token_id in self._added:
+            return self._added[token_id]
+        tokens = self._parts.tokens
+        return tokens[token_id] if token_id < len(tokens) else None
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token, None if there is none."""
+        found = self._added_ids.get(token)
+        return self._parts.ids.get(token) if found is None else found
+
+    def get_vocab_size(self, *, with_added_tokens: bool = True) -> int:
+        """How many tokens there are."""
+        ids = self._parts.ids
+        return len(ids.keys() | self._added_ids.keys()) if with_added_tokens else len(ids)
+
+    def get_vocab(self, *, with_added_tokens: bool = True) -> dict[str, int]:
+        """All tokens and their ids."""
+        return self.whole().get_vocab(with_added_tokens=with_added_tokens)
+
+
+class _Words:
+    """Finds the words that a tokenizer sees in a text: what it is left with for its model, after
+    its normalizer, its added tokens and its pre-tokenizer.
+    """
+
+    def __init__(self, rust: tokenizers.Tokenizer) -> None:
+        from tokenizers import pre_tokenizers
+
+        self._rust, self._heard = rust, _Heard()
+        last = pre_tokenizers.PreTokenizer.custom(self._heard)
+        first = rust.pre_tokenizer
+        rust.pre_tokenizer = last if first is None else pre_tokenizers.Sequence([first, last])
+
+    def of(self, texts: Iterable[str]) -> set[str]:
+        """The words of these texts."""
+        self._heard.words = set()
+        for text in texts:
+            self._rust.encode(text, add_special_tokens=False)
+        return self._heard.words
+
+
+class _Heard:
+    """A pre-tokenizer that leaves all as it is, and takes note of it."""
+
+    def __init__(self) -> None:
+        self.words: set[str] = set()
+
+    def pre_tokenize(self, text: tokenizers.PreTokenizedString) -> None:
+        """Take note of the words; what is added tokens has its tokens already."""
+        splits = text.get_splits("normalized", "byte")
+        self.words.update(word for word, _, tokens in splits if tokens is None)
+
+
+def _strings(words: Set[str], known: Mapping[str, int], most: int) -> set[str] | None:
+    """All strings that stand in these words; None if there may be more than so many.
+
+    A character that is no token may be left out, and what is on its two sides come together.
+    """
+    unknown = {c for c in set("".join(words)) if c not in known}
+    if unknown:
+        left_out = str.maketrans(dict.fromkeys(unknown, ""))
+        words = words | {word.translate(left_out) for word in words}
+    if sum(len(word) * (len(word) + 1) // 2 for word in words) > most:
+        return None
+    found: set[str] = set()
+    for word in words:
+        size = len(word)
+        found.update(word[i:j] for i in range(size) for j in range(i + 1, size + 1))
+    return found
