@@ -14,10 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_promptcache import catalog, headers, places, room, verification
+from mlx_promptcache import headers, places
 from mlx_promptcache.blueprint import Blueprint
 from mlx_promptcache.budget import Budget
-from mlx_promptcache.deletion import Deletion, execute
 from mlx_promptcache.errors import (
     CacheMiss,
     DamagedFile,
@@ -48,12 +47,15 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Iterator, Sequence
 
+    from mlx_promptcache.catalog import Entry
     from mlx_promptcache.container import Header
+    from mlx_promptcache.deletion import Deletion
     from mlx_promptcache.exporter import Exported
     from mlx_promptcache.passes import Plan
     from mlx_promptcache.sharing import Sharing
     from mlx_promptcache.signatures import Signer
     from mlx_promptcache.supply import Supply
+    from mlx_promptcache.verification import Report
     from mlx_promptcache.writer import Saved
 
 log = logging.getLogger("mlx_promptcache")
@@ -307,6 +309,8 @@ class PromptCache:
 
     def _own(self, name: str) -> tuple[str, Header]:
         """The snapshot of a name or of an id, if it is of this model. Raises CacheMiss."""
+        from mlx_promptcache import catalog
+
         stem, header = catalog.find(self._store, name)
         if header.content["fingerprint"] != self.fingerprint.digest:
             parts = headers.fingerprint_parts(header)
@@ -375,6 +379,8 @@ class PromptCache:
             raise StoreError(
                 "this state was computed by another model, or with other settings: compute it again"
             )
+        from mlx_promptcache import room
+
         self._store.create()
         kept, made_for = {ref.stem for ref in state.trail.refs}, 0
         with self._store.adding(), contextlib.ExitStack() as stack:
@@ -520,8 +526,10 @@ class PromptCache:
 
     # Management
 
-    def list(self) -> builtins.list[catalog.Entry]:
+    def list(self) -> builtins.list[Entry]:
         """Every state in the store, newest first; those of other models are stale."""
+        from mlx_promptcache import catalog
+
         with self._store.shared():
             return catalog.Catalog(self._store, self.fingerprint).entries()
 
@@ -533,10 +541,12 @@ class PromptCache:
             CacheLocked: others read or write, and do not come to an end.
             StoreError: the cache is read-only, or the file system refuses.
         """
+        from mlx_promptcache import catalog, deletion
+
         with self._store.exclusive():
             known = catalog.Catalog(self._store)
             plan = known.plan_clear(known.named(names))
-            execute(self._store, plan)
+            deletion.execute(self._store, plan)
             return plan
 
     def prune(self, max_bytes: int | None = None, *, dry_run: bool = False) -> Deletion:
@@ -550,6 +560,8 @@ class PromptCache:
             CacheLocked: others read or write, and do not come to an end.
             StoreError: the cache is read-only, or the file system refuses.
         """
+        from mlx_promptcache import deletion, room
+
         budget = self.budget if max_bytes is None else Budget.chosen(max_bytes)
         if dry_run:
             with self._store.shared():
@@ -558,11 +570,13 @@ class PromptCache:
         looked = room.look(self._store)
         with self._store.exclusive():
             plan = room.plan_prune(self._store, budget, looked)
-            execute(self._store, plan)
+            deletion.execute(self._store, plan)
             return plan
 
-    def verify(self, names: Sequence[str] = ()) -> verification.Report:
+    def verify(self, names: Sequence[str] = ()) -> Report:
         """Read every byte of these states (of all, if none is named) and check it."""
+        from mlx_promptcache import verification
+
         with self._store.shared():
             return verification.verify(self._store, names)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Beginnings that merge in different ways with what stands before them.
 CONTINUATIONS = ("a", " a", "\n", "\n\na", " ", "1", ".", "-", "é")
-TAIL = 2048  # characters before a seam that may decide where it is
+TAIL = 512  # characters before a seam that may decide where it is
 EMPTY = "the prompt is empty: give some text with --prompt (-p - reads standard input)"
 LEAST_TEXT = 4  # letters of a message that are told apart from the words of an error
 

@@ -22,7 +22,6 @@ import logging
 import math
 import os
 import secrets
-import shutil
 import stat
 import time
 from pathlib import Path
@@ -487,6 +486,8 @@ class Store(StoreDirectory):
 
         The caller holds `exclusive()`. Failing is no matter.
         """
+        import shutil
+
         shutil.rmtree(self.directory / QUARANTINE, ignore_errors=True)  # not what a link leads to
         for path in (*self.leftovers(math.inf), USES):
             with contextlib.suppress(OSError):

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_promptcache import arithmetic, container, room
+from mlx_promptcache import arithmetic, container
 from mlx_promptcache.container import Array
 from mlx_promptcache.errors import CacheMiss, DamagedFile, ForeignStore, PromptCacheError
 from mlx_promptcache.excerpts import DTYPES, FRAME, Excerpts, Parts, rust_of, taken_apart
@@ -117,6 +117,8 @@ class TokenizerStore:
             log.debug("this tokenizer is not kept: %s", exc)
 
     def _write(self, stem: str, facts: Facts, text: str, parts: Parts | None) -> None:
+        from mlx_promptcache import room
+
         data = text.encode()
         arrays = {ARRAY: Array("uint8", (len(data),), data)}
         if parts is not None:

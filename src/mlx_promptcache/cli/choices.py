@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mlx_promptcache import catalog, models, places
+from mlx_promptcache import models, places
 from mlx_promptcache.cli import output
 from mlx_promptcache.errors import ForeignStore, ModelError, PromptError, UnreadableStore
 from mlx_promptcache.fingerprint import Fingerprint, KVSettings, remembered
@@ -177,6 +177,8 @@ class ModelChoice:
             CacheMiss: there is none; DamagedFile if it is damaged.
             RankError: another rank has none.
         """
+        from mlx_promptcache import catalog
+
         ranks = self.ranks
         if ranks is None:
             store = self.store()
