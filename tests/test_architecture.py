@@ -80,6 +80,7 @@ FLOORS = [
     "ranks",
     "checkpoint",
     "planes",
+    "attention",
     "arrays",
     "layers",
     "blueprint",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_promptcache import arithmetic, checkpoint, models, places
+from mlx_promptcache import arithmetic, attention, checkpoint, models, places
 from mlx_promptcache.blueprint import PROBE_TOKENS, Blueprint
 from mlx_promptcache.cache import PromptCache
 from mlx_promptcache.errors import (
@@ -120,6 +120,9 @@ class Runner:
         """Which prompts and which sampling the model takes."""
         self._trunk = Trunk.of(model, self._probe, shape)
         self._traits = Traits.of(self._blueprint)
+        for each in (model, draft_model):
+            if each is not None:
+                attention.spread(each)
         if draft_model is not None:
             self._check_draft()
         if self.cache is not None:

@@ -9,22 +9,19 @@ arXiv:2402.05099).
 
 from __future__ import annotations
 
-import functools
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_promptcache.attention import stand_in
 from mlx_promptcache.engine import cache as mlx_cache
 from mlx_promptcache.layers import TOKEN_AXIS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from mlx_promptcache.attention import Attention
 
-ATTENTION = "scaled_dot_product_attention"
-BASE = "mlx_lm.models.base"
 NOWHERE = 1 << 30  # a position that no token comes to
 
 
@@ -174,14 +171,10 @@ def let_attend(model: Any) -> None:
     """Let layers that are `SharedRows` attend by themselves wherever this model's own modules call
     mlx-lm's attention; any other layer goes through that as before.
     """
-    usual: Callable[..., mx.array] = getattr(sys.modules[BASE], ATTENTION)
-    for name in {type(module).__module__ for module in model.modules()}:
-        if getattr(sys.modules.get(name), ATTENTION, None) is usual:
-            setattr(sys.modules[name], ATTENTION, _choosing(usual))
+    stand_in(model, "shared rows", _choosing)
 
 
-def _choosing(usual: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    @functools.wraps(usual)
+def _choosing(usual: Attention) -> Attention:
     def attention(
         queries: mx.array,
         keys: Any,

@@ -1,0 +1,177 @@
+"""Attention over several cores of a CPU, and what stands in for mlx-lm's.
+
+MLX computes an operation on a CPU on one core, and the exponentials of attention, which are half of
+a forward call over a prompt, one number at a time. Heads have nothing to do with each other: here
+the weights of several groups of them are made of their scores at the same time, in streams of their
+own. The operations are those that `mx.fast.scaled_dot_product_attention` comes to on a CPU (mlx
+0.32), in their order and for each head as there, so that the bits are the same; matrix products
+stay in one stream, because BLAS gives other bits to callers that it has to share its threads among.
+Whether they are the same is tried before it is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from mlx_promptcache.planes import in_main_thread_on_cpu
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Attention = Callable[..., mx.array]
+
+ATTENTION = "scaled_dot_product_attention"
+BASE = "mlx_lm.models.base"
+LEAST_SCORES = 1 << 16  # of a layer: of fewer, what streams wait for each other takes longer
+MOST_GROUPS = 16
+DTYPES = (mx.float32, mx.bfloat16, mx.float16)
+
+
+def stand_in(model: Any, kind: str, made_of: Callable[[Attention], Attention]) -> None:
+    """Let what `made_of` makes of mlx-lm's attention stand in for it wherever this model's own
+    modules call it: once for each `kind`, one around the other.
+    """
+    usual = _innermost(getattr(sys.modules[BASE], ATTENTION))
+    for name in {type(module).__module__ for module in model.modules()}:
+        now = getattr(sys.modules.get(name), ATTENTION, None)
+        if now is None or _innermost(now) is not usual or kind in _kinds(now):
+            continue
+        made = functools.wraps(now)(made_of(now))
+        made.kinds = (*_kinds(now), kind)  # type: ignore[attr-defined]
+        setattr(sys.modules[name], ATTENTION, made)
+
+
+def _innermost(attention: Any) -> Any:
+    while hasattr(attention, "__wrapped__"):
+        attention = attention.__wrapped__
+    return attention
+
+
+def _kinds(attention: Any) -> tuple[str, ...]:
+    kinds: tuple[str, ...] = getattr(attention, "kinds", ())
+    return kinds
+
+
+def spread(model: Any) -> None:
+    """Let the attention of this model be computed on several cores, where that is on a CPU and
+    there are several; no bit of it changes.
+    """
+    if in_main_thread_on_cpu() and _cores() > 1:
+        stand_in(model, "spread", _spreading)
+
+
+def _spreading(usual: Attention) -> Attention:
+    def attention(
+        queries: mx.array,
+        keys: Any,
+        values: Any,
+        cache: Any,
+        scale: float,
+        mask: Any,
+        **more: Any,  # sinks, and whatever other releases of mlx-lm have
+    ) -> mx.array:
+        plain = all(value is None for value in more.values()) and not hasattr(cache, "bits")
+        if plain and _serves(queries, keys, values, mask):
+            return by_groups(queries, keys, values, scale, mask)
+        return usual(queries, keys, values, cache=cache, scale=scale, mask=mask, **more)
+
+    return attention
+
+
+def _serves(queries: mx.array, keys: Any, values: Any, mask: Any) -> bool:
+    """Whether it is worth it, and nothing but what `by_groups` does."""
+    if not (isinstance(keys, mx.array) and isinstance(values, mx.array)):
+        return False
+    if not queries.ndim == keys.ndim == values.ndim == 4:
+        return False
+    batch, heads, count, _ = queries.shape
+    if batch * heads * count * keys.shape[2] < LEAST_SCORES or heads % keys.shape[1]:
+        return False
+    if not queries.dtype == keys.dtype == values.dtype or queries.dtype not in DTYPES:
+        return False
+    if isinstance(mask, mx.array):
+        usual = mask.dtype in (mx.bool_, queries.dtype)
+        if not usual or (mask.ndim > 2 and mask.shape[-3] != 1):
+            return False
+    elif mask not in (None, "causal"):
+        return False
+    return in_main_thread_on_cpu() and _is_the_same(queries.dtype)
+
+
+def by_groups(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None
+) -> mx.array:
+    """Attention of queries `[batch, heads, N, D]` to rows `[batch, KV heads, L, D]`, as
+    `mx.fast.scaled_dot_product_attention` computes it, for one group of heads beside the other.
+    """
+    batch, heads, count, width = queries.shape
+    kv_heads, length = keys.shape[1], keys.shape[2]
+    dtype, repeats = queries.dtype, heads // kv_heads
+    queries = (mx.array(scale, dtype) * queries).reshape(batch, kv_heads, repeats, count, width)
+    keys, values = keys.swapaxes(-1, -2)[:, :, None], values[:, :, None]
+    if isinstance(mask, str):
+        rows = mx.arange(length)
+        mask = rows[length - count :, None] >= rows[None]
+    elif mask is not None and mask.ndim > 2:
+        mask = mask[..., None, :, :]  # one for all heads
+    least = mx.array(mx.finfo(dtype).min, dtype)
+    told = []
+    for part, stream in _parts(kv_heads, repeats):
+        of_keys = slice(None) if kv_heads == 1 else part[0]
+        scores = queries[:, part[0], part[1]] @ keys[:, of_keys]
+        if mask is not None:
+            is_bool = mask.dtype == mx.bool_
+            scores = mx.where(mask, scores, least) if is_bool else scores + mask
+        weights = mx.softmax(scores, axis=-1, precise=True, stream=stream)
+        told.append(weights @ values[:, of_keys])
+    joined = mx.concatenate(told, axis=2 if kv_heads == 1 else 1)
+    return joined.reshape(batch, heads, count, values.shape[-1])
+
+
+def _parts(kv_heads: int, repeats: int) -> list[tuple[tuple[slice, slice], mx.Stream]]:
+    """Groups of heads, `[KV heads, heads of each]`, and a stream for each. There is one more than
+    cores: so there are products to be computed while weights are.
+    """
+    size = repeats if kv_heads == 1 else kv_heads
+    number = min(size, _cores() + 1, MOST_GROUPS)
+    edges = [size * i // number for i in range(number + 1)]
+    slices = [slice(begin, end) for begin, end in itertools.pairwise(edges)]
+    whole = slice(None)
+    streams = _streams()
+    return [
+        ((whole, part) if kv_heads == 1 else (part, whole), streams[i])
+        for i, part in enumerate(slices)
+    ]
+
+
+@functools.cache
+def _cores() -> int:
+    """How many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+@functools.cache
+def _streams() -> tuple[mx.Stream, ...]:
+    """The main thread's, for as long as it lives: MLX never ends one."""
+    cpu = mx.Device(mx.cpu)
+    return tuple(mx.new_stream(cpu) for _ in range(min(_cores() + 1, MOST_GROUPS)))
+
+
+@functools.cache
+def _is_the_same(dtype: mx.Dtype) -> bool:
+    """Whether the installed MLX computes the same bits."""
+    rows = mx.sin(mx.arange(2 * 5 * 8)).reshape(1, 2, 5, 8).astype(dtype)
+    queries = mx.concatenate([rows, 1 - rows], axis=1)[:, :, :3]
+    usual = functools.partial(mx.fast.scaled_dot_product_attention, queries, rows, 2 * rows)
+    same = [
+        mx.array_equal(by_groups(queries, rows, 2 * rows, 0.3, mask), usual(scale=0.3, mask=mask))
+        for mask in (None, "causal")
+    ]
+    return all(each.item() for each in same)
