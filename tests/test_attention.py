@@ -42,6 +42,7 @@ MASKS: dict[str, Callable[[int, int, mx.Dtype], Any]] = {
     "nothing seen": lambda n, rows, _: mx.zeros((n, rows), mx.bool_),
     "for all heads": lambda n, rows, _: (mx.arange(rows) % 3 > 0).reshape(1, 1, 1, rows)
     & mx.ones((1, 1, n, 1), mx.bool_),
+    "by sequence": lambda n, rows, _: mx.ones((1, 1, n, rows), mx.bool_),
     "added": lambda n, rows, dtype: mx.sin(mx.arange(n * rows)).reshape(n, rows).astype(dtype),
     "added for all heads": lambda n, rows, dtype: mx.sin(mx.arange(n * rows))
     .reshape(1, 1, n, rows)
@@ -73,6 +74,9 @@ def test_it_has_the_bits_of_mlx_s_own(
     monkeypatch.setattr(attention, "LEAST_SCORES", 0)
     queries, keys, values = parts(shape, dtype)
     seen = MASKS[mask](queries.shape[2], keys.shape[2], dtype)
+    if mask == "by sequence":
+        seen = mx.broadcast_to(seen, (len(queries), *seen.shape[1:]))
+        seen = seen & (mx.arange(seen.size).reshape(seen.shape) % 5 > 0)
     assert attention._serves(queries, keys, values, seen)
     own = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.21, mask=seen)
     assert same_bits(by_groups(queries, keys, values, 0.21, seen), own)
@@ -162,6 +166,8 @@ def test_a_runner_and_its_draft_model_do_so(
 ) -> None:
     monkeypatch.setattr(attention, "LEAST_SCORES", 0)
     model, draft = tiny.plain(), architectures.build("qwen2")
+    usual = getattr(sys.modules[BASE], ATTENTION)
+    monkeypatch.setattr(sys.modules["mlx_lm.models.qwen2"], ATTENTION, usual)
     Runner(model, draft_model=draft)
     counted.clear()
     asked(draft)
