@@ -79,7 +79,7 @@ def alone(rust: tokenizers.Tokenizer, **options: Any) -> Excerpts:
         raise AssertionError("the whole was made")
 
     found = Excerpts(parts_of(rust), never, **options)
-    found._left = found._most_strings = 1 << 40
+    found._left = found._most_strings = found._most_characters = 1 << 40
     return found
 
 
@@ -167,6 +167,25 @@ def test_added_tokens_keep_their_ids_and_their_ways() -> None:
         assert made.id_to_token(i) == whole.id_to_token(i)
 
 
+def test_added_tokens_are_said_as_they_are_normalised() -> None:
+    whole = trained()
+    whole.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    whole.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse()])
+    whole.add_tokens(["<tool>"])
+    whole.add_special_tokens(["<end>"])
+    made = of(whole)
+    for text in ("b <tool>b<end>", "b<tool>", "<tool><tool>"):
+        assert made.encode(text).ids == whole.encode(text).ids
+    ids = [2, *(made.token_to_id(token) or 0 for token in ("<tool>", "<end>")), 2]
+    assert "\u2581<tool>" in [whole.id_to_token(i) for i in ids]
+    assert [made.id_to_token(i) for i in ids] == [whole.id_to_token(i) for i in ids]
+    for skipping in (False, True):
+        told = whole.decode(ids, skip_special_tokens=skipping)
+        assert made.decode(ids, skip_special_tokens=skipping) == told
+
+
 def test_an_added_token_that_stands_in_a_word_asks_for_the_whole() -> None:
     """Its id is one that the model itself does not know: an excerpt's would."""
     whole = trained(ignore_merges=True)
@@ -221,6 +240,25 @@ def test_a_text_of_many_strings_gets_the_whole(monkeypatch: pytest.MonkeyPatch) 
     text = "abcdefghij" * 20
     assert made.encode(text).ids == whole.encode(text).ids
     assert sizes == [whole.get_vocab_size(with_added_tokens=False)]
+
+
+def test_a_long_text_gets_the_whole_before_its_words_are_looked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = trained()
+    made = of(whole)
+    monkeypatch.setattr(made, "_words", None)
+    text = "a " * whole.get_vocab_size()
+    assert made.encode(text).ids == whole.encode(text).ids
+
+
+def test_no_text_is_held_on_to() -> None:
+    made = of(trained())
+    made.expect(["ab cd"])
+    made.encode("ab cd")
+    made.encode("ef")
+    assert made._words._heard.words == set()
+    assert made._expected == {}
 
 
 def test_any_thread_may_ask() -> None:
@@ -292,6 +330,12 @@ def changed(**model: Any) -> str:
     return json.dumps(text)
 
 
+def added(text: str, token: str) -> str:
+    whole = tokenizers.Tokenizer.from_str(text)
+    whole.add_special_tokens([token])
+    return whole.to_str()
+
+
 def vocabulary(change: Callable[[dict[str, int]], Any]) -> dict[str, int]:
     tokens: dict[str, int] = json.loads(trained().to_str())["model"]["vocab"]
     change(tokens)
@@ -312,6 +356,9 @@ ODD = {
         vocab=vocabulary(lambda v: v.update({"<unk>a": len(v)})),
         merges=[["<unk>", "a"]],
     ),
+    "an unknown one that is none": lambda: changed(unk_token="<none>"),
+    "an unknown one that is added": lambda: added(changed(unk_token="<none>"), "<none>"),
+    "a byte that is added": lambda: added(changed(byte_fallback=True), "<0x41>"),
     "a merge of bytes": lambda: changed(
         byte_fallback=True,
         vocab=vocabulary(
@@ -391,5 +438,6 @@ def test_merges_that_are_none_are_found_out_when_they_are_needed(what: str) -> N
 
 def test_a_whole_that_is_none_is_damage() -> None:
     made = Excerpts(parts_of(trained()), lambda: "{}")
+    assert len(made.get_vocab()) == made.get_vocab_size()  # which needs no whole
     with pytest.raises(DamagedFile):
         made.whole()

@@ -121,3 +121,12 @@ def test_what_does_something_else_is_found_out(
 ) -> None:
     alter(other)
     assert not agrees(other, whole)
+
+
+def test_tokens_that_are_added_but_not_special_are_tried_too(whole: Any, other: Any) -> None:
+    for tokenizer in (whole, other):
+        tokenizer._tokenizer.add_tokens(["<tool>"])
+    assert agrees(other, whole)
+    rust = other._tokenizer.backend_tokenizer
+    rust.decoder = decoders.Sequence([rust.decoder, decoders.Replace("<tool>", "tool")])
+    assert not agrees(other, whole)

@@ -43,19 +43,21 @@ def stand_in(model: Any, kind: str, made_of: Callable[[Attention], Attention]) -
         if now is None or _innermost(now) is not usual or kind in _kinds(now):
             continue
         made = functools.wraps(now)(made_of(now))
-        made.kinds = (*_kinds(now), kind)  # type: ignore[attr-defined]
+        # With itself: what others make of it with `wraps` has all that it has.
+        made.stands_in = made, (*_kinds(now), kind)  # type: ignore[attr-defined]
         setattr(sys.modules[name], ATTENTION, made)
 
 
 def _innermost(attention: Any) -> Any:
-    while hasattr(attention, "__wrapped__"):
+    """What these stand in for; what others put around it is theirs, and stays as it is."""
+    while _kinds(attention):
         attention = attention.__wrapped__
     return attention
 
 
 def _kinds(attention: Any) -> tuple[str, ...]:
-    kinds: tuple[str, ...] = getattr(attention, "kinds", ())
-    return kinds
+    own, kinds = getattr(attention, "stands_in", (None, ()))
+    return kinds if own is attention else ()
 
 
 def spread(model: Any) -> None:
@@ -76,7 +78,8 @@ def _spreading(usual: Attention) -> Attention:
         mask: Any,
         **more: Any,  # sinks, and whatever other releases of mlx-lm have
     ) -> mx.array:
-        plain = all(value is None for value in more.values()) and not hasattr(cache, "bits")
+        plain = all(value is None for value in more.values())
+        plain = plain and not (hasattr(cache, "bits") or hasattr(cache, "attends"))
         if plain and _serves(queries, keys, values, mask):
             return by_groups(queries, keys, values, scale, mask)
         return usual(queries, keys, values, cache=cache, scale=scale, mask=mask, **more)
@@ -91,7 +94,8 @@ def _serves(queries: mx.array, keys: Any, values: Any, mask: Any) -> bool:
     if not queries.ndim == keys.ndim == values.ndim == 4:
         return False
     batch, heads, count, _ = queries.shape
-    if batch * heads * count * keys.shape[2] < LEAST_SCORES or heads % keys.shape[1]:
+    kv_heads, length = keys.shape[1:3]
+    if batch * heads * count * length < LEAST_SCORES or heads % kv_heads or count > length:
         return False
     if not queries.dtype == keys.dtype == values.dtype or queries.dtype not in DTYPES:
         return False
@@ -169,9 +173,14 @@ def _is_the_same(dtype: mx.Dtype) -> bool:
     """Whether the installed MLX computes the same bits."""
     rows = mx.sin(mx.arange(2 * 5 * 8)).reshape(1, 2, 5, 8).astype(dtype)
     queries = mx.concatenate([rows, 1 - rows], axis=1)[:, :, :3]
-    usual = functools.partial(mx.fast.scaled_dot_product_attention, queries, rows, 2 * rows)
+    seen = mx.arange(5) < mx.arange(2, 5)[:, None]
     same = [
-        mx.array_equal(by_groups(queries, rows, 2 * rows, 0.3, mask), usual(scale=0.3, mask=mask))
-        for mask in (None, "causal")
+        mx.array_equal(
+            by_groups(queries[:, :, :count], rows, 2 * rows, 0.3, mask),
+            mx.fast.scaled_dot_product_attention(
+                queries[:, :, :count], rows, 2 * rows, scale=0.3, mask=mask
+            ),
+        )
+        for count, mask in ((1, None), (3, "causal"), (3, seen), (3, seen.astype(dtype)))
     ]
-    return all(each.item() for each in same)
+    return bool(mx.all(mx.stack(same)).item())

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     Json = dict[str, Any]
 
 MOST = 16  # excerpts are made; who needs more than that is better off with the whole
-MOST_STRINGS = 4  # times the number of tokens: finding more strings takes as long as the whole
+MOST_STRINGS = 4  # times the number of tokens: finding more strings takes as long as the whole,
+# and so does finding the words of more characters than there are tokens
 BYTES = tuple(f"<0x{i:02X}>" for i in range(256))
 FRAME, TOKENS = "frame.json", "tokens.txt"
 STARTS, RANKS, LEFTS = "merges.starts", "merges.ranks", "merges.lefts"
@@ -152,13 +153,20 @@ def taken_apart(text: str) -> Parts | None:
         return None
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)
     pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    stand_ins = {model.get("unk_token"), *(BYTES if model.get("byte_fallback") else ())}
+    added = {each["content"]: each["id"] for each in frame.get("added_tokens") or []}
+    stand_ins = {*(BYTES if model.get("byte_fallback") else ())}
+    if (unknown := model.get("unk_token")) is not None:
+        stand_ins.add(unknown)
+        if unknown not in vocabulary:
+            return None
+    if (added.keys() & stand_ins) - vocabulary.keys():  # which would stand in here, and do not
+        return None
     if any("\n" in token for token in tokens) or not all(
         len(pair) == 2 and all(pair) and stand_ins.isdisjoint(pair) for pair in pairs
     ):
         return None
     model["vocab"] = {token: vocabulary[token] for token in stand_ins if token in vocabulary}
-    model["vocab"] |= {each["content"]: each["id"] for each in frame["added_tokens"]}
+    model["vocab"] |= added
     model["merges"] = []
     made: list[list[tuple[int, int]]] = [[] for _ in tokens]
     for rank, (left, right) in enumerate(pairs):
@@ -195,17 +203,19 @@ class Excerpts:
         """
         self._parts, self._text, self._splits = parts, text, splits_special_tokens
         self._left, self._most_strings = MOST, MOST_STRINGS * len(parts.tokens)
+        self._most_characters = len(parts.tokens)
         self._made: tokenizers.Tokenizer | None = None
         self._expected: dict[str, tokenizers.Tokenizer] = {}
         self._lock = threading.RLock()
         self._frame = rust_of(json.dumps(parts.frame), splits_special_tokens=self._splits)
         self._outside = parts.outside()
         added = self._frame.get_added_tokens_decoder()
-        self._added = {i: token.content for i, token in added.items()}
-        self._added_ids = {text: i for i, text in self._added.items()}
-        self._special = {token.content for token in added.values() if token.special}
-        if self._added != {each["id"]: each["content"] for each in parts.added()}:
+        contents = {i: token.content for i, token in added.items()}
+        if contents != {each["id"]: each["content"] for each in parts.added()}:
             raise DamagedFile("its added tokens have other ids")
+        self._added_ids = {text: i for i, text in contents.items()}
+        self._added = {i: self._frame.id_to_token(i) for i in contents}  # as normalised
+        self._special = {token.content for token in added.values() if token.special}
         self._words = _Words(self._frame)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tokenizers.Encoding:
@@ -215,9 +225,10 @@ class Excerpts:
             DamagedFile: its parts make no tokenizer.
         """
         with self._lock:
-            if text not in self._expected:
-                self.expect([text])
-            rust = self._expected[text]
+            rust = self._expected.get(text)
+            if rust is None:
+                self._expected = {}
+                rust = self._for([text])
         return rust.encode(text, add_special_tokens=add_special_tokens)
 
     def expect(self, texts: Sequence[str]) -> None:
@@ -230,13 +241,17 @@ class Excerpts:
             self._expected = dict.fromkeys(texts, self._for(texts))
 
     def _for(self, texts: Sequence[str]) -> tokenizers.Tokenizer:
-        if self._made is None and self._left > 0:
+        if self._made is None and self._left > 0 and self._are_short(texts):
             self._left -= 1
             strings = _strings(self._words.of(texts), self._parts.ids, self._most_strings)
             if strings is not None and self._outside.isdisjoint(strings):
                 excerpt = self._parts.excerpt(strings)
                 return rust_of(excerpt, splits_special_tokens=self._splits)
         return self.whole()
+
+    def _are_short(self, texts: Sequence[str]) -> bool:
+        """Whether finding the words of these texts takes less time than making the whole."""
+        return sum(map(len, texts)) <= self._most_characters
 
     def whole(self) -> tokenizers.Tokenizer:
         """The whole tokenizer, made when this is first called.
@@ -282,7 +297,7 @@ class Excerpts:
 
     def get_vocab(self, *, with_added_tokens: bool = True) -> dict[str, int]:
         """All tokens and their ids."""
-        return self.whole().get_vocab(with_added_tokens=with_added_tokens)
+        return {**self._parts.ids, **(self._added_ids if with_added_tokens else {})}
 
 
 class _Words:
@@ -300,10 +315,10 @@ class _Words:
 
     def of(self, texts: Iterable[str]) -> set[str]:
         """The words of these texts."""
-        self._heard.words = set()
         for text in texts:
             self._rust.encode(text, add_special_tokens=False)
-        return self._heard.words
+        words, self._heard.words = self._heard.words, set()
+        return words
 
 
 class _Heard:
