@@ -222,6 +222,16 @@ def test_texts_that_are_expected_share_one(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(sizes) == 1
 
 
+def test_a_text_that_is_asked_for_again_needs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = trained()
+    made = of(whole)
+    sizes = made_of(made, monkeypatch)
+    for special in (True, False):
+        told = whole.encode("ab cd", add_special_tokens=special).ids
+        assert made.encode("ab cd", add_special_tokens=special).ids == told
+    assert len(sizes) == 1
+
+
 def test_who_asks_often_gets_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = trained()
     made = of(whole)
@@ -252,13 +262,13 @@ def test_a_long_text_gets_the_whole_before_its_words_are_looked_for(
     assert made.encode(text).ids == whole.encode(text).ids
 
 
-def test_no_text_is_held_on_to() -> None:
+def test_no_text_but_the_last_is_held_on_to() -> None:
     made = of(trained())
     made.expect(["ab cd"])
     made.encode("ab cd")
     made.encode("ef")
     assert made._words._heard.words == set()
-    assert made._expected == {}
+    assert list(made._expected) == ["ef"]
 
 
 def test_any_thread_may_ask() -> None:

@@ -13,6 +13,7 @@ pre-tokenizer: everything but the tables is in each excerpt.
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from array import array
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     Json = dict[str, Any]
 
-MOST = 16  # excerpts are made; who needs more than that is better off with the whole
+MOST = 8  # excerpts are made; who needs more than that is better off with the whole
 MOST_STRINGS = 4  # times the number of tokens: finding more strings takes as long as the whole,
 # and so does finding the words of more characters than there are tokens
 BYTES = tuple(f"<0x{i:02X}>" for i in range(256))
@@ -161,22 +162,21 @@ def taken_apart(text: str) -> Parts | None:
             return None
     if (added.keys() & stand_ins) - vocabulary.keys():  # which would stand in here, and do not
         return None
-    if any("\n" in token for token in tokens) or not all(
-        len(pair) == 2 and all(pair) and stand_ins.isdisjoint(pair) for pair in pairs
-    ):
+    if "\n" in "".join(tokens) or not all(map(all, pairs)):
+        return None
+    if stand_ins and not all(map(stand_ins.isdisjoint, pairs)):
         return None
     model["vocab"] = {token: vocabulary[token] for token in stand_ins if token in vocabulary}
     model["vocab"] |= added
     model["merges"] = []
-    made: list[list[tuple[int, int]]] = [[] for _ in tokens]
-    for rank, (left, right) in enumerate(pairs):
-        made[vocabulary[left + right]].append((rank, len(left)))
-    starts, ranks, lefts = array("I", [0]), array("I"), array("I")
-    for each in made:
-        ranks.extend(rank for rank, _ in each)
-        lefts.extend(left for _, left in each)
-        starts.append(len(ranks))
-    return Parts(frame, tokens, vocabulary, starts, ranks, lefts)
+    made = [vocabulary[left + right] for left, right in pairs]
+    counts = [0] * len(tokens)
+    for i in made:
+        counts[i] += 1
+    order = sorted(range(len(pairs)), key=made.__getitem__)
+    starts = array("I", itertools.accumulate(counts, initial=0))
+    lefts = array("I", (len(pairs[rank][0]) for rank in order))
+    return Parts(frame, tokens, vocabulary, starts, array("I", order), lefts)
 
 
 def _is_plain(model: Mapping[str, Any]) -> bool:
@@ -227,8 +227,8 @@ class Excerpts:
         with self._lock:
             rust = self._expected.get(text)
             if rust is None:
-                self._expected = {}
                 rust = self._for([text])
+                self._expected = {text: rust}
         return rust.encode(text, add_special_tokens=add_special_tokens)
 
     def expect(self, texts: Sequence[str]) -> None:

@@ -142,16 +142,14 @@ def _shortened(text: str) -> str:
     if not found or MERGES in rest:
         return text
     merges, end = json.JSONDecoder().raw_decode("[" + rest)
-    if not all(map(_is_shortened_well, merges)):
+    if not all(type(pair) is list for pair in merges):
         return text
-    short = json.dumps([" ".join(pair) for pair in merges], ensure_ascii=False)
-    return f"{before}{MERGES}{short[1:]}{rest[end - 1 :]}"
-
-
-def _is_shortened_well(pair: Any) -> bool:
-    """Not if a token has a space, nor if it would read as the comment that may begin such lists."""
-    spaces = isinstance(pair, str) or any(" " in token for token in pair)
-    return not spaces and not pair[0].startswith("#version")
+    short = [" ".join(pair) for pair in merges]
+    lines = "\n".join(["", *short])
+    # Not if a token has a space, nor if it would read as the comment that may begin such lists.
+    if lines.count(" ") != len(short) or "\n#version" in lines:
+        return text
+    return f"{before}{MERGES}{json.dumps(short, ensure_ascii=False)[1:]}{rest[end - 1 :]}"
 
 
 def _parts_of(text: str) -> Parts | None:
