@@ -24,7 +24,8 @@ from mlx_promptcache.planes import in_main_thread_on_cpu
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Attention = Callable[..., mx.array]
+    # Of queries, keys, values, the layer, the scale and the mask; None leaves them to the usual.
+    Attend = Callable[[mx.array, Any, Any, Any, float, Any], mx.array | None]
 
 ATTENTION = "scaled_dot_product_attention"
 BASE = "mlx_lm.models.base"
@@ -33,19 +34,41 @@ MOST_GROUPS = 16
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 
 
-def stand_in(model: Any, kind: str, made_of: Callable[[Attention], Attention]) -> None:
-    """Let what `made_of` makes of mlx-lm's attention stand in for it wherever this model's own
-    modules call it: once for each `kind`, one around the other.
+def stand_in(model: Any, kind: str, attend: Attend) -> None:
+    """Let `attend` be asked wherever this model's own modules call mlx-lm's attention, before what
+    they call now: once for each `kind`, the last one first.
     """
     usual = _innermost(getattr(sys.modules[BASE], ATTENTION))
     for name in {type(module).__module__ for module in model.modules()}:
         now = getattr(sys.modules.get(name), ATTENTION, None)
         if now is None or _innermost(now) is not usual or kind in _kinds(now):
             continue
-        made = functools.wraps(now)(made_of(now))
+        made = asking_first(attend, now)
         # With itself: what others make of it with `wraps` has all that it has.
         made.stands_in = made, (*_kinds(now), kind)  # type: ignore[attr-defined]
         setattr(sys.modules[name], ATTENTION, made)
+
+
+def asking_first(attend: Attend, usual: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Attention that is what `attend` gives, or where that is None, or more is asked, the usual."""
+
+    @functools.wraps(usual)
+    def attention(
+        queries: mx.array,
+        keys: Any,
+        values: Any,
+        cache: Any,
+        scale: float,
+        mask: Any,
+        **more: Any,  # sinks, and whatever other releases of mlx-lm have
+    ) -> mx.array:
+        if all(value is None for value in more.values()):
+            told = attend(queries, keys, values, cache, scale, mask)
+            if told is not None:
+                return told
+        return usual(queries, keys, values, cache=cache, scale=scale, mask=mask, **more)
+
+    return attention
 
 
 def _innermost(attention: Any) -> Any:
@@ -65,26 +88,18 @@ def spread(model: Any) -> None:
     there are several; no bit of it changes.
     """
     if in_main_thread_on_cpu() and _cores() > 1:
-        stand_in(model, "spread", _spreading)
+        stand_in(model, "spread", attend_by_groups)
 
 
-def _spreading(usual: Attention) -> Attention:
-    def attention(
-        queries: mx.array,
-        keys: Any,
-        values: Any,
-        cache: Any,
-        scale: float,
-        mask: Any,
-        **more: Any,  # sinks, and whatever other releases of mlx-lm have
-    ) -> mx.array:
-        plain = all(value is None for value in more.values())
-        plain = plain and not (hasattr(cache, "bits") or hasattr(cache, "attends"))
-        if plain and _serves(queries, keys, values, mask):
-            return by_groups(queries, keys, values, scale, mask)
-        return usual(queries, keys, values, cache=cache, scale=scale, mask=mask, **more)
-
-    return attention
+def attend_by_groups(
+    queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any
+) -> mx.array | None:
+    """Attention by groups of heads; None where that is not what MLX computes, or not worth it."""
+    if hasattr(cache, "bits") or hasattr(cache, "attends"):  # quantised, or attending by itself
+        return None
+    if not _serves(queries, keys, values, mask):
+        return None
+    return by_groups(queries, keys, values, scale, mask)
 
 
 def _serves(queries: mx.array, keys: Any, values: Any, mask: Any) -> bool:

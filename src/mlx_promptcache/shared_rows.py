@@ -10,7 +10,7 @@ arXiv:2402.05099).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,9 +18,6 @@ import numpy as np
 from mlx_promptcache.attention import stand_in
 from mlx_promptcache.engine import cache as mlx_cache
 from mlx_promptcache.layers import TOKEN_AXIS
-
-if TYPE_CHECKING:
-    from mlx_promptcache.attention import Attention
 
 NOWHERE = 1 << 30  # a position that no token comes to
 
@@ -171,22 +168,12 @@ def let_attend(model: Any) -> None:
     """Let layers that are `SharedRows` attend by themselves wherever this model's own modules call
     mlx-lm's attention; any other layer goes through that as before.
     """
-    stand_in(model, "shared rows", _choosing)
+    stand_in(model, "shared rows", _attend)
 
 
-def _choosing(usual: Attention) -> Attention:
-    def attention(
-        queries: mx.array,
-        keys: Any,
-        values: Any,
-        cache: Any,
-        scale: float,
-        mask: Any,
-        **more: Any,  # sinks, and whatever other releases of mlx-lm have
-    ) -> mx.array:
-        plain = all(value is None for value in more.values())
-        if plain and isinstance(cache, SharedRows) and cache.attends(keys, values, mask):
-            return cache.attend(queries, scale)
-        return usual(queries, keys, values, cache=cache, scale=scale, mask=mask, **more)
-
-    return attention
+def _attend(
+    queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any
+) -> mx.array | None:
+    if isinstance(cache, SharedRows) and cache.attends(keys, values, mask):
+        return cache.attend(queries, scale)
+    return None
