@@ -403,7 +403,7 @@ FORGED_MERGES: dict[str, Callable[[Parts], Parts]] = {
 
 def forge_parts(model: Path, change: Callable[[Parts], Parts]) -> None:
     content, text = kept_parts(model)
-    parts = taken_apart(text.decode())
+    parts = taken_apart(json.loads(text.decode()))
     assert parts is not None
     forge(model, content, {**of_text(text), **change(parts).arrays()})
 
@@ -420,7 +420,7 @@ def test_forged_parts_are_not_believed(
 @pytest.mark.parametrize("missing", [TOKENS, STARTS, RANKS, LEFTS])
 def test_parts_that_are_not_all_there_are_not_believed(missing: str, model: Path) -> None:
     content, text = kept_parts(model)
-    parts = taken_apart(text.decode())
+    parts = taken_apart(json.loads(text.decode()))
     assert parts is not None
     arrays = {**of_text(text), **parts.arrays()}
     forge(model, content, arrays)
@@ -450,7 +450,7 @@ def test_merges_that_are_found_out_later_are_moved_aside_then(
 def test_what_cannot_be_taken_apart_is_kept_whole(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for odd in (lambda _: None, lambda text: json.loads(text)["nothing"]):
+    for odd in (lambda _: None, lambda whole: whole["nothing"]):
         shutil.rmtree(model / "prompt_cache")
         monkeypatch.setattr(tokenizer_store, "taken_apart", odd)
         for kept in (False, True):
@@ -553,16 +553,34 @@ def test_what_does_something_of_its_own_is_loaded_every_time(
     assert store_of(model).stems(TOKENIZERS) == before
 
 
-def test_what_differs_in_any_text_is_not_kept(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+LOWER = {"normalizer": {"type": "Lowercase"}}
+
+
+@pytest.mark.parametrize("in_parts", [True, False])
+def test_what_differs_in_any_text_is_not_kept(
+    in_parts: bool, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lowered(text: str, _: Any) -> str:
+        return json.dumps({**json.loads(text), **LOWER})
+
     shutil.rmtree(model / "prompt_cache")
-    shortened = tokenizer_store._shortened
+    if in_parts:
+        monkeypatch.setattr(tokenizer_store, "taken_apart", lambda w: taken_apart({**w, **LOWER}))
+    else:
+        monkeypatch.setattr(tokenizer_store, "taken_apart", lambda _: None)
+        monkeypatch.setattr(tokenizer_store, "_shortened", lowered)
+    Runner.load(str(model))
+    assert store_of(model).stems(TOKENIZERS) == []
 
-    def other(text: str) -> str:
-        value = json.loads(shortened(text))
-        value["normalizer"] = {"type": "Lowercase"}
-        return json.dumps(value)
 
-    monkeypatch.setattr(tokenizer_store, "_shortened", other)
+def test_parts_that_fit_nothing_are_not_kept(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(whole: dict[str, Any]) -> Parts:
+        parts = taken_apart(whole)
+        assert parts is not None
+        return FORGED_MERGES["merges beyond the end"](parts)
+
+    shutil.rmtree(model / "prompt_cache")
+    monkeypatch.setattr(tokenizer_store, "taken_apart", odd)
     Runner.load(str(model))
     assert store_of(model).stems(TOKENIZERS) == []
 
@@ -576,9 +594,34 @@ def test_merges_are_written_shorter_only_where_they_say_the_same() -> None:
         ([["a", "b"], ["a", " "]], False), ([], True),
     ):  # fmt: skip
         text = Rust.from_str(json.dumps({"model": {**model, "merges": merges}})).to_str()
-        kept = tokenizer_store._shortened(text)
+        kept = tokenizer_store._shortened(text, json.loads(text))
         assert (json.loads(kept)["model"]["merges"] == [" ".join(m) for m in merges]) == short
         assert Rust.from_str(kept).to_str() == Rust.from_str(text).to_str()
+
+
+@pytest.mark.parametrize("told", [
+    {"model": {"type": "BPE", "merges": [["a", "b"]], "last": [["c", "d"]]}},
+    {"model": {"type": "BPE", "merges": [["a", "b"]]}, "last": {"lists": [["c", "d"]]}},
+    {"model": {"type": "BPE", "merges": [["a", "b"]], "last": 1}},
+    {"model": {"type": "BPE", "list": [["c", "d"]]}},
+])  # fmt: skip
+def test_merges_that_do_not_stand_at_the_end_are_left(told: dict[str, Any]) -> None:
+    text = json.dumps(told, separators=(",", ":"))
+    assert tokenizer_store._shortened(text, told) == text
+
+
+def test_only_the_merges_of_the_model_are_written_shorter() -> None:
+    model = {"vocab": {'"merges":[': 0}, "merges": [["a", "b"], ["]", "]}}"]]}
+    told = {"other": {"merges": [["c", "d"]]}, "model": model}
+    kept = json.loads(tokenizer_store._shortened(json.dumps(told, separators=(",", ":")), told))
+    assert kept == {**told, "model": {**model, "merges": ["a b", "] ]}}"]}}
+
+
+def test_merges_that_are_written_in_another_way_are_left() -> None:
+    told = {"model": {"merges": [["a", "b"]]}}
+    text = json.dumps(told)
+    assert tokenizer_store._shortened(text, told) == text
+    assert tokenizer_store._shortened(text.replace(" ", ""), told) != text.replace(" ", "")
 
 
 def test_a_store_that_cannot_be_written_to_stops_nothing(

@@ -145,16 +145,15 @@ def rust_of(text: str, *, splits_special_tokens: bool) -> tokenizers.Tokenizer:
     return rust
 
 
-def taken_apart(text: str) -> Parts | None:
+def taken_apart(whole: Json) -> Parts | None:
     """A tokenizer's JSON taken apart; None if an excerpt could do something else than the whole."""
-    frame: Json = json.loads(text)
-    model = frame["model"]
+    model: Json = whole["model"]
     vocabulary: dict[str, int] = model.get("vocab") or {}
     if not (_is_plain(model) and sorted(vocabulary.values()) == list(range(len(vocabulary)))):
         return None
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)
     pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    added = {each["content"]: each["id"] for each in frame.get("added_tokens") or []}
+    added = {each["content"]: each["id"] for each in whole.get("added_tokens") or []}
     stand_ins = {*(BYTES if model.get("byte_fallback") else ())}
     if (unknown := model.get("unk_token")) is not None:
         stand_ins.add(unknown)
@@ -166,9 +165,8 @@ def taken_apart(text: str) -> Parts | None:
         return None
     if stand_ins and not all(map(stand_ins.isdisjoint, pairs)):
         return None
-    model["vocab"] = {token: vocabulary[token] for token in stand_ins if token in vocabulary}
-    model["vocab"] |= added
-    model["merges"] = []
+    needed = {token: vocabulary[token] for token in stand_ins if token in vocabulary}
+    frame = {**whole, "model": {**model, "vocab": needed | added, "merges": []}}
     made = [vocabulary[left + right] for left, right in pairs]
     counts = [0] * len(tokens)
     for i in made:

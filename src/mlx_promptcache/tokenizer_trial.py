@@ -128,9 +128,10 @@ TEXTS = (
     "The quick brown fox, 12345 times.  Twice!\n\n\tIndented: yes; 'quoted' isn't \"it\"?",
     "naïve café Ünïcödé 日本語の文 русский עברית हिन्दी 👩‍👩‍👧‍👦🇺🇳 \u200b\u00a0\ufeff",
     "def f(x):\n    return {'a': [x ** 2 for _ in range(10)]}  # \\n\r\n",
-    " leading and trailing ", "", "\n", " ", "<s></s><|im_start|>user\n[INST]</think>",
+    " leading and trailing ", "<s></s><|im_start|>user\n[INST]</think>",
 )  # fmt: skip
 """What a kept tokenizer must do as the whole one does, before it is trusted with anything else."""
+SHORT = ("", "\n", " ")
 MOST_ADDED = 100  # tokens that are no special ones; some tokenizers have thousands
 USER = {"role": "user", "content": " What is 1 + 1?\n"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -138,15 +139,19 @@ ANSWER = {"role": "assistant", "content": "It is 2. "}
 CHATS = ((USER,), (SYSTEM, USER), (USER, ANSWER), (SYSTEM, USER, ANSWER, USER))
 
 
-def agrees(kept: Any, whole: Any) -> bool:
-    """Whether a kept tokenizer does what the whole one does, as far as trying shows."""
+def short_texts(whole: Any) -> list[str]:
+    """The short texts that a tokenizer is tried with: all special tokens and the like."""
     specials = sorted(set(whole.all_special_tokens))
     added = {str(token) for token in whole.added_tokens_decoder.values()}
     specials += sorted(added - set(specials))[:MOST_ADDED]
-    texts = [*TEXTS, *specials, f"a{'b'.join(specials)}c"]
+    return [*SHORT, *specials, f"a{'b'.join(specials)}c"]
+
+
+def agrees(kept: Any, whole: Any) -> bool:
+    """Whether a kept tokenizer does what the whole one does, as far as trying shows."""
     same = kept.eos_token_ids == whole.eos_token_ids and len(kept) == len(whole)
     same = same and kept.has_chat_template == whole.has_chat_template
-    same = same and all(_same_text(kept, whole, text) for text in texts)
+    same = same and all(_same_text(kept, whole, text) for text in [*short_texts(whole), *TEXTS])
     if same and whole.has_chat_template:
         same = all(
             _rendered(kept, chat, answer=answer) == _rendered(whole, chat, answer=answer)
