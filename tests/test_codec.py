@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_promptcache import codec
-from mlx_promptcache.codec import LEAST_GAIN, RAW, ZSTD, Plane, decode, encode
+from mlx_promptcache.codec import LEAST_GAIN, RAW, ZSTD, Plane, decode, decode_into, encode
 from mlx_promptcache.errors import DamagedFile
 
 if TYPE_CHECKING:
@@ -278,6 +278,38 @@ def test_a_frame_that_holds_more_than_it_states_is_stopped() -> None:
             decode([bomb], 1000)
 
     assert peak_bytes(refused) < SLACK_BYTES
+
+
+def test_a_frame_that_states_nothing_and_holds_something_is_damage() -> None:
+    with pytest.raises(DamagedFile):
+        decode([Plane(ZSTD, frame(0, 1, 100))], 0)
+    assert not len(decode([Plane(ZSTD, zstd(b""))], 0))
+
+
+BLOCK_BYTES = 128 << 10  # the most that a block of a frame holds
+
+
+@pytest.mark.parametrize("has_checksum", [False, True])
+@pytest.mark.parametrize("size", [1, 1000, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 1 << 20])
+@pytest.mark.parametrize("kind", ["noise", "zeros", "text", "all of them"])
+def test_frames_of_all_kinds_of_blocks_are_read_to_their_end(
+    kind: str, size: int, has_checksum: bool
+) -> None:
+    kinds = {"noise": noise(size), "zeros": bytes(size), "text": (b"promptcache " * size)[:size]}
+    raw = kinds.get(kind) or b"".join(kinds.values())
+    packed = zstandard.ZstdCompressor(write_checksum=has_checksum).compress(raw)
+    place = memoryview(bytearray(len(raw)))
+    decode_into(Plane(ZSTD, packed), place)
+    assert place == raw
+    for wrong in (packed[:-1], packed + b"\x28", packed[:-4], packed + b"\x28\xb5\x2f\xfd"):
+        with pytest.raises(DamagedFile):
+            decode_into(Plane(ZSTD, wrong), place)
+
+
+def test_decompressing_takes_no_memory_beside_where_it_goes() -> None:
+    raw = bytes(1 << 24)
+    place, plane = memoryview(bytearray(raw)), Plane(ZSTD, zstd(raw))
+    assert peak_bytes(lambda: decode_into(plane, place)) < SLACK_BYTES
 
 
 def test_a_frame_that_holds_less_than_it_states_is_damage() -> None:

@@ -30,6 +30,7 @@ NUMBERS = {
 because some are more frequent than others: a table of 256 places for what repeats gives as few
 bytes as that of level 1, and takes two thirds of the time, there and back.
 """
+RUN = 1  # the kind of a block of a zstd frame that is one byte, again and again
 LEAST_GAIN = 32  # keep a plane compressed only if it is smaller by 1/32 of itself
 SAMPLES = 4  # parts of a plane, none of which shrinks where the whole would not: ...
 SAMPLE_BYTES = 1 << 14  # ... trying a whole mantissa in vain takes longer than anything else
@@ -121,22 +122,52 @@ def decode_plane(plane: Plane, size: int) -> bytes | memoryview:
     Raises:
         DamagedFile: it does not hold `size` bytes.
     """
-    if plane.codec == RAW:
-        data = plane.data
-    elif plane.codec == ZSTD:
-        data = _decompress(plane.data, size)
-    else:
+    if plane.codec == RAW and len(plane.data) == size:
+        return plane.data
+    place = memoryview(bytearray(size))
+    decode_into(plane, place)
+    return place
+
+
+def decode_into(plane: Plane, place: memoryview) -> None:
+    """Put the bytes of one plane into memory of their size, decompressed there and nowhere else.
+    What is there after an error is of no use.
+
+    Raises:
+        DamagedFile: it does not hold that many bytes.
+    """
+    if plane.codec == ZSTD:
+        _decompress(plane.data, place)
+    elif plane.codec != RAW:
         raise DamagedFile(f"unknown codec {plane.codec[:20]!r}")
-    if len(data) != size:
-        raise DamagedFile(f"a byte plane holds {len(data)} bytes instead of {size}")
-    return data
+    elif len(plane.data) != len(place):
+        raise DamagedFile(f"a byte plane holds {len(plane.data)} bytes instead of {len(place)}")
+    else:
+        place[:] = plane.data
 
 
-def _decompress(data: bytes | memoryview, size: int) -> bytes:
-    # The frame states its size, and zstandard allocates what it states: ask before, not after.
+def _decompress(data: bytes | memoryview, place: memoryview) -> None:
     try:
-        if zstandard.frame_content_size(data) != size:
+        if zstandard.frame_content_size(data) != len(place):
             raise DamagedFile("a compressed plane states another size than its array has")
-        return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+        if _frame_bytes(data) != len(data):
+            raise DamagedFile("a compressed plane is cut short, or something follows it")
+        # Given all of a frame and all the room for it zstd has no memory of its own.
+        reader = zstandard.ZstdDecompressor().stream_reader(data)
+        if reader.readinto(place) != len(place):
+            raise DamagedFile("a compressed plane does not hold what it states")
     except (zstandard.ZstdError, ValueError) as exc:
         raise DamagedFile("a compressed plane cannot be decompressed") from exc
+
+
+def _frame_bytes(data: bytes | memoryview) -> int:
+    """Bytes of the zstd frame that these begin with, by the headers of its blocks (RFC 8878,
+    section 3.1.1); more than there are if it is cut short.
+    """
+    at, last = zstandard.frame_header_size(data), False
+    while not last:
+        header = int.from_bytes(data[at : at + 3], "little")
+        last, kind, size = bool(header & 1), header >> 1 & 3, header >> 3
+        at += 3 + (1 if kind == RUN else size)
+        last |= at > len(data)
+    return at + 4 * zstandard.get_frame_parameters(data).has_checksum

@@ -402,7 +402,7 @@ def read_planes(read: Read, read_into: ReadInto, entry: Entry, into: memoryview)
         offset += length
     _check_quickly(stored, entry)
     for place, plane in packed:
-        place[:] = codec.decode_plane(plane, size)
+        codec.decode_into(plane, place)
 
 
 def read_array(read: Read, entry: Entry) -> Array:
