@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import secrets
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -231,16 +232,19 @@ class Loader:
         self, tasks: Sequence[tuple[Ref, Callable[[], T]]], readers: int = READERS
     ) -> Iterator[T]:
         """What these tasks return, each of which reads a block; some threads, and no more results
-        than threads at a time. A block that cannot be used is set aside.
+        than threads at a time. The first ones begin at once. A block that cannot be used is set
+        aside.
         """
-        with ThreadPoolExecutor(readers) as pool:
-            waiting: deque[tuple[Ref, Future[T]]] = deque()
-            for ref, task in tasks:
-                if len(waiting) == readers:
+        pool, left = ThreadPoolExecutor(readers), iter(tasks)
+        waiting = deque((ref, pool.submit(task)) for ref, task in itertools.islice(left, readers))
+
+        def results() -> Iterator[T]:
+            with pool:
+                while waiting:
                     yield self._result(waiting)
-                waiting.append((ref, pool.submit(task)))
-            while waiting:
-                yield self._result(waiting)
+                    waiting.extend((r, pool.submit(task)) for r, task in itertools.islice(left, 1))
+
+        return results()
 
     def _result(self, waiting: deque[tuple[Ref, Future[T]]]) -> T:
         ref, future = waiting.popleft()
@@ -291,8 +295,9 @@ class Loader:
         readers = _readers(sizes)
         staging = Staging(readers, max(sizes, default=0))
         tasks = [(stack.ref, functools.partial(self._read, stack, staging)) for stack in stacks]
+        read = self._each(tasks, readers)
         Room.open_beside(rooms.values())
-        for stack, planes in self._each(tasks, readers):
+        for stack, planes in read:
             _put(planes, stack.places, staging)
         Room.open(rooms.values())  # those, too, that no row belongs to
         arrays: dict[str, dict[str, mx.array]] = {}
