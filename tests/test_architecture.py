@@ -79,6 +79,7 @@ FLOORS = [
     "engine",
     "ranks",
     "checkpoint",
+    "streams",
     "planes",
     "attention",
     "arrays",

@@ -95,17 +95,13 @@ def test_rows_that_are_cut_out_of_a_buffer_are_like_others() -> None:
 def test_the_number_of_cores_changes_no_bit(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     queries, keys, values = parts("many heads", mx.float32)
     own = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.3)
-    monkeypatch.setattr(attention, "_cores", lambda: cores)
-    attention._streams.cache_clear()
-    try:
-        found = attention._parts(20, 2)
-        assert len(found) == min(cores + 1, attention.MOST_GROUPS)
-        heads = [head for (part, _), _ in found for head in range(20)[part]]
-        assert heads == list(range(20))
-        assert all(a != b for (_, a), (_, b) in itertools.combinations(found, 2))
-        assert same_bits(by_groups(queries, keys, values, 0.3, None), own)
-    finally:
-        attention._streams.cache_clear()
+    monkeypatch.setattr(attention, "cores", lambda: cores)
+    found = attention._parts(20, 2)
+    assert len(found) == min(cores + 1, attention.MOST_GROUPS)
+    heads = [head for (part, _), _ in found for head in range(20)[part]]
+    assert heads == list(range(20))
+    assert all(a != b for (_, a), (_, b) in itertools.combinations(found, 2))
+    assert same_bits(by_groups(queries, keys, values, 0.3, None), own)
 
 
 # Where it stands in
@@ -124,7 +120,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return by(queries, *others)
 
     monkeypatch.setattr(attention, "by_groups", counting)
-    monkeypatch.setattr(attention, "_cores", lambda: 2)
+    monkeypatch.setattr(attention, "cores", lambda: 2)
     return calls
 
 
@@ -206,7 +202,7 @@ def test_one_core_leaves_all_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     (name,) = {type(module).__module__ for module in model.modules()} & {"mlx_lm.models.llama"}
     usual = getattr(sys.modules[BASE], ATTENTION)
     monkeypatch.setattr(sys.modules[name], ATTENTION, usual)
-    monkeypatch.setattr(attention, "_cores", lambda: 1)
+    monkeypatch.setattr(attention, "cores", lambda: 1)
     attention.spread(model)
     assert getattr(sys.modules[name], ATTENTION) is usual
 

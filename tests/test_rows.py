@@ -119,7 +119,7 @@ def test_rooms_that_are_opened_beside_are_empty_and_take_rows() -> None:
 
 @CPU_ONLY
 def test_in_another_thread_no_stream_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> None:
+    def refuse(_: int) -> None:
         raise AssertionError("a stream was made")
 
     def work() -> None:
@@ -127,7 +127,7 @@ def test_in_another_thread_no_stream_is_made(monkeypatch: pytest.MonkeyPatch) ->
         Room.open_beside(done)
 
     done: list[Room] = []
-    monkeypatch.setattr(rows, "_streams", refuse)
+    monkeypatch.setattr(rows, "beside", refuse)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(work).result()
     assert len(done) == 2

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_promptcache.planes import in_main_thread_on_cpu
+from mlx_promptcache.streams import beside, cores, in_main_thread_on_cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,7 +86,7 @@ def spread(model: Any) -> None:
     """Let the attention of this model be computed on several cores, where that is on a CPU and
     there are several; no bit of it changes.
     """
-    if in_main_thread_on_cpu() and _cores() > 1:
+    if in_main_thread_on_cpu() and cores() > 1:
         stand_in(model, "spread", attend_by_groups)
 
 
@@ -158,29 +157,14 @@ def _parts(kv_heads: int, repeats: int) -> list[tuple[tuple[slice, slice], mx.St
     cores: so there are products to be computed while weights are.
     """
     size = repeats if kv_heads == 1 else kv_heads
-    number = min(size, _cores() + 1, MOST_GROUPS)
+    number = min(size, cores() + 1, MOST_GROUPS)
     edges = [size * i // number for i in range(number + 1)]
     slices = [slice(begin, end) for begin, end in itertools.pairwise(edges)]
     whole = slice(None)
-    streams = _streams()
     return [
-        ((whole, part) if kv_heads == 1 else (part, whole), streams[i])
-        for i, part in enumerate(slices)
+        ((whole, part) if kv_heads == 1 else (part, whole), stream)
+        for part, stream in zip(slices, beside(number), strict=True)
     ]
-
-
-@functools.cache
-def _cores() -> int:
-    """How many cores this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-
-
-@functools.cache
-def _streams() -> tuple[mx.Stream, ...]:
-    """The main thread's, for as long as it lives: MLX never ends one."""
-    cpu = mx.Device(mx.cpu)
-    return tuple(mx.new_stream(cpu) for _ in range(min(_cores() + 1, MOST_GROUPS)))
 
 
 @functools.cache

@@ -7,10 +7,11 @@ over memory, four times as fast as strided copies (`docs/log.md`).
 from __future__ import annotations
 
 import functools
-import threading
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+
+from mlx_promptcache.streams import in_main_thread_on_cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,15 +51,6 @@ def _joined(*planes: mx.array) -> mx.array:
     for k, plane in enumerate(planes[1:], 1):
         words = words | (plane.astype(kind) << (8 * k))
     return words
-
-
-def in_main_thread_on_cpu() -> bool:
-    """Whether to compile, and to compute in several streams: in the main thread, and on a CPU,
-    where it was measured. A process in which another thread ran something compiled may abort when
-    it ends (MLX 0.32.4).
-    """
-    main = threading.current_thread() is threading.main_thread()
-    return main and mx.default_device() == mx.Device(mx.cpu)
 
 
 @functools.cache

@@ -7,7 +7,6 @@ may hold fewer, are `window.keys/0`.
 
 from __future__ import annotations
 
-import functools
 import math
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +18,8 @@ from mlx_promptcache.container import ITEMSIZE, Dealt, Entry, raw_bytes
 from mlx_promptcache.errors import UnsupportedLayer
 from mlx_promptcache.headers import WINDOW
 from mlx_promptcache.layers import TOKEN_AXIS
-from mlx_promptcache.planes import in_main_thread_on_cpu, join
+from mlx_promptcache.planes import join
+from mlx_promptcache.streams import beside, in_main_thread_on_cpu
 from mlx_promptcache.tree import CELL
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     Place = tuple[str, str]  # the path of a layer and the name of its rows
     Stacks = Mapping[str, Sequence[str]]
+
+OPENERS = 2  # streams that allocate room
 
 
 def stacked(
@@ -143,7 +145,7 @@ class Room:
         on a CPU: elsewhere nothing is done, and `open` opens them when they are needed.
         """
         if in_main_thread_on_cpu():
-            Room.open(rooms, _streams())
+            Room.open(rooms, beside(OPENERS))
 
     def check(self, stack: Entry) -> None:
         """Compare the rows of a stack with those that belong here.
@@ -215,12 +217,6 @@ class Room:
         if not array.size:
             return mx.zeros(self._shape, mlx_dtype(self._dtype))
         return array.view(mlx_dtype(self._dtype)).reshape(self._shape)
-
-
-@functools.cache
-def _streams() -> tuple[mx.Stream, ...]:
-    """Streams for what is allocated, each of which has a thread of its own."""
-    return tuple(mx.new_stream(mx.Device(mx.cpu)) for _ in range(2))
 
 
 def _flat(array: mx.array) -> memoryview:

@@ -1,0 +1,38 @@
+"""Streams of MLX beside the main thread's own, each of which has a thread.
+
+On a CPU MLX computes what is in one stream one after the other, on one core. What does not depend
+on each other can be put into several.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+
+import mlx.core as mx
+
+_MADE: list[mx.Stream] = []  # for as long as the process lives: MLX never ends one
+
+
+def in_main_thread_on_cpu() -> bool:
+    """Whether to compile, and to compute in several streams: in the main thread, and on a CPU,
+    where it was measured. A process in which another thread ran something compiled may abort when
+    it ends (MLX 0.32.4).
+    """
+    main = threading.current_thread() is threading.main_thread()
+    return main and mx.default_device() == mx.Device(mx.cpu)
+
+
+def beside(count: int) -> list[mx.Stream]:
+    """So many streams on the CPU, always the same ones. They are the main thread's."""
+    while len(_MADE) < count:
+        _MADE.append(mx.new_stream(mx.Device(mx.cpu)))
+    return _MADE[:count]
+
+
+@functools.cache
+def cores() -> int:
+    """How many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
