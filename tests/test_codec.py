@@ -306,6 +306,30 @@ def test_frames_of_all_kinds_of_blocks_are_read_to_their_end(
             decode_into(Plane(ZSTD, wrong), place)
 
 
+def block(kind: int, data: bytes, size: int, *, last: bool = False) -> bytes:
+    return (size << 3 | kind << 1 | last).to_bytes(3, "little") + data
+
+
+def test_a_block_of_no_kind_is_damage_however_much_came_before_it() -> None:
+    """zstd would go through such a frame bit by bit, and not come to its end."""
+    head = b"\x28\xb5\x2f\xfd\x80\x00" + (100 << 10).to_bytes(4, "little")  # a window of 1 KiB
+    enough = head + block(1, b"x", 1 << 10) * 100
+    more = block(1, b"y", 1 << 10) * 9
+    for rest in (b"", more):
+        with pytest.raises(DamagedFile):
+            decode([Plane(ZSTD, enough + rest + block(3, b"", 0, last=True))], 100 << 10)
+    sound = enough + block(0, b"", 0, last=True)
+    assert bytes(decode([Plane(ZSTD, sound)], 100 << 10)) == b"x" * (100 << 10)
+
+
+def test_a_frame_of_many_blocks_of_nothing_is_refused_before_the_last() -> None:
+    head = frame(1000, 1, 1000)[:10]
+    nothing, last = block(0, b"", 0), block(1, b"\0", 1000, last=True)
+    assert bytes(decode([Plane(ZSTD, head + nothing * 9 + last)], 1000)) == bytes(1000)
+    with pytest.raises(DamagedFile, match="blocks that zstd does not make"):
+        decode([Plane(ZSTD, head + nothing * 10_000 + last)], 1000)
+
+
 def test_decompressing_takes_no_memory_beside_where_it_goes() -> None:
     raw = bytes(1 << 24)
     place, plane = memoryview(bytearray(raw)), Plane(ZSTD, zstd(raw))

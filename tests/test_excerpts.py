@@ -158,7 +158,7 @@ def test_added_tokens_keep_their_ids_and_their_ways() -> None:
         whole.encode_special_tokens = splits
         for text in ("cd gh i  gh i", "j", "jj a", "a<end>b", "ab<end><end>ab"):
             assert made.encode(text).ids == whole.encode(text).ids
-            assert (made._made is None) == (not splits or "<end>" not in text)
+            assert (made._whole is None) == (not splits or "<end>" not in text)
         for token in ("<end>", "ab", "gh i", "j", "a", "never"):
             assert made.token_to_id(token) == whole.token_to_id(token)
     size = whole.get_vocab_size(with_added_tokens=True)
@@ -191,11 +191,11 @@ def test_an_added_token_that_stands_in_a_word_asks_for_the_whole() -> None:
     whole = trained(ignore_merges=True)
     whole.add_tokens([AddedToken("zz", single_word=True)])
     made = of(whole)
-    assert made._made is None
+    assert made._whole is None
     assert made.encode("zz a").ids == whole.encode("zz a").ids
-    assert made._made is None
+    assert made._whole is None
     assert made.encode("azza zz").ids == whole.encode("azza zz").ids
-    assert made._made is not None
+    assert made._whole is not None
 
 
 # When they are made
@@ -208,7 +208,7 @@ def test_an_excerpt_has_what_the_text_needs(monkeypatch: pytest.MonkeyPatch) -> 
     made.encode("ab ab ab")
     assert len(sizes) == 1
     assert 1 < sizes[0] <= 6  # ab, a, b, a space before them
-    assert made._made is None
+    assert made._whole is None
 
 
 def test_texts_that_are_expected_share_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,16 @@ from families import CORPUS, FAMILIES
 from mlx_promptcache import Runner, arithmetic, checkpoint, cli, container, tokenizer_store
 from mlx_promptcache.container import Array
 from mlx_promptcache.errors import ModelError
-from mlx_promptcache.excerpts import LEFTS, RANKS, STARTS, TOKENS, Excerpts, Parts, taken_apart
+from mlx_promptcache.excerpts import (
+    FRAME,
+    LEFTS,
+    RANKS,
+    STARTS,
+    TOKENS,
+    Excerpts,
+    Parts,
+    taken_apart,
+)
 from mlx_promptcache.state import Origin
 from mlx_promptcache.store import TOKENIZERS, Store
 from mlx_promptcache.tokenizer import Facts
@@ -323,6 +332,10 @@ def kept_parts(model: Path) -> tuple[dict[str, Any], bytes]:
         return dict(header.content), bytes(text)
 
 
+def kept_arrays(model: Path) -> list[str]:
+    return list(store_of(model).header(TOKENIZERS, stem_of(model)).entries)
+
+
 def of_text(text: bytes, name: str = ARRAY) -> dict[str, Array]:
     return {name: Array("uint8", (len(text),), text)}
 
@@ -571,6 +584,33 @@ def test_what_differs_in_any_text_is_not_kept(
         monkeypatch.setattr(tokenizer_store, "_shortened", lowered)
     Runner.load(str(model))
     assert store_of(model).stems(TOKENIZERS) == []
+
+
+def test_parts_are_tried_however_many_special_tokens_there_are(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Together they are too long for an excerpt."""
+    specials = [f"<|reserved_special_token_{i}|>" for i in range(60)]
+    rust = Rust.from_file(str(model / "tokenizer.json"))
+    rust.add_special_tokens(specials)
+    rust.save(str(model / "tokenizer.json"))
+    shutil.rmtree(model / "prompt_cache")
+    with monkeypatch.context() as patched:
+        patched.setattr(Parts, "_merges", lambda *_: [])
+        Runner.load(str(model))
+    assert store_of(model).stems(TOKENIZERS) == []
+    Runner.load(str(model))
+    assert FRAME in kept_arrays(model)
+
+
+def test_parts_that_no_text_tries_are_not_kept(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(model / "prompt_cache")
+    monkeypatch.setattr(Excerpts, "_are_short", lambda *_: False)
+    Runner.load(str(model))
+    assert FRAME not in kept_arrays(model)
+    assert is_kept(Runner.load(str(model)).tokenizer)
 
 
 def test_parts_that_fit_nothing_are_not_kept(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

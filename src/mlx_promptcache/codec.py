@@ -30,7 +30,8 @@ NUMBERS = {
 because some are more frequent than others: a table of 256 places for what repeats gives as few
 bytes as that of level 1, and takes two thirds of the time, there and back.
 """
-RUN = 1  # the kind of a block of a zstd frame that is one byte, again and again
+RUN, NO_KIND = 1, 3  # of blocks of a zstd frame: one byte again and again; none that there is
+BLOCK_BYTES = 1 << 10  # that blocks hold at least, on the average; zstd's own hold 128 times that
 LEAST_GAIN = 32  # keep a plane compressed only if it is smaller by 1/32 of itself
 SAMPLES = 4  # parts of a plane, none of which shrinks where the whole would not: ...
 SAMPLE_BYTES = 1 << 14  # ... trying a whole mantissa in vain takes longer than anything else
@@ -150,7 +151,7 @@ def _decompress(data: bytes | memoryview, place: memoryview) -> None:
     try:
         if zstandard.frame_content_size(data) != len(place):
             raise DamagedFile("a compressed plane states another size than its array has")
-        if _frame_bytes(data) != len(data):
+        if _frame_bytes(data, len(place) // BLOCK_BYTES + 16) != len(data):
             raise DamagedFile("a compressed plane is cut short, or something follows it")
         # Given all of a frame and all the room for it zstd has no memory of its own.
         reader = zstandard.ZstdDecompressor().stream_reader(data)
@@ -160,14 +161,20 @@ def _decompress(data: bytes | memoryview, place: memoryview) -> None:
         raise DamagedFile("a compressed plane cannot be decompressed") from exc
 
 
-def _frame_bytes(data: bytes | memoryview) -> int:
+def _frame_bytes(data: bytes | memoryview, most_blocks: int) -> int:
     """Bytes of the zstd frame that these begin with, by the headers of its blocks (RFC 8878,
     section 3.1.1); more than there are if it is cut short.
+
+    Raises:
+        DamagedFile: it has more blocks than that, or one of no kind.
     """
-    at, last = zstandard.frame_header_size(data), False
-    while not last:
+    at = zstandard.frame_header_size(data)
+    for _ in range(most_blocks):
         header = int.from_bytes(data[at : at + 3], "little")
-        last, kind, size = bool(header & 1), header >> 1 & 3, header >> 3
+        last, kind, size = header & 1, header >> 1 & 3, header >> 3
+        if kind == NO_KIND:
+            break
         at += 3 + (1 if kind == RUN else size)
-        last |= at > len(data)
-    return at + 4 * zstandard.get_frame_parameters(data).has_checksum
+        if last or at > len(data):
+            return at + 4 * zstandard.get_frame_parameters(data).has_checksum
+    raise DamagedFile("a compressed plane has blocks that zstd does not make")

@@ -200,9 +200,11 @@ class Excerpts:
             DamagedFile: these are no parts of a tokenizer.
         """
         self._parts, self._text, self._splits = parts, text, splits_special_tokens
+        self.made = 0
+        """How many excerpts were made."""
         self._left, self._most_strings = MOST, MOST_STRINGS * len(parts.tokens)
         self._most_characters = len(parts.tokens)
-        self._made: tokenizers.Tokenizer | None = None
+        self._whole: tokenizers.Tokenizer | None = None
         self._expected: dict[str, tokenizers.Tokenizer] = {}
         self._lock = threading.RLock()
         self._frame = rust_of(json.dumps(parts.frame), splits_special_tokens=self._splits)
@@ -239,11 +241,12 @@ class Excerpts:
             self._expected = dict.fromkeys(texts, self._for(texts))
 
     def _for(self, texts: Sequence[str]) -> tokenizers.Tokenizer:
-        if self._made is None and self._left > 0 and self._are_short(texts):
+        if self._whole is None and self._left > 0 and self._are_short(texts):
             self._left -= 1
             strings = _strings(self._words.of(texts), self._parts.ids, self._most_strings)
             if strings is not None and self._outside.isdisjoint(strings):
                 excerpt = self._parts.excerpt(strings)
+                self.made += 1
                 return rust_of(excerpt, splits_special_tokens=self._splits)
         return self.whole()
 
@@ -258,9 +261,9 @@ class Excerpts:
             DamagedFile: its parts make no tokenizer.
         """
         with self._lock:
-            if self._made is None:
-                self._made = rust_of(self._text(), splits_special_tokens=self._splits)
-            return self._made
+            if self._whole is None:
+                self._whole = rust_of(self._text(), splits_special_tokens=self._splits)
+            return self._whole
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of these ids."""

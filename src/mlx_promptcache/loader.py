@@ -7,7 +7,7 @@ import itertools
 import secrets
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 
@@ -229,22 +229,23 @@ class Loader:
         return header
 
     def _each(
-        self, tasks: Sequence[tuple[Ref, Callable[[], T]]], readers: int = READERS
+        self,
+        tasks: Sequence[tuple[Ref, Callable[[], T]]],
+        readers: int = READERS,
+        meanwhile: Callable[[], Any] = lambda: None,
     ) -> Iterator[T]:
         """What these tasks return, each of which reads a block; some threads, and no more results
-        than threads at a time. The first ones begin at once. A block that cannot be used is set
-        aside.
+        than threads at a time. What is to be done `meanwhile` is done when the first ones are on
+        their way. A block that cannot be used is set aside.
         """
-        pool, left = ThreadPoolExecutor(readers), iter(tasks)
-        waiting = deque((ref, pool.submit(task)) for ref, task in itertools.islice(left, readers))
-
-        def results() -> Iterator[T]:
-            with pool:
-                while waiting:
-                    yield self._result(waiting)
-                    waiting.extend((r, pool.submit(task)) for r, task in itertools.islice(left, 1))
-
-        return results()
+        with ThreadPoolExecutor(readers) as pool:
+            left = iter(tasks)
+            first = itertools.islice(left, readers)
+            waiting = deque((ref, pool.submit(task)) for ref, task in first)
+            meanwhile()
+            while waiting:
+                yield self._result(waiting)
+                waiting.extend((r, pool.submit(task)) for r, task in itertools.islice(left, 1))
 
     def _result(self, waiting: deque[tuple[Ref, Future[T]]]) -> T:
         ref, future = waiting.popleft()
@@ -295,9 +296,8 @@ class Loader:
         readers = _readers(sizes)
         staging = Staging(readers, max(sizes, default=0))
         tasks = [(stack.ref, functools.partial(self._read, stack, staging)) for stack in stacks]
-        read = self._each(tasks, readers)
-        Room.open_beside(rooms.values())
-        for stack, planes in read:
+        open_rooms = functools.partial(Room.open_beside, rooms.values())
+        for stack, planes in self._each(tasks, readers, open_rooms):
             _put(planes, stack.places, staging)
         Room.open(rooms.values())  # those, too, that no row belongs to
         arrays: dict[str, dict[str, mx.array]] = {}

@@ -27,7 +27,7 @@ from mlx_promptcache.excerpts import DTYPES, FRAME, Excerpts, Parts, rust_of, ta
 from mlx_promptcache.headers import TOKENIZER
 from mlx_promptcache.store import TOKENIZERS
 from mlx_promptcache.tokenizer import Facts, Tokenizer, wrapped
-from mlx_promptcache.tokenizer_trial import agrees, facts_of, outlines_of, short_texts
+from mlx_promptcache.tokenizer_trial import agrees, facts_of, outlines_of
 from mlx_promptcache.tree import KEY_BYTES
 
 if TYPE_CHECKING:
@@ -111,8 +111,9 @@ class TokenizerStore:
             facts = facts._replace(outlines=outlines_of(wrapper, facts))
             rust = _rust(lambda: text, parts, facts)
             kept = Tokenizer(rust, facts, lambda: wrapper, _refuse)
-            kept.expect(short_texts(wrapper))
-            if agrees(wrapped(kept, facts), wrapper):
+            if agrees(wrapped(kept, facts), wrapper, kept.expect):
+                if isinstance(rust, Excerpts) and not rust.made:
+                    parts = None  # which were not tried: it has few tokens
                 self._write(stem, facts, text, parts)
             else:
                 log.debug("this tokenizer is not kept: what would be kept of it differs")

@@ -14,7 +14,7 @@ from mlx_promptcache.outlines import outline
 from mlx_promptcache.tokenizer import BPE, NAIVE, SPM, SPM_NO_SPACE, Facts, cleaned
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from mlx_promptcache.outlines import Outline
 
@@ -139,7 +139,7 @@ ANSWER = {"role": "assistant", "content": "It is 2. "}
 CHATS = ((USER,), (SYSTEM, USER), (USER, ANSWER), (SYSTEM, USER, ANSWER, USER))
 
 
-def short_texts(whole: Any) -> list[str]:
+def _short_texts(whole: Any) -> list[str]:
     """The short texts that a tokenizer is tried with: all special tokens and the like."""
     specials = sorted(set(whole.all_special_tokens))
     added = {str(token) for token in whole.added_tokens_decoder.values()}
@@ -147,11 +147,16 @@ def short_texts(whole: Any) -> list[str]:
     return [*SHORT, *specials, f"a{'b'.join(specials)}c"]
 
 
-def agrees(kept: Any, whole: Any) -> bool:
-    """Whether a kept tokenizer does what the whole one does, as far as trying shows."""
+def agrees(kept: Any, whole: Any, expect: Callable[[list[str]], None] = lambda _: None) -> bool:
+    """Whether a kept tokenizer does what the whole one does, as far as trying shows. `expect` is
+    told texts before they are encoded: see `Tokenizer.expect`.
+    """
     same = kept.eos_token_ids == whole.eos_token_ids and len(kept) == len(whole)
     same = same and kept.has_chat_template == whole.has_chat_template
-    same = same and all(_same_text(kept, whole, text) for text in [*short_texts(whole), *TEXTS])
+    same = same and all(_same_text(kept, whole, text) for text in TEXTS)
+    short = _short_texts(whole)
+    expect(short)
+    same = same and all(_same_text(kept, whole, text) for text in short)
     if same and whole.has_chat_template:
         same = all(
             _rendered(kept, chat, answer=answer) == _rendered(whole, chat, answer=answer)
