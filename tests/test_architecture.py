@@ -54,6 +54,7 @@ FLOORS = [
     "prefixes",
     "report",
     "verification",
+    "synced",
     "writer",
     "beginnings",
     "finder",

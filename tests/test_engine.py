@@ -53,6 +53,21 @@ print(json.dumps([a + heavy() + private, stand_ins(), builtins.__import__ is who
     assert used == ["mlx_lm.utils", "mlx_lm.tokenizer_utils"]
 
 
+def test_what_an_answer_does_not_need_is_imported_after_it() -> None:
+    """Each of these takes a millisecond or more of every start."""
+    assert (
+        python("""
+import mlx_promptcache.runner
+from mlx_promptcache import engine
+engine.utils(), engine.tokenizer_utils()
+names = ["shutil", "decimal", "secrets", "random"]
+names += ["mlx_promptcache." + name for name in ("saver", "writer", "room", "deletion", "facts")]
+print(json.dumps([name for name in names if name in sys.modules]))
+""")
+        == []
+    )
+
+
 USES = {
     "a name": "import mlx_lm; got = mlx_lm.load",
     "from the package": "from mlx_lm import generate; got = generate",
@@ -209,7 +224,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
-def module_of(package: Path, source: str, names: dict[str, Any]) -> Any:
+def module_of(package: Path, source: str, names: Any) -> Any:
     (package.parent / "weighty.py").write_text("light = 'whole'\nheavy = 'whole'\n")
     (package / "thing.py").write_text(source)
     importlib.invalidate_caches()
@@ -221,6 +236,20 @@ def test_a_copy_has_the_names_that_stand_in_and_leaves_no_trace(package: Path) -
     assert (copied.light, copied.json) == ("stand-in", json)
     assert not {"weighty", "lonely.thing"} & set(sys.modules)
     assert (copied.__name__, copied.__package__) == ("lonely.thing", "lonely")
+
+
+def test_a_module_that_is_put_off_is_imported_when_it_is_asked(package: Path) -> None:
+    copied = module_of(package, "import weighty", engine._LaterModule("weighty"))
+    assert "weighty" not in sys.modules
+    assert copied.weighty.light == "whole"
+    assert copied.weighty.light is sys.modules["weighty"].light
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = copied.weighty.nothing
+
+
+def test_names_of_a_module_that_is_put_off_are_its_own(package: Path) -> None:
+    copied = module_of(package, "from weighty import light", engine._LaterModule("weighty"))
+    assert copied.light == "whole"
 
 
 def test_what_a_copy_imports_later_is_whole(package: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mlx_lm import sample_utils
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from mlx_promptcache.sampling import INDICES, MOST, RANGES, Sampling
+from mlx_promptcache.sampling import INDICES, MOST, RANGES, Sampling, fresh_seed
 from tiny import bits
 
 FIXED = hypothesis_settings(derandomize=True, deadline=None, max_examples=300)
@@ -617,3 +617,15 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> No
         (ValueError, TypeError), match=r"^(the |a |top-|min-)[^.\n]+ must be [^\n]+$"
     ):
         Sampling(**settings)
+
+
+# Seeds
+
+
+@pytest.mark.parametrize("size", [1, 8, 32, 63, 64])
+def test_a_fresh_seed_has_its_bits_and_no_more(size: int) -> None:
+    seen = [fresh_seed(size) for _ in range(500)]
+    assert max(seen) < 1 << size
+    assert all(any(seed >> bit & 1 for seed in seen) for bit in range(size))
+    assert all(any(not seed >> bit & 1 for seed in seen) for bit in range(size))
+    assert len(set(seen)) > 400 or size < 32

@@ -26,7 +26,7 @@ if __name__ == "__main__":  # what leads has to see each line as it is imported
     import atheris
 
     with atheris.instrument_imports(include=["mlx_promptcache"]):
-        from mlx_promptcache import facts, parcel, rates, writer
+        from mlx_promptcache import facts, parcel, passes, rates
 
 from mlx_promptcache import (
     codec,
@@ -36,9 +36,9 @@ from mlx_promptcache import (
     fingerprint,
     headers,
     parcel,
+    passes,
     places,
     rates,
-    writer,
 )
 from mlx_promptcache.container import SEAL_BYTES, Header
 from mlx_promptcache.errors import PromptCacheError
@@ -163,7 +163,7 @@ def use(header: Header, data: bytes) -> None:
     with contextlib.suppress(PromptCacheError):
         headers.checked_block(header, block)
         headers.window_span(header)
-        writer.record_of(header)
+        passes.record_of(header)
         facts._block(header, block)
     with contextlib.suppress(PromptCacheError):
         headers.checked_snapshot(header, snapshot)

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from mlx_promptcache import container, cuts, headers, places, room
 from mlx_promptcache.container import Header, Packed
 from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError, SignatureError
+from mlx_promptcache.passes import record_of
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS
 from mlx_promptcache.tree import BlockName
-from mlx_promptcache.writer import Writer, record_of, variant_of
+from mlx_promptcache.writer import Writer, variant_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -35,12 +35,11 @@ from mlx_promptcache.names import check_name
 from mlx_promptcache.quarantine import BadFile, Quarantine
 from mlx_promptcache.rates import Rates
 from mlx_promptcache.restorer import Restorer, Resumed, record_use, touch
-from mlx_promptcache.saver import Saver, most_bytes
 from mlx_promptcache.state import Origin, Ref, State, Trail
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
+from mlx_promptcache.synced import Synced
 from mlx_promptcache.tokenizer_store import TokenizerStore
 from mlx_promptcache.tree import Keys, id_of
-from mlx_promptcache.writer import Synced, check_free
 
 if TYPE_CHECKING:
     import builtins
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
     from mlx_promptcache.deletion import Deletion
     from mlx_promptcache.exporter import Exported
     from mlx_promptcache.passes import Plan
+    from mlx_promptcache.saver import Saver
     from mlx_promptcache.sharing import Sharing
     from mlx_promptcache.signatures import Signer
     from mlx_promptcache.supply import Supply
@@ -284,6 +284,8 @@ class PromptCache:
 
     def check_free(self, name: str, tokens: Sequence[int]) -> None:
         """Raise StoreError if a name stands for a state of other tokens."""
+        from mlx_promptcache.writer import check_free
+
         root = self._finder.root(self.kv.phase_at(len(tokens)))
         check_free(self._store, name, Keys(root, tokens)[len(tokens)])
 
@@ -342,12 +344,17 @@ class PromptCache:
             CacheLocked: somebody adds to the store or deletes from it, and does not come to an end.
         """
         with self._writing(state, asked_for=True):
-            saver = Saver(
-                self._finder, state, sync=sync, exact=exact or self._cuts_matter,
-                synced=self._synced,
-            )  # fmt: skip
+            exact = exact or self._cuts_matter
+            saver = self._saver(state, exact=exact, sync=sync, synced=self._synced)
             saved = saver.save(name, replace=replace)
         return self._sent(saved)
+
+    def _saver(
+        self, state: State, *, exact: bool, sync: bool = False, synced: Synced | None = None
+    ) -> Saver:
+        from mlx_promptcache.saver import Saver  # an answer does not wait for it
+
+        return Saver(self._finder, state, sync=sync, exact=exact, synced=synced)
 
     def _sent(self, saved: Saved) -> Saved:
         if self.supply is not None and saved.snapshots:
@@ -360,7 +367,7 @@ class PromptCache:
         Where a state of the same tokens is stored, that one serves: its logits are the same, and
         its key and sampling are not used by prompts. Raises as `save` does.
         """
-        saver = Saver(self._finder, state, sync=False, exact=exact or self._cuts_matter)
+        saver = self._saver(state, exact=exact or self._cuts_matter)
         with self._store.shared():
             kept = None if self.read_only else saver.kept()
         if kept is not None:
@@ -380,6 +387,7 @@ class PromptCache:
                 "this state was computed by another model, or with other settings: compute it again"
             )
         from mlx_promptcache import room
+        from mlx_promptcache.saver import most_bytes
 
         self._store.create()
         kept, made_for = {ref.stem for ref in state.trail.refs}, 0
@@ -494,7 +502,7 @@ class PromptCache:
 
     def _added(self, state: State) -> Saved:
         with self._writing(state):
-            saved = Saver(self._finder, state, sync=False, exact=False).save(None)
+            saved = self._saver(state, exact=False).save(None)
         return self._sent(saved)
 
     def take_down(self, model: Any, tokens: Sequence[int], prompt_cache: Sequence[Any]) -> State:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mlx_promptcache import container, headers
 from mlx_promptcache.container import ITEMSIZE, Array
 from mlx_promptcache.headers import ROWS_AXIS, WINDOW
-from mlx_promptcache.writer import record_of
+from mlx_promptcache.passes import record_of
 
 if TYPE_CHECKING:
     from mlx_promptcache.container import Header, Json, Packed, Read

@@ -7,9 +7,10 @@ imports are put off until somebody wants what they bring.
 * The package itself becomes lazy. `import mlx_lm.models.llama` runs the `__init__` of `mlx_lm`
   first; here a module stands in its place that runs this very `__init__` when it is first asked for
   a name that is not there. For whoever imports mlx-lm in the same process nothing changes.
-* `mlx_lm.utils` and `mlx_lm.tokenizer_utils` import the Hub's client and `transformers` for what
-  loading a model does not use. `utils()` and `tokenizer_utils()` are private copies of the two,
-  made from mlx-lm's own files, in which these few names are looked up when they are first used.
+* `mlx_lm.utils` and `mlx_lm.tokenizer_utils` import the Hub's client, `transformers` and some of
+  Python's own modules for what loading a model does not use. `utils()` and `tokenizer_utils()` are
+  private copies of the two, made from mlx-lm's own files, in which these few names are looked up
+  when they are first used.
 
 If anything is not as expected, such as a release of mlx-lm that needs more of what is put off, the
 plain import serves: slower, and the same.
@@ -32,6 +33,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from importlib.machinery import ModuleSpec
+    from typing import TypeAlias
+
+    Later: TypeAlias = "Mapping[str, Mapping[str, Any] | _LaterModule]"
 
 log = logging.getLogger("mlx_promptcache")
 
@@ -103,6 +107,16 @@ class _Later:
         return getattr(importlib.import_module(self._module), self._name)(*args, **kwargs)
 
 
+class _LaterModule:
+    """A module that is imported when something of it is first asked for."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._module), name)
+
+
 class _Unused:
     """Stands for a class that mlx-lm's loading code only names, or derives others from."""
 
@@ -120,12 +134,14 @@ def version() -> str:
 @functools.cache
 def utils() -> Any:
     """`mlx_lm.utils`, which loads models: its own code, without tokenizers and the Hub."""
-    later: dict[str, dict[str, Any]] = {
+    later: Later = {
         "huggingface_hub": {"snapshot_download": _Later("huggingface_hub", "snapshot_download")},
         ".tokenizer_utils": {
             "TokenizerWrapper": _Unused,
             "load": _Later(f"{PACKAGE}.tokenizer_utils", "load"),
         },
+        "shutil": _LaterModule("shutil"),
+        "decimal": {"Decimal": _Later("decimal", "Decimal")},
     }
     return _without(later, "utils")
 
@@ -133,7 +149,7 @@ def utils() -> Any:
 @functools.cache
 def tokenizer_utils() -> Any:
     """`mlx_lm.tokenizer_utils`, which makes text of tokens: its own code, without transformers."""
-    later: dict[str, dict[str, Any]] = {
+    later: Later = {
         "transformers": {"AutoTokenizer": _Unused, "PreTrainedTokenizerFast": _Unused},
         "transformers.tokenization_utils_base": {"PreTrainedTokenizerBase": Renderer},
     }
@@ -153,9 +169,9 @@ def generate() -> Any:
     return importlib.import_module(f"{PACKAGE}.generate")
 
 
-def _without(later: Mapping[str, Mapping[str, Any]], name: str) -> Any:
+def _without(later: Later, name: str) -> Any:
     """A module of mlx-lm, where these modules (`.x` is one of its own) are not imported but have
-    only these names.
+    only these names, or are there as a whole when something of them is asked for.
     """
     whole = f"{PACKAGE}.{name}"
     if whole in sys.modules:
@@ -167,21 +183,26 @@ def _without(later: Mapping[str, Mapping[str, Any]], name: str) -> Any:
         return importlib.import_module(whole)
 
 
-def _copy(later: Mapping[str, Mapping[str, Any]], whole: str) -> types.ModuleType:
+def _copy(later: Later, whole: str) -> types.ModuleType:
     spec = importlib.util.find_spec(whole)
     if spec is None or not isinstance(spec.loader, SourceFileLoader):
         raise ImportError(f"there is no source of {whole}")
     code: Any = spec.loader.get_code(whole)
     module = importlib.util.module_from_spec(spec)
-    stand_ins = {name: types.SimpleNamespace(**names) for name, names in later.items()}
+    stand_ins = {
+        name: names if isinstance(names, _LaterModule) else types.SimpleNamespace(**names)
+        for name, names in later.items()
+    }
     running = True
 
     def importing(
         name: str, names: Any = None, local: Any = None, wanted: Any = (), level: int = 0
     ) -> Any:
         stand_in = stand_ins.get("." * level + name) if running else None
-        if stand_in is None:
+        if stand_in is None or (wanted and isinstance(stand_in, _LaterModule)):
             return builtins.__import__(name, names, local, wanted, level)
+        if isinstance(stand_in, _LaterModule):
+            return stand_in
         if not wanted or "*" in wanted:  # what is asked of it would be seen too late
             raise ImportError(f"{whole} imports all of {name}")
         return stand_in

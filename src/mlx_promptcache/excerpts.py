@@ -294,7 +294,8 @@ class Excerpts:
     def get_vocab_size(self, *, with_added_tokens: bool = True) -> int:
         """How many tokens there are."""
         ids = self._parts.ids
-        return len(ids.keys() | self._added_ids.keys()) if with_added_tokens else len(ids)
+        more = sum(text not in ids for text in self._added_ids) if with_added_tokens else 0
+        return len(ids) + more
 
     def get_vocab(self, *, with_added_tokens: bool = True) -> dict[str, int]:
         """All tokens and their ids."""

@@ -16,6 +16,7 @@ from mlx_promptcache.errors import DamagedFile, PromptCacheError
 from mlx_promptcache.files import SUFFIX
 from mlx_promptcache.fingerprint import PLAIN
 from mlx_promptcache.headers import LOGITS
+from mlx_promptcache.passes import record_of
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, Store
 from mlx_promptcache.tree import (
     CELL,
@@ -32,7 +33,6 @@ from mlx_promptcache.tree import (
     shard,
 )
 from mlx_promptcache.windows import Span, Window
-from mlx_promptcache.writer import record_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

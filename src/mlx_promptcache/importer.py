@@ -22,9 +22,10 @@ from mlx_promptcache.files import Reader
 from mlx_promptcache.fingerprint import Fingerprint
 from mlx_promptcache.names import check_name
 from mlx_promptcache.parcel import Part
+from mlx_promptcache.passes import record_of
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS, TRUSTED_KEYS, Store
 from mlx_promptcache.tree import BlockName
-from mlx_promptcache.writer import Saved, Writer, check_free, record_of
+from mlx_promptcache.writer import Saved, Writer, check_free
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

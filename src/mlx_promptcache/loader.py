@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import secrets
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -17,15 +16,14 @@ from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError, Uns
 from mlx_promptcache.headers import EMBEDDING, LOGITS, RNG
 from mlx_promptcache.layers import Layer
 from mlx_promptcache.parts import check_block, check_snapshot, in_order, of_layer, opaque_layers
-from mlx_promptcache.passes import Lineage
+from mlx_promptcache.passes import Lineage, record_of
 from mlx_promptcache.quarantine import BadFile
 from mlx_promptcache.rows import Planes, Room, Staging, name_of
-from mlx_promptcache.sampling import Sampling
+from mlx_promptcache.sampling import Sampling, fresh_seed
 from mlx_promptcache.state import Origin, Ref, Speculation, State, Trail
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS
 from mlx_promptcache.tree import Keys
 from mlx_promptcache.windows import Span
-from mlx_promptcache.writer import record_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -390,4 +388,4 @@ def _trail(refs: Sequence[Ref], blocks: Sequence[Header]) -> Trail:
 
 def fresh_key() -> mx.array:
     """A key that no other run has."""
-    return mx.random.key(secrets.randbits(63))
+    return mx.random.key(fresh_seed(63))

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from mlx_promptcache import reasons
 from mlx_promptcache.errors import PromptCacheError, StoreError
-from mlx_promptcache.facts import Facts, memo_of
 from mlx_promptcache.tree import id_of
 
 if TYPE_CHECKING:
@@ -68,6 +67,8 @@ class Matcher:
         match, found = self.look_up(tokens, plan)
         if found is None or match.reason != reasons.differs(None, match.stored):
             return match
+        from mlx_promptcache.facts import Facts, memo_of
+
         with contextlib.suppress(PromptCacheError), self._store.shared():
             facts = Facts(self._store, memo_of(self._store))
             named = set(self._store.names.all().values())

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from mlx_promptcache.container import Header
+
 UNKNOWN = "unknown"
 NO_END = 1 << 40  # beyond any prompt
 
@@ -168,3 +170,11 @@ class Plan:
 
 def _hash(*parts: object) -> str:
     return hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=16).hexdigest()
+
+
+def record_of(block: Header) -> PassRecord:
+    """The passes that computed a block's rows."""
+    start = block.content["start"]
+    return PassRecord.from_json(
+        block.notes.get("passes"), start, start + len(block.content["tokens"])
+    )

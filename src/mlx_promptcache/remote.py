@@ -16,9 +16,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 import queue
 import re
-import secrets
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
@@ -208,7 +208,7 @@ class Remote:
                 return
             directory = target.rpartition("/")[0]
             self._make(directory)
-            temporary = f"{directory}/{TEMPORARY}{secrets.token_hex(8)}"
+            temporary = f"{directory}/{TEMPORARY}{os.urandom(8).hex()}"
             try:
                 fs.pipe_file(temporary, data)
                 fs.mv(temporary, target)

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import logging
 import math
-import secrets
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from mlx_promptcache.limits import Limits
 from mlx_promptcache.passes import Plan
 from mlx_promptcache.prompt import Prompt, Prompter
 from mlx_promptcache.run import Run, Step
-from mlx_promptcache.sampling import Sampling
+from mlx_promptcache.sampling import Sampling, fresh_seed
 from mlx_promptcache.speculative import Pair, SpeculativeRun
 from mlx_promptcache.state import Origin, State
 from mlx_promptcache.store import Store
@@ -491,7 +490,7 @@ class Runner:
 
     def _seed(self) -> int:
         """A seed that no other run has, and all ranks of this one."""
-        own = secrets.randbits(63)
+        own = fresh_seed(63)
         return own if self.ranks is None else self.ranks.told("choosing a seed", own)[0][0]
 
     def _anew(self, prompt: Prompt, *, exact: bool) -> Run:

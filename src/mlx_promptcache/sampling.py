@@ -7,6 +7,7 @@ draw takes a key that the caller split off, so a state can carry it.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 
 MOST = sys.float_info.max
 INDICES = (1 << 31) - 1  # what MLX takes for a token id and a length
+
+
+def fresh_seed(bits: int) -> int:
+    """A seed of so many bits that no other run has, of the system's own randomness."""
+    return int.from_bytes(os.urandom(-(-bits // 8)), "little") >> -bits % 8
 
 
 class _Range(NamedTuple):

@@ -27,13 +27,14 @@ from mlx_promptcache.tree import (
     shard,
 )
 from mlx_promptcache.windows import Span, widest
-from mlx_promptcache.writer import Saved, Synced, Writer, check_free
+from mlx_promptcache.writer import Saved, Writer, check_free
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from mlx_promptcache.container import Packed
     from mlx_promptcache.finder import Finder
+    from mlx_promptcache.synced import Synced
 
 REF_BYTES = 200  # of a block, where a snapshot refers to it
 PACKERS = 2  # threads that compress blocks: compressing and hashing release the GIL

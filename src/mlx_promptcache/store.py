@@ -21,7 +21,6 @@ import functools
 import logging
 import math
 import os
-import secrets
 import stat
 import time
 from pathlib import Path
@@ -410,7 +409,7 @@ class Store(StoreDirectory):
             for parts in ((QUARANTINE,), (QUARANTINE, kind)):
                 privacy.make_directory(self.inside(*parts))
             target = Path(self.inside(QUARANTINE, kind))
-            path.rename(target / f"{path.stem}.{secrets.token_hex(4)}{SUFFIX}")
+            path.rename(target / f"{path.stem}.{os.urandom(4).hex()}{SUFFIX}")
         except (OSError, DamagedFile, StoreError):
             return False
         return True

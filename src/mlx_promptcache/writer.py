@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 from mlx_promptcache import container, headers
 from mlx_promptcache.errors import CacheMiss, PromptCacheError, StoreError
 from mlx_promptcache.facts import Noted
-from mlx_promptcache.passes import PassRecord
+from mlx_promptcache.passes import record_of
 from mlx_promptcache.store import BLOCKS, SNAPSHOTS
+from mlx_promptcache.synced import Synced
 from mlx_promptcache.tree import ID_DIGITS, SnapshotName, id_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from mlx_promptcache.container import Header, Packed
+    from mlx_promptcache.container import Packed
+    from mlx_promptcache.passes import PassRecord
     from mlx_promptcache.quarantine import Quarantine
     from mlx_promptcache.store import Store
     from mlx_promptcache.tree import BlockName
@@ -47,31 +49,6 @@ class Saved:
             (*self.snapshots, *later.snapshots),
             later.refs,
         )
-
-
-class Synced:
-    """The files of a store that this process has brought to the drive.
-
-    Whoever saves a state that grows, again and again, need not read and sync all of it each time.
-    A file that was replaced or written to since has another inode, size or mtime.
-    """
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._seen: dict[tuple[str, str], tuple[int, ...] | None] = {}
-
-    def __contains__(self, one: tuple[str, str]) -> bool:
-        return one in self._seen and self._seen[one] == self._look(one) is not None
-
-    def sync(self, files: Iterable[tuple[str, str]]) -> None:
-        """Bring to the drive what has not been brought there yet. Raises as `Store.sync`."""
-        missing = [one for one in files if one not in self]
-        self._store.sync(missing)
-        self._seen.update((one, self._look(one)) for one in missing)
-
-    def _look(self, one: tuple[str, str]) -> tuple[int, ...] | None:
-        file = self._store.file(*one)
-        return file and (file.inode, file.size, file.mtime_ns)  # a ctime changes with each use
 
 
 class Writer:
@@ -203,11 +180,3 @@ def check_free(store: Store, name: str, key: str) -> None:
         raise StoreError(
             f"there is another state named {name!r}; choose another name, or replace it (--force)"
         )
-
-
-def record_of(block: Header) -> PassRecord:
-    """The passes that computed a block's rows."""
-    start = block.content["start"]
-    return PassRecord.from_json(
-        block.notes.get("passes"), start, start + len(block.content["tokens"])
-    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import secrets
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from mlx_promptcache import places
 from mlx_promptcache.cli import output
 from mlx_promptcache.cli.interrupt import Interrupt, Interrupted
 from mlx_promptcache.errors import DamagedFile, PromptCacheError, StoreError
+from mlx_promptcache.sampling import fresh_seed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +60,7 @@ class Session:
             yield show
 
     def _seed(self) -> int:
-        own, ranks = secrets.randbits(32), self.runner.ranks
+        own, ranks = fresh_seed(32), self.runner.ranks
         return own if ranks is None else ranks.told("choosing a seed", own)[0][0]
 
     def _check(self) -> None:
