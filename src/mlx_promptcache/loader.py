@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     Rooms = Mapping[tuple[str, str], Room]
 
 READERS = 4  # threads that read, check and decompress blocks: all three release the GIL
-JOINED_BYTES = 1 << 21  # at once, of a stack: memory that is still in the cache when it is copied
+JOINED_BYTES = 1 << 20  # at once, of a stack: memory that is still in the cache when it is copied
 SPARE = 0.15  # what may be in memory of blocks that are read, against the state itself
 
 
