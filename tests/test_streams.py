@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import pytest
 
+import processes
 from mlx_promptcache import streams
 
 
@@ -37,5 +36,4 @@ def test_cores_are_those_that_the_process_may_use() -> None:
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
         "from mlx_promptcache.streams import cores; print(cores())"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == "1"
+    assert processes.python(code) == 1

@@ -31,7 +31,8 @@ because some are more frequent than others: a table of 256 places for what repea
 bytes as that of level 1, and takes two thirds of the time, there and back.
 """
 RUN, NO_KIND = 1, 3  # of blocks of a zstd frame: one byte again and again; none that there is
-BLOCK_BYTES = 1 << 10  # that blocks hold at least, on the average; zstd's own hold 128 times that
+LEAST_BLOCK_BYTES = 1 << 10  # on the average, of what zstd makes: mostly 128 times that ...
+SMALL_BLOCKS = 16  # ... and so many that may hold less
 LEAST_GAIN = 32  # keep a plane compressed only if it is smaller by 1/32 of itself
 SAMPLES = 4  # parts of a plane, none of which shrinks where the whole would not: ...
 SAMPLE_BYTES = 1 << 14  # ... trying a whole mantissa in vain takes longer than anything else
@@ -151,7 +152,7 @@ def _decompress(data: bytes | memoryview, place: memoryview) -> None:
     try:
         if zstandard.frame_content_size(data) != len(place):
             raise DamagedFile("a compressed plane states another size than its array has")
-        if _frame_bytes(data, len(place) // BLOCK_BYTES + 16) != len(data):
+        if _frame_bytes(data, len(place) // LEAST_BLOCK_BYTES + SMALL_BLOCKS) != len(data):
             raise DamagedFile("a compressed plane is cut short, or something follows it")
         # Given all of a frame and all the room for it zstd has no memory of its own.
         reader = zstandard.ZstdDecompressor().stream_reader(data)

@@ -168,13 +168,13 @@ class Plan:
         return max(wide, default=0)
 
 
-def _hash(*parts: object) -> str:
-    return hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=16).hexdigest()
-
-
 def record_of(block: Header) -> PassRecord:
     """The passes that computed a block's rows."""
     start = block.content["start"]
     return PassRecord.from_json(
         block.notes.get("passes"), start, start + len(block.content["tokens"])
     )
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=16).hexdigest()

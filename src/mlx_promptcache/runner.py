@@ -444,7 +444,8 @@ class Runner:
         run.anew = functools.partial(self._anew, made, exact=exact)
         run.origin = made.origin
         run.sampling = sampling
-        run.key = mx.random.key(self._seed() if sampling.seed is None else sampling.seed)
+        seed = fresh_seed(63, self.ranks) if sampling.seed is None else sampling.seed
+        run.key = mx.random.key(seed)
         self._run = run
         cuts = made.boundaries
         marks: tuple[int, ...] = ()
@@ -487,11 +488,6 @@ class Runner:
         if self.cache is not None and not self.cache.read_only:
             self.cache.rates.note_computed(run.prefilled_tokens, run.prefill_seconds)
         return run
-
-    def _seed(self) -> int:
-        """A seed that no other run has, and all ranks of this one."""
-        own = fresh_seed(63)
-        return own if self.ranks is None else self.ranks.told("choosing a seed", own)[0][0]
 
     def _anew(self, prompt: Prompt, *, exact: bool) -> Run:
         """A run at the end of a prompt whose state could not be read after all."""

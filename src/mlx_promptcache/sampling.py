@@ -21,13 +21,18 @@ from mlx_promptcache.engine import sample_utils
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from mlx_promptcache.ranks import Ranks
+
 MOST = sys.float_info.max
 INDICES = (1 << 31) - 1  # what MLX takes for a token id and a length
 
 
-def fresh_seed(bits: int) -> int:
-    """A seed of so many bits that no other run has, of the system's own randomness."""
-    return int.from_bytes(os.urandom(-(-bits // 8)), "little") >> -bits % 8
+def fresh_seed(bits: int, ranks: Ranks | None = None) -> int:
+    """A seed of so many bits that no other run has, and all ranks of this one; of the system's own
+    randomness.
+    """
+    own = int.from_bytes(os.urandom(-(-bits // 8)), "little") >> -bits % 8
+    return own if ranks is None else ranks.told("choosing a seed", own)[0][0]
 
 
 class _Range(NamedTuple):

@@ -36,7 +36,7 @@ class Session:
     def __init__(self, runner: Runner, *, as_json: bool, quiet: bool, seed: int | None) -> None:
         self.runner = runner
         self.as_json = as_json
-        self.seed = self._seed() if seed is None else seed
+        self.seed = fresh_seed(32, runner.ranks) if seed is None else seed
         self.interrupt = Interrupt()
         self.text = ""
         self.tokens: list[int] = []
@@ -58,10 +58,6 @@ class Session:
                 self._check()
 
             yield show
-
-    def _seed(self) -> int:
-        own, ranks = fresh_seed(32), self.runner.ranks
-        return own if ranks is None else ranks.told("choosing a seed", own)[0][0]
 
     def _check(self) -> None:
         """End the prefill if the user wants it, on whichever rank that was heard."""
