@@ -43,3 +43,9 @@ def from_array(array: Array) -> mx.array:
         return mx.zeros(array.shape, dtype)
     raw: Any = memoryview(array.data)
     return mx.array(raw).view(dtype).reshape(array.shape)
+
+
+def memory_of(array: mx.array) -> memoryview:
+    """The memory of an array, which must be evaluated: what is written there is in the array."""
+    memory: Any = array
+    return memoryview(memory).cast("B")

@@ -44,7 +44,7 @@ from mlx_promptcache.tree import Keys, id_of
 if TYPE_CHECKING:
     import builtins
     import os
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from mlx_promptcache.catalog import Entry
     from mlx_promptcache.container import Header
@@ -97,6 +97,8 @@ class PromptCache:
         self._finder = Finder(self._store, self.fingerprint, self.kv, self._bad)
         self.supply: Supply | None = None
         """A remote that is asked for what is not here, and gets what is kept; see `attach`."""
+        self.checks: list[Callable[[], None]] = []
+        """What must hold for a state to be stored: each raises a StoreError where it does not."""
         self._attached: tuple[str, Signer | None, float] | None = None
         self._synced = Synced(self._store)
         self._lent = Lent(self.kv)
@@ -141,7 +143,8 @@ class PromptCache:
         )  # fmt: skip
 
     def _like(self, other: PromptCache) -> PromptCache:
-        """Another cache, with the remote of this one."""
+        """Another cache, with the remote and the checks of this one."""
+        other.checks = self.checks
         if self._attached is not None:
             url, signer, seconds = self._attached
             other.attach(url, signer=signer, seconds=seconds)
@@ -386,6 +389,8 @@ class PromptCache:
             raise StoreError(
                 "this state was computed by another model, or with other settings: compute it again"
             )
+        for check in self.checks:
+            check()
         from mlx_promptcache import room
         from mlx_promptcache.saver import most_bytes
 

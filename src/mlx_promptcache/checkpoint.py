@@ -12,10 +12,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_promptcache import engine
-from mlx_promptcache.errors import ModelError
+from mlx_promptcache.errors import ModelError, StoreError
+from mlx_promptcache.mapped import MappedFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from mlx_promptcache.fingerprint import Fingerprint
@@ -27,8 +28,8 @@ AT_ONCE = 16  # arrays that are waited for together; fewer leave cores idle, all
 class Weights:
     """The weights of a model, on their way from its files while other things are done."""
 
-    def __init__(self, model: Any, path: Path, *, beside: bool) -> None:
-        self._path = path
+    def __init__(self, model: Any, path: Path, files: MappedFiles, *, beside: bool) -> None:
+        self._path, self._files = path, files
         self._error: Exception | None = None
         self._leaving = False
         self._thread = threading.Thread(target=self._read, args=(model,), daemon=True)
@@ -46,6 +47,7 @@ class Weights:
                 if self._leaving:
                     return
                 mx.eval(arrays[i : i + AT_ONCE])
+            self._files.bring(lambda: not self._leaving)
         except Exception as exc:  # noqa: BLE001 - whatever it is, `wait` tells of it
             self._error = exc
 
@@ -69,6 +71,18 @@ class Weights:
                 f"the weights of {self._path} cannot be read: {why}; bring the model again"
             ) from self._error
 
+    def check(self) -> None:
+        """Return if they are still what they were.
+
+        Raises:
+            StoreError: a file that they are in was overwritten in its place.
+        """
+        if self._files.changed():
+            raise StoreError(
+                f"the weights of {self._path} were overwritten while they were in use, and nothing "
+                "is stored of what they compute: load the model again"
+            )
+
 
 class Loaded(NamedTuple):
     """A model, its configuration, and its weights, which are being read; and the fingerprint of its
@@ -90,23 +104,25 @@ def load(path: Path, adapter: Path | None, *, ranks: Ranks | None = None) -> Loa
     Raises:
         ModelError: mlx-lm cannot load it, or not split it.
     """
-    stream = _reading()
+    stream, files = _reading(), MappedFiles()
     with contextlib.nullcontext() if stream is None else mx.stream(stream):
-        model, config = unread(path, adapter)
+        model, config = unread(path, adapter, files.load)
         if ranks is not None:
             ranks.split(model)
     _keep_in_memory()
-    return Loaded(model, config, Weights(model, path, beside=stream is not None))
+    return Loaded(model, config, Weights(model, path, files, beside=stream is not None))
 
 
-def unread(path: Path, adapter: Path | None) -> tuple[Any, Mapping[str, Any]]:
-    """A model and its configuration; of its weights only the headers are read.
+def unread(
+    path: Path, adapter: Path | None, read: Callable[..., Any] = mx.load
+) -> tuple[Any, Mapping[str, Any]]:
+    """A model and its configuration; of its weights only the headers are read, by `read`.
 
     Raises:
         ModelError: mlx-lm cannot load it.
     """
     try:
-        model, config = engine.utils().load_model(path, lazy=True)
+        model, config = engine.load_model(path, read)
         if adapter is not None:
             model = engine.utils().load_adapters(model, str(adapter))
             model.eval()

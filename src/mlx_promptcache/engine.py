@@ -28,11 +28,12 @@ import sys
 import threading
 import types
 from importlib.machinery import SourceFileLoader
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from importlib.machinery import ModuleSpec
+    from pathlib import Path
     from typing import TypeAlias
 
     Later: TypeAlias = "Mapping[str, Mapping[str, Any] | _LaterModule]"
@@ -117,6 +118,17 @@ class _LaterModule:
         return getattr(importlib.import_module(self._module), name)
 
 
+class _Instead:
+    """A module, but for some names."""
+
+    def __init__(self, module: Any, **names: Any) -> None:
+        self.__dict__.update(names)
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
 class _Unused:
     """Stands for a class that mlx-lm's loading code only names, or derives others from."""
 
@@ -144,6 +156,20 @@ def utils() -> Any:
         "decimal": {"Decimal": _Later("decimal", "Decimal")},
     }
     return _without(later, "utils")
+
+
+def load_model(path: Path, read: Callable[..., Any]) -> tuple[Any, dict[str, Any]]:
+    """`mlx_lm.utils.load_model(path, lazy=True)`, where `read` stands in the place of `mx.load`:
+    the same function, with a name of its module's that only this call sees.
+    """
+    function: Any = utils().load_model
+    if not isinstance(function, types.FunctionType) or "mx" not in function.__globals__:
+        return cast("tuple[Any, dict[str, Any]]", function(path, lazy=True))
+    names = {**function.__globals__, "mx": _Instead(function.__globals__["mx"], load=read)}
+    code, closure = function.__code__, function.__closure__
+    own: Any = types.FunctionType(code, names, function.__name__, function.__defaults__, closure)
+    own.__kwdefaults__ = function.__kwdefaults__
+    return cast("tuple[Any, dict[str, Any]]", own(path, lazy=True))
 
 
 @functools.cache
@@ -220,4 +246,13 @@ _make_lazy()
 import mlx_lm.models.cache as cache  # noqa: E402
 import mlx_lm.sample_utils as sample_utils  # noqa: E402
 
-__all__ = ["Renderer", "cache", "generate", "sample_utils", "tokenizer_utils", "utils", "version"]
+__all__ = [
+    "Renderer",
+    "cache",
+    "generate",
+    "load_model",
+    "sample_utils",
+    "tokenizer_utils",
+    "utils",
+    "version",
+]

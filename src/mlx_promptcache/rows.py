@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_promptcache.arrays import dealt, dtype_name, mlx_dtype
+from mlx_promptcache.arrays import dealt, dtype_name, memory_of, mlx_dtype
 from mlx_promptcache.container import ITEMSIZE, Dealt, Entry, raw_bytes
 from mlx_promptcache.errors import UnsupportedLayer
 from mlx_promptcache.headers import WINDOW
@@ -68,7 +68,7 @@ class Staging:
         mx.eval(arrays)
         self._free: SimpleQueue[tuple[mx.array, memoryview]] = SimpleQueue()
         for array in arrays:
-            host = _flat(array) if _HOST_SEES_ARRAYS else memoryview(bytearray(largest_bytes))
+            host = memory_of(array) if _HOST_SEES_ARRAYS else memoryview(bytearray(largest_bytes))
             self._free.put((array, host))
 
     def take(self, entry: Entry) -> Planes:
@@ -177,7 +177,7 @@ class Room:
 
     def _copy(self, stack: mx.array, layer: int, first: int, at: int, count: int) -> None:
         """Copy rows from memory to memory: several times as fast as as many small operations."""
-        into, source = _flat(self.bytes), _flat(stack)
+        into, source = memory_of(self.bytes), memory_of(stack)
         heads, rows, width = (
             math.prod(self._shape[:TOKEN_AXIS]),
             self._shape[TOKEN_AXIS],
@@ -217,12 +217,6 @@ class Room:
         if not array.size:
             return mx.zeros(self._shape, mlx_dtype(self._dtype))
         return array.view(mlx_dtype(self._dtype)).reshape(self._shape)
-
-
-def _flat(array: mx.array) -> memoryview:
-    """The memory of an array of bytes, which must be evaluated."""
-    memory: Any = array
-    return memoryview(memory).cast("B")
 
 
 def _around_rows(stack: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -210,6 +210,8 @@ class Runner:
                 ranks=ranks,
             )
         runner._awaited = [each for each in (loaded.weights, others) if each is not None]
+        if cache is not None:
+            cache.checks += [weights.check for weights in runner._awaited]
         return runner
 
     @property
