@@ -42,12 +42,11 @@ class Weights:
     def _read(self, model: Any) -> None:
         try:
             parameters: Any = tree_flatten(model.parameters())
-            arrays = [array for _, array in parameters]
+            arrays = [array for _, array in parameters] + self._files.touched()
             for i in range(0, len(arrays), AT_ONCE):
                 if self._leaving:
                     return
                 mx.eval(arrays[i : i + AT_ONCE])
-            self._files.bring(lambda: not self._leaving)
         except Exception as exc:  # noqa: BLE001 - whatever it is, `wait` tells of it
             self._error = exc
 

@@ -38,10 +38,10 @@ LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 COPIED_BYTES = 1 << 16  # tensors of fewer are copied: norms, biases, scales
 WORD = 8  # bytes: files are larger than 2 GiB, and ...
 MOST_ITEMS = (1 << 31) - 1  # ... MLX counts what is along an axis with 31 bits
-AT_ONCE = 32 << 20  # bytes that are brought at a time
-MAP_FIXED = 0x10  # these three: Linux, on all processors that MLX runs on
-MADV_WILLNEED = 3
-MADV_POPULATE_READ = 22  # since Linux 5.14
+AT_ONCE = 32 << 20  # bytes that are touched by one operation
+SHOWN_BYTES = 1 << 16  # Linux's `fault_around_bytes`
+MAP_FIXED = 0x10  # these two: Linux, on all processors that MLX runs on
+MADV_SEQUENTIAL = 2
 DTYPES = {
     "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16,
     "I8": mx.int8, "I16": mx.int16, "I32": mx.int32, "I64": mx.int64,
@@ -54,7 +54,8 @@ class MappedFiles:
     """Reads files as `mx.load` does, and maps those that can be mapped."""
 
     def __init__(self) -> None:
-        self._mappings: list[_Mapping] = []
+        self._mapped: list[tuple[Path, os.stat_result]] = []
+        self._touched: list[mx.array] = []
 
     def load(self, file: Any, *args: Any, **kwargs: Any) -> Any:
         """`mx.load(file, ...)`; the arrays of a file that was mapped are not evaluated.
@@ -63,49 +64,49 @@ class MappedFiles:
             RuntimeError: as `mx.load`.
         """
         libc = _libc() if isinstance(file, str) and not (args or kwargs) else None
-        if libc is not None:
-            try:
-                mapping = _Mapping(file, libc)
-                arrays = mapping.tensors()
-            except UNREADABLE:  # `mx.load` says what is wrong with it, if anything is
-                pass
-            else:
-                self._mappings.append(mapping)
-                return arrays
-        return mx.load(file, *args, **kwargs)
+        if libc is None:
+            return mx.load(file, *args, **kwargs)
+        try:
+            with Path(file).open("rb", buffering=0) as opened:
+                mapping = _Mapping(opened.fileno(), libc)
+            arrays = mapping.tensors()
+        except UNREADABLE:  # `mx.load` says what is wrong with it, if anything is
+            return mx.load(file)
+        self._mapped.append((Path(file), mapping.file))
+        self._touched += mapping.touched()
+        return arrays
 
-    def bring(self, wanted: Callable[[], bool]) -> None:
-        """Have the system show all that is mapped before it is used, for as long as it is wanted:
-        page by page a core waits for each. Releases the interpreter's lock.
+    def touched(self) -> list[mx.array]:
+        """What is to be evaluated, once and piece by piece, for the system to show all that is
+        mapped before it is used: then who computes with it need not wait for each page.
         """
-        for mapping in self._mappings:
-            mapping.bring(wanted)
+        touched, self._touched = self._touched, []
+        return touched
 
     def changed(self) -> bool:
-        """Whether a file that is mapped was written to since."""
-        return any(mapping.changed() for mapping in self._mappings)
+        """Whether a file that is mapped was written to. One that was replaced by another stays what
+        it was for whoever has it mapped.
+        """
+        return any(_was_written_to(*known) for known in self._mapped)
 
 
 class _Mapping:
-    """One safetensors file over the memory of an array, which has room for it from one page on."""
+    """A safetensors file over the memory of an array, which has room for it from one page on."""
 
-    def __init__(self, path: str, libc: Any) -> None:
-        self._path, self._libc = Path(path), libc
+    def __init__(self, fd: int, libc: Any) -> None:
+        self.file = os.fstat(fd)
+        self._size = self.file.st_size
+        self._head = _head(fd, self._size)
+        mmap.mmap(fd, self._size, mmap.MAP_PRIVATE).close()  # an error over an array leaves a hole
+        words = -(-self._size // WORD) + 2 * mmap.PAGESIZE // WORD
+        if words > MOST_ITEMS:
+            raise ValueError("the file is too large for one array")
         self._address, self._shift = 0, 0
-        with self._path.open("rb", buffering=0) as file:
-            self._file = os.fstat(file.fileno())
-            self._size = self._file.st_size
-            self._head = _head(file.fileno(), self._size)
-            mmap.mmap(file.fileno(), self._size, mmap.MAP_PRIVATE).close()  # whether it can be
-            words = -(-self._size // WORD) + 2 * mmap.PAGESIZE // WORD
-            if words > MOST_ITEMS:
-                raise ValueError("the file is too large for one array")
-            array = _left_as_it_is(words, functools.partial(self._map, file.fileno()))
-        self._array: mx.array | None = array
-        if _address(memory_of(array)) + self._shift != self._address:
+        self._array = _left_as_it_is(words, functools.partial(self._map, fd, libc))
+        if _address(memory_of(self._array)) + self._shift != self._address:
             raise ValueError("MLX has copied what was mapped")
 
-    def _map(self, fd: int, memory: memoryview) -> None:
+    def _map(self, fd: int, libc: Any, memory: memoryview) -> None:
         """Map the file over the pages that begin in this memory."""
         begin = _address(memory)
         self._address = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -113,8 +114,20 @@ class _Mapping:
         if self._shift + self._size + mmap.PAGESIZE > len(memory) or self._shift % WORD:
             raise ValueError("there is no room for the file")
         kind, access = mmap.MAP_PRIVATE | MAP_FIXED, mmap.PROT_READ | mmap.PROT_WRITE
-        if self._libc.mmap(self._address, self._size, access, kind, fd, 0) != self._address:
+        if libc.mmap(self._address, self._size, access, kind, fd, 0) != self._address:
             raise OSError("the file cannot be mapped")
+        libc.madvise(self._address, self._size, MADV_SEQUENTIAL)
+
+    def touched(self) -> list[mx.array]:
+        """See `MappedFiles.touched`: a page fault shows 64 KiB of a file, and unlike a system call
+        for all of them it lets other threads of the process have memory meanwhile.
+        """
+        begin, behind = self._shift // WORD, (self._shift + self._size) // WORD
+        count, step = AT_ONCE // WORD, SHOWN_BYTES // WORD
+        return [
+            mx.max(self._array[i : min(i + count, behind) : step])
+            for i in range(begin, behind, count)
+        ]
 
     def tensors(self) -> dict[str, mx.array]:
         """The tensors of the file by their names: views, not evaluated.
@@ -122,12 +135,11 @@ class _Mapping:
         Raises:
             LookupError, TypeError, ValueError: its header is not as expected.
         """
-        assert self._array is not None  # noqa: S101 - it was not brought yet
-        array, (length, table) = self._array, self._head
+        length, table = self._head
         rows = {name: row for name, row in table.items() if name != "__metadata__"}
-        return {name: self._tensor(array, 8 + length, row) for name, row in rows.items()}
+        return {name: self._tensor(8 + length, row) for name, row in rows.items()}
 
-    def _tensor(self, array: mx.array, data: int, row: Any) -> mx.array:
+    def _tensor(self, data: int, row: Any) -> mx.array:
         dtype, shape = DTYPES[row["dtype"]], [int(n) for n in row["shape"]]
         begin, end = (data + int(offset) for offset in row["data_offsets"])
         if not data <= begin <= end <= self._size or min(shape, default=0) < 0:
@@ -136,33 +148,14 @@ class _Mapping:
             raise ValueError("a tensor is not as long as its shape says")
         begin, end = begin + self._shift, end + self._shift
         if end - begin < COPIED_BYTES:
-            return _copied(memory_of(array)[begin:end], dtype).reshape(shape)
-        words, skipped = array[begin // WORD : -(-end // WORD)], begin % WORD
+            return _copied(memory_of(self._array)[begin:end], dtype).reshape(shape)
+        words, skipped = self._array[begin // WORD : -(-end // WORD)], begin % WORD
         # Files that MLX wrote begin their tensors anywhere, also where no number should begin.
         unit = dtype if skipped % dtype.size == 0 else mx.uint8
         if words.size * WORD // unit.size > MOST_ITEMS:
             raise ValueError("a tensor is too large for one axis")
         first, items = skipped // unit.size, (end - begin) // unit.size
         return words.view(unit)[first : first + items].view(dtype).reshape(shape)
-
-    def changed(self) -> bool:
-        """Whether the file was written to. One that was replaced by another stays what it was."""
-        try:
-            now = self._path.stat()
-        except OSError:
-            return False
-        same = (now.st_dev, now.st_ino) == (self._file.st_dev, self._file.st_ino)
-        told = (self._file.st_size, self._file.st_mtime_ns)
-        return same and (now.st_size, now.st_mtime_ns) != told
-
-    def bring(self, wanted: Callable[[], bool]) -> None:
-        """Have the system show all of it, see `MappedFiles.bring`."""
-        for begin in range(0, self._size, AT_ONCE):
-            place = self._address + begin, min(AT_ONCE, self._size - begin)
-            self._libc.madvise(*place, MADV_WILLNEED)
-            if not wanted() or self._libc.madvise(*place, MADV_POPULATE_READ):
-                break  # an older Linux: pages come as they are used
-        self._array = None  # tensors hold it as long as they need it
 
 
 class _Shown:
@@ -225,6 +218,15 @@ def _left_as_it_is(words: int, show: Callable[[memoryview], None]) -> mx.array:
     if shown.failed is not None:
         raise shown.failed
     return array  # type: ignore[no-any-return]
+
+
+def _was_written_to(path: Path, known: os.stat_result) -> bool:
+    try:
+        now = path.stat()
+    except OSError:
+        return False
+    same = (now.st_dev, now.st_ino) == (known.st_dev, known.st_ino)
+    return same and (now.st_size, now.st_mtime_ns) != (known.st_size, known.st_mtime_ns)
 
 
 def _copied(memory: Any, dtype: mx.Dtype) -> mx.array:
