@@ -42,7 +42,8 @@ class Weights:
     def _read(self, model: Any) -> None:
         try:
             parameters: Any = tree_flatten(model.parameters())
-            arrays = [array for _, array in parameters] + self._files.touched()
+            arrays = [array for _, array in parameters]
+            arrays += self._files.touches(arrays)
             for i in range(0, len(arrays), AT_ONCE):
                 if self._leaving:
                     return
@@ -74,12 +75,12 @@ class Weights:
         """Return if they are still what they were.
 
         Raises:
-            StoreError: a file that they are in was overwritten in its place.
+            StoreError: a file that they are in may have been overwritten in its place.
         """
         if self._files.changed():
             raise StoreError(
-                f"the weights of {self._path} were overwritten while they were in use, and nothing "
-                "is stored of what they compute: load the model again"
+                f"the weights of {self._path} may have been overwritten while they were in use: "
+                "nothing is stored of what they compute until the model is loaded again"
             )
 
 

@@ -7,12 +7,14 @@ memory of one array of MLX, and tensors are views of that array. Whoever writes 
 his own; the file does not change.
 
 As with them, a file that is overwritten in its place while it is in use is seen by the process, and
-one that is cut short ends it. A file that is replaced, as the Hub's client and `mv` do, is not.
+one that is cut short, or that the drive cannot read, ends it. A file that is replaced, as the Hub's
+client and `mv` do it, stays what it was for whoever has it mapped.
 
-MLX takes memory from `malloc`, and gives it back there. glibc's unmaps a piece as large as this
-one, and with it what is mapped over it; what another allocator would do with it is not known. So
-this is for Linux, glibc and MLX with nothing but a CPU. Everywhere else, and for all files that are
-not as expected, `mx.load` reads.
+When the last view is gone MLX gives the memory to `free`, and glibc unmaps a piece of that size,
+with all that is mapped there. Where that is not known, files are not mapped: with another `malloc`,
+with one that was told to take such pieces from the heap, with a cache of MLX that would keep them,
+beside an accelerator, and on other systems than Linux. `mx.load` reads these files, those of less
+than 64 MiB or more than 16 GiB, with tensors of rare types, and all that are not as expected.
 """
 
 from __future__ import annotations
@@ -31,23 +33,22 @@ import mlx.core as mx
 from mlx_promptcache.arrays import memory_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
-LEAST_BYTES = 64 << 20  # twice what glibc may take from a heap, where nothing is unmapped alone
-LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-COPIED_BYTES = 1 << 16  # tensors of fewer are copied: norms, biases, scales
-WORD = 8  # bytes: files are larger than 2 GiB, and ...
-MOST_ITEMS = (1 << 31) - 1  # ... MLX counts what is along an axis with 31 bits
-AT_ONCE = 32 << 20  # bytes that are touched by one operation
-SHOWN_BYTES = 1 << 16  # Linux's `fault_around_bytes`
-MAP_FIXED = 0x10  # these two: Linux, on all processors that MLX runs on
+SUFFIX = ".safetensors"
+LEAST_BYTES = 64 << 20  # what glibc never takes from the heaps of threads
+COPIED_BYTES = 1 << 16  # tensors of no more are copied: norms, biases
+LARGEST_HEADER_BYTES = 100_000_000  # of the safetensors format
+WORD = 8  # bytes of an item of the array over which a file is mapped ...
+MOST_ITEMS = (1 << 31) - 1  # ... since MLX counts what is along an axis with 31 bits
+SHOWN_BYTES = 1 << 16  # by a page fault: Linux's `fault_around_bytes`
+MAP_FIXED = 0x10  # these two: of Linux, on all processors that MLX runs on
 MADV_SEQUENTIAL = 2
 DTYPES = {
     "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16,
     "I8": mx.int8, "I16": mx.int16, "I32": mx.int32, "I64": mx.int64,
     "U8": mx.uint8, "U16": mx.uint16, "U32": mx.uint32, "U64": mx.uint64,
 }  # fmt: skip
-UNREADABLE = (OSError, RuntimeError, LookupError, TypeError, ValueError, RecursionError)
 
 
 class MappedFiles:
@@ -55,7 +56,7 @@ class MappedFiles:
 
     def __init__(self) -> None:
         self._mapped: list[tuple[Path, os.stat_result]] = []
-        self._touched: list[mx.array] = []
+        self._touches: dict[int, tuple[mx.array, mx.array]] = {}
 
     def load(self, file: Any, *args: Any, **kwargs: Any) -> Any:
         """`mx.load(file, ...)`; the arrays of a file that was mapped are not evaluated.
@@ -63,104 +64,100 @@ class MappedFiles:
         Raises:
             RuntimeError: as `mx.load`.
         """
-        libc = _libc() if isinstance(file, str) and not (args or kwargs) else None
+        usual = isinstance(file, str) and file.endswith(SUFFIX) and not (args or kwargs)
+        libc = _libc() if usual else None
         if libc is None:
             return mx.load(file, *args, **kwargs)
+        path = Path(file).absolute()
         try:
-            with Path(file).open("rb", buffering=0) as opened:
+            with path.open("rb", buffering=0) as opened:
                 mapping = _Mapping(opened.fileno(), libc)
-            arrays = mapping.tensors()
-        except UNREADABLE:  # `mx.load` says what is wrong with it, if anything is
+            found = {name: (array, touch) for name, array, touch in mapping.tensors()}
+        except Exception:  # noqa: BLE001 - whatever it is, `mx.load` says what is wrong, if anything
             return mx.load(file)
-        self._mapped.append((Path(file), mapping.file))
-        self._touched += mapping.touched()
-        return arrays
+        self._mapped.append((path, mapping.file))
+        self._touches.update((id(array), (array, touch)) for array, touch in found.values())
+        return {name: array for name, (array, _) in found.items()}
 
-    def touched(self) -> list[mx.array]:
-        """What is to be evaluated, once and piece by piece, for the system to show all that is
-        mapped before it is used: then who computes with it need not wait for each page.
+    def touches(self, used: Iterable[mx.array]) -> list[mx.array]:
+        """What is to be evaluated, once, for the system to show tensors that are `used` before they
+        are: then who computes with them need not wait for each page. Forgets all others.
         """
-        touched, self._touched = self._touched, []
-        return touched
+        known, self._touches = self._touches, {}
+        return [known[id(array)][1] for array in used if id(array) in known]
 
     def changed(self) -> bool:
-        """Whether a file that is mapped was written to. One that was replaced by another stays what
-        it was for whoever has it mapped.
-        """
-        return any(_was_written_to(*known) for known in self._mapped)
+        """Whether a file that was mapped may have been written to since."""
+        return any(_is_changed(*known) for known in self._mapped)
 
 
 class _Mapping:
-    """A safetensors file over the memory of an array, which has room for it from one page on."""
+    """A safetensors file of `size` bytes over the memory of an array, from its byte `shift` on."""
 
     def __init__(self, fd: int, libc: Any) -> None:
         self.file = os.fstat(fd)
         self._size = self.file.st_size
-        self._head = _head(fd, self._size)
-        mmap.mmap(fd, self._size, mmap.MAP_PRIVATE).close()  # an error over an array leaves a hole
+        self._data, self._table = _head(fd, self._size)
+        self._libc = libc
+        mmap.mmap(
+            fd, self._size, mmap.MAP_PRIVATE
+        ).close()  # what fails over an array leaves a hole
         words = -(-self._size // WORD) + 2 * mmap.PAGESIZE // WORD
-        if words > MOST_ITEMS:
-            raise ValueError("the file is too large for one array")
+        if words > MOST_ITEMS or _keeps_freed(words * WORD):
+            raise ValueError("the file is too large")
         self._address, self._shift = 0, 0
-        self._array = _left_as_it_is(words, functools.partial(self._map, fd, libc))
+        self._array = _left_as_it_is(words, functools.partial(self._map, fd))
         if _address(memory_of(self._array)) + self._shift != self._address:
             raise ValueError("MLX has copied what was mapped")
 
-    def _map(self, fd: int, libc: Any, memory: memoryview) -> None:
+    def _map(self, fd: int, memory: memoryview) -> None:
         """Map the file over the pages that begin in this memory."""
         begin = _address(memory)
+        if begin < self._libc.sbrk(0):  # nothing at all, or of the heap
+            raise ValueError("free() would not unmap the file")
         self._address = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
         self._shift = self._address - begin
         if self._shift + self._size + mmap.PAGESIZE > len(memory) or self._shift % WORD:
             raise ValueError("there is no room for the file")
         kind, access = mmap.MAP_PRIVATE | MAP_FIXED, mmap.PROT_READ | mmap.PROT_WRITE
-        if libc.mmap(self._address, self._size, access, kind, fd, 0) != self._address:
+        if self._libc.mmap(self._address, self._size, access, kind, fd, 0) != self._address:
             raise OSError("the file cannot be mapped")
-        libc.madvise(self._address, self._size, MADV_SEQUENTIAL)
+        self._libc.madvise(self._address, self._size, MADV_SEQUENTIAL)
 
-    def touched(self) -> list[mx.array]:
-        """See `MappedFiles.touched`: a page fault shows 64 KiB of a file, and unlike a system call
-        for all of them it lets other threads of the process have memory meanwhile.
-        """
-        begin, behind = self._shift // WORD, (self._shift + self._size) // WORD
-        count, step = AT_ONCE // WORD, SHOWN_BYTES // WORD
-        return [
-            mx.max(self._array[i : min(i + count, behind) : step])
-            for i in range(begin, behind, count)
-        ]
-
-    def tensors(self) -> dict[str, mx.array]:
-        """The tensors of the file by their names: views, not evaluated.
+    def tensors(self) -> Iterator[tuple[str, mx.array, mx.array]]:
+        """The tensors by their names, not evaluated, each with what touches its pages.
 
         Raises:
-            LookupError, TypeError, ValueError: its header is not as expected.
+            Exception: the header is not as expected.
         """
-        length, table = self._head
-        rows = {name: row for name, row in table.items() if name != "__metadata__"}
-        return {name: self._tensor(8 + length, row) for name, row in rows.items()}
+        for name, row in self._table.items():
+            if name != "__metadata__":
+                yield name, *self._tensor(row)
 
-    def _tensor(self, data: int, row: Any) -> mx.array:
-        dtype, shape = DTYPES[row["dtype"]], [int(n) for n in row["shape"]]
-        begin, end = (data + int(offset) for offset in row["data_offsets"])
-        if not data <= begin <= end <= self._size or min(shape, default=0) < 0:
-            raise ValueError("a tensor is not inside the file")
-        if end - begin != math.prod(shape) * dtype.size:
-            raise ValueError("a tensor is not as long as its shape says")
-        begin, end = begin + self._shift, end + self._shift
-        if end - begin < COPIED_BYTES:
-            return _copied(memory_of(self._array)[begin:end], dtype).reshape(shape)
+    def _tensor(self, row: Any) -> tuple[mx.array, mx.array]:
+        dtype, shape, (first, last) = DTYPES[row["dtype"]], row["shape"], row["data_offsets"]
+        if any(type(n) is not int or n < 0 for n in (*shape, first, last)):
+            raise TypeError("a tensor has no shape or no place")
+        if last > self._size - self._data or last - first != math.prod(shape) * dtype.size:
+            raise ValueError("a tensor is not where its shape says")
+        begin, end = (self._shift + self._data + offset for offset in (first, last))
+        if end - begin <= COPIED_BYTES:
+            copied = _copied(memory_of(self._array)[begin:end], dtype).reshape(shape)
+            return copied, copied
         words, skipped = self._array[begin // WORD : -(-end // WORD)], begin % WORD
         # Files that MLX wrote begin their tensors anywhere, also where no number should begin.
         unit = dtype if skipped % dtype.size == 0 else mx.uint8
         if words.size * WORD // unit.size > MOST_ITEMS:
             raise ValueError("a tensor is too large for one axis")
-        first, items = skipped // unit.size, (end - begin) // unit.size
-        return words.view(unit)[first : first + items].view(dtype).reshape(shape)
+        at, items = skipped // unit.size, (end - begin) // unit.size
+        tensor = words.view(unit)[at : at + items].view(dtype).reshape(shape)
+        # A page fault lets other threads have memory meanwhile, unlike a system call for all pages.
+        return tensor, mx.max(words[:: SHOWN_BYTES // WORD])
 
 
 class _Shown:
-    """A file that MLX may believe to read `words` words of 8 bytes from: `show` gets the memory for
-    them, which is left as it is. MLX has no other array that it does not write to.
+    """A file that MLX may believe to read so many words from: `show` gets the memory for them, and
+    it is left as it is. MLX has no other array that it does not write to.
 
     Its head is that of NumPy's format, version 1.0.
     """
@@ -174,7 +171,7 @@ class _Shown:
         self._bytes = words * WORD
         self._at = 0
         self._show = show
-        self.failed: Exception | None = None
+        self.failed: str | None = "nothing was asked for"
 
     def readable(self) -> bool:
         return True
@@ -196,13 +193,12 @@ class _Shown:
         self._at += size
         if self._at <= len(self._head):
             memory[:] = self._head[at : at + size]
-        else:  # by a thread of MLX, which has nobody to raise an error for
+        elif (at, size) == (len(self._head), self._bytes):
             try:
-                if (at, size) != (len(self._head), self._bytes):
-                    raise OSError("other bytes were asked for than all of the data")
                 self._show(memory)
-            except Exception as exc:  # noqa: BLE001 - whatever it is, `_left_as_it_is` raises it
-                self.failed = exc
+                self.failed = None
+            except Exception as exc:  # noqa: BLE001 - a thread of MLX could tell nobody
+                self.failed = str(exc)
         return size
 
 
@@ -210,23 +206,14 @@ def _left_as_it_is(words: int, show: Callable[[memoryview], None]) -> mx.array:
     """An array of so many words whose memory nobody has written to but `show`.
 
     Raises:
-        Exception: what `show` raised.
+        ValueError: `show` failed, or did not get all of it at once.
     """
     shown = _Shown(words, show)
     array: Any = mx.load(shown, format="npy")  # type: ignore[arg-type]
     mx.eval(array)
     if shown.failed is not None:
-        raise shown.failed
+        raise ValueError(shown.failed)
     return array  # type: ignore[no-any-return]
-
-
-def _was_written_to(path: Path, known: os.stat_result) -> bool:
-    try:
-        now = path.stat()
-    except OSError:
-        return False
-    same = (now.st_dev, now.st_ino) == (known.st_dev, known.st_ino)
-    return same and (now.st_size, now.st_mtime_ns) != (known.st_size, known.st_mtime_ns)
 
 
 def _copied(memory: Any, dtype: mx.Dtype) -> mx.array:
@@ -234,18 +221,33 @@ def _copied(memory: Any, dtype: mx.Dtype) -> mx.array:
 
 
 def _head(fd: int, size: int) -> tuple[int, dict[str, Any]]:
-    """The length of a safetensors header, and what it tells of tensors.
+    """Where the data of a safetensors file begin, and what its header tells of tensors.
 
     Raises:
-        TypeError, ValueError: there is none, or the file is small.
+        ValueError: there is no header, or the file is small.
     """
     length = int.from_bytes(os.pread(fd, 8, 0), "little")
-    if size < LEAST_BYTES or length > min(size - 8, LARGEST_HEADER_BYTES):
+    if size < LEAST_BYTES or 8 + length > size or length >= LARGEST_HEADER_BYTES:
         raise ValueError("not a large file of tensors")
-    table = json.loads(os.pread(fd, length, 8))
-    if not isinstance(table, dict):
-        raise TypeError("not a table of tensors")
-    return length, table
+    table: dict[str, Any] = json.loads(os.pread(fd, length, 8).decode())
+    return 8 + length, table
+
+
+def _is_changed(path: Path, known: os.stat_result) -> bool:
+    try:
+        now = path.stat()
+    except OSError:
+        return False
+    facts = [(file.st_size, file.st_mtime_ns, file.st_ctime_ns) for file in (now, known)]
+    replaced = (now.st_dev, now.st_ino) != (known.st_dev, known.st_ino)
+    return not replaced and facts[0] != facts[1]
+
+
+def _keeps_freed(size: int) -> bool:
+    """Whether MLX would keep freed memory of so many bytes for other arrays."""
+    limit = mx.set_cache_limit(1 << 62)  # it tells the former one
+    mx.set_cache_limit(limit)
+    return limit >= size
 
 
 @functools.cache
@@ -263,9 +265,10 @@ def _libc() -> Any:
         libc.gnu_get_libc_version  # noqa: B018 - musl has none
     except (ImportError, OSError, AttributeError):
         return None
-    libc.mmap.restype = address
+    libc.mmap.restype = libc.sbrk.restype = address
     libc.mmap.argtypes = [address, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     libc.madvise.argtypes = [address, ctypes.c_size_t, ctypes.c_int]
+    libc.sbrk.argtypes = [ctypes.c_long]
     return libc if mallocs[0] == mallocs[1] else None
 
 
