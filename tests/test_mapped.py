@@ -91,12 +91,12 @@ def zeros(tmp_path: Path) -> Path:
     return zero(tmp_path / "model.safetensors")
 
 
-def zero(path: Path) -> Path:
-    row = {"dtype": "F32", "shape": [ITEMS], "data_offsets": [0, 4 * ITEMS]}
+def zero(path: Path, items: int = ITEMS) -> Path:
+    row = {"dtype": "F32", "shape": [items], "data_offsets": [0, 4 * items]}
     header = json.dumps({"zeros": row}).encode()
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + 4 * ITEMS)
+        file.truncate(8 + len(header) + 4 * items)
     return path
 
 
@@ -268,11 +268,17 @@ def test_small_files_and_other_ways_to_load_are_left_to_mlx(tmp_path: Path) -> N
     assert len(files.load(str(path), return_metadata=True)) == 2
     with path.open("rb") as opened:
         assert set(files.load(opened)) == set(THREE)
-    mx.save_safetensors(str(tmp_path / "small.safetensors"), {"a": mx.ones((3,))})
-    assert list(files.load(str(tmp_path / "small.safetensors"))) == ["a"]
+    assert list(files.load(str(zero(tmp_path / "small.safetensors", ITEMS - 100)))) == ["zeros"]
     path.rename(tmp_path / "model.bin")
     with pytest.raises(ValueError, match="Unknown file format"):
         files.load(str(tmp_path / "model.bin"))
+    assert not files._mapped
+
+
+def test_a_file_beyond_the_length_of_an_array_is_left_to_mlx(tmp_path: Path) -> None:
+    path, files = written(tmp_path / "model.safetensors", THREE), MappedFiles()
+    os.truncate(path, (mapped.MOST_ITEMS + 1) * mapped.WORD)
+    assert bits(files.load(str(path))) == bits(read(path))
     assert not files._mapped
 
 

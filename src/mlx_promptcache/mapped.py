@@ -99,9 +99,8 @@ class _Mapping:
         self._size = self.file.st_size
         self._data, self._table = _head(fd, self._size)
         self._libc = libc
-        mmap.mmap(
-            fd, self._size, mmap.MAP_PRIVATE
-        ).close()  # what fails over an array leaves a hole
+        with mmap.mmap(fd, self._size, mmap.MAP_PRIVATE):
+            pass  # what fails later, over an array, may leave a hole there
         words = -(-self._size // WORD) + 2 * mmap.PAGESIZE // WORD
         if words > MOST_ITEMS or _keeps_freed(words * WORD):
             raise ValueError("the file is too large")
@@ -117,7 +116,7 @@ class _Mapping:
             raise ValueError("free() would not unmap the file")
         self._address = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
         self._shift = self._address - begin
-        if self._shift + self._size + mmap.PAGESIZE > len(memory) or self._shift % WORD:
+        if self._shift + self._size + mmap.PAGESIZE > len(memory):
             raise ValueError("there is no room for the file")
         kind, access = mmap.MAP_PRIVATE | MAP_FIXED, mmap.PROT_READ | mmap.PROT_WRITE
         if self._libc.mmap(self._address, self._size, access, kind, fd, 0) != self._address:
@@ -137,7 +136,7 @@ class _Mapping:
     def _tensor(self, row: Any) -> tuple[mx.array, mx.array]:
         dtype, shape, (first, last) = DTYPES[row["dtype"]], row["shape"], row["data_offsets"]
         if any(type(n) is not int or n < 0 for n in (*shape, first, last)):
-            raise TypeError("a tensor has no shape or no place")
+            raise TypeError("a tensor has no shape, or no place")
         if last > self._size - self._data or last - first != math.prod(shape) * dtype.size:
             raise ValueError("a tensor is not where its shape says")
         begin, end = (self._shift + self._data + offset for offset in (first, last))
@@ -171,7 +170,7 @@ class _Shown:
         self._bytes = words * WORD
         self._at = 0
         self._show = show
-        self.failed: str | None = "nothing was asked for"
+        self.failed: str | None = None
 
     def readable(self) -> bool:
         return True
@@ -196,7 +195,6 @@ class _Shown:
         elif (at, size) == (len(self._head), self._bytes):
             try:
                 self._show(memory)
-                self.failed = None
             except Exception as exc:  # noqa: BLE001 - a thread of MLX could tell nobody
                 self.failed = str(exc)
         return size
@@ -206,7 +204,7 @@ def _left_as_it_is(words: int, show: Callable[[memoryview], None]) -> mx.array:
     """An array of so many words whose memory nobody has written to but `show`.
 
     Raises:
-        ValueError: `show` failed, or did not get all of it at once.
+        ValueError: `show` failed. It may not have been called at all.
     """
     shown = _Shown(words, show)
     array: Any = mx.load(shown, format="npy")  # type: ignore[arg-type]
@@ -227,7 +225,7 @@ def _head(fd: int, size: int) -> tuple[int, dict[str, Any]]:
         ValueError: there is no header, or the file is small.
     """
     length = int.from_bytes(os.pread(fd, 8, 0), "little")
-    if size < LEAST_BYTES or 8 + length > size or length >= LARGEST_HEADER_BYTES:
+    if size < LEAST_BYTES or length >= LARGEST_HEADER_BYTES:
         raise ValueError("not a large file of tensors")
     table: dict[str, Any] = json.loads(os.pread(fd, length, 8).decode())
     return 8 + length, table
@@ -238,9 +236,8 @@ def _is_changed(path: Path, known: os.stat_result) -> bool:
         now = path.stat()
     except OSError:
         return False
-    facts = [(file.st_size, file.st_mtime_ns, file.st_ctime_ns) for file in (now, known)]
     replaced = (now.st_dev, now.st_ino) != (known.st_dev, known.st_ino)
-    return not replaced and facts[0] != facts[1]
+    return not replaced and now.st_ctime_ns != known.st_ctime_ns
 
 
 def _keeps_freed(size: int) -> bool:
