@@ -345,7 +345,8 @@ def test_of_the_real_model_it_is_what_mlx_holds_after_a_real_prompt(real_model: 
     runner = Runner.load(str(real_model), use_cache=False)
     mx.eval(runner.model.parameters())
     weights = mx.get_active_memory() - before
-    assert 0 <= weights - found.weights_bytes < 100_000
+    # A file that is mapped has its header with it, and its small tensors twice.
+    assert 0 <= weights - found.weights_bytes < found.weights_bytes / 1000
     run = runner.start(list(range(1000, 1270)))
     assert sum(array.nbytes for array in live_arrays(run._layers)) == context.layers_bytes
     beside = mx.get_active_memory() - before - weights - context.layers_bytes
