@@ -116,7 +116,8 @@ def load(path: Path, adapter: Path | None, *, ranks: Ranks | None = None) -> Loa
 def unread(
     path: Path, adapter: Path | None, read: Callable[..., Any] = mx.load
 ) -> tuple[Any, Mapping[str, Any]]:
-    """A model and its configuration; of its weights only the headers are read, by `read`.
+    """A model and its configuration. `read` stands in the place of `mx.load`, which reads no more
+    of weights than their headers.
 
     Raises:
         ModelError: mlx-lm cannot load it.

@@ -118,17 +118,6 @@ class _LaterModule:
         return getattr(importlib.import_module(self._module), name)
 
 
-class _Instead:
-    """A module, but for some names."""
-
-    def __init__(self, module: Any, **names: Any) -> None:
-        self.__dict__.update(names)
-        self._module = module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
 class _Unused:
     """Stands for a class that mlx-lm's loading code only names, or derives others from."""
 
@@ -165,7 +154,8 @@ def load_model(path: Path, read: Callable[..., Any]) -> tuple[Any, dict[str, Any
     function: Any = utils().load_model
     if not isinstance(function, types.FunctionType) or "mx" not in function.__globals__:
         return cast("tuple[Any, dict[str, Any]]", function(path, lazy=True))
-    names = {**function.__globals__, "mx": _Instead(function.__globals__["mx"], load=read)}
+    mlx = types.SimpleNamespace(**{**vars(function.__globals__["mx"]), "load": read})
+    names = {**function.__globals__, "mx": mlx}
     code, closure = function.__code__, function.__closure__
     own: Any = types.FunctionType(code, names, function.__name__, function.__defaults__, closure)
     own.__kwdefaults__ = function.__kwdefaults__

@@ -31,14 +31,14 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlx_promptcache.arrays import memory_of
+from mlx_promptcache.container import LARGEST_HEADER_BYTES
+from mlx_promptcache.files import SUFFIX
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
-SUFFIX = ".safetensors"
 LEAST_BYTES = 64 << 20  # what glibc never takes from the heaps of threads
 COPIED_BYTES = 1 << 16  # tensors of no more are copied: norms, biases
-LARGEST_HEADER_BYTES = 100_000_000  # of the safetensors format
 WORD = 8  # bytes of an item of the array over which a file is mapped ...
 MOST_ITEMS = (1 << 31) - 1  # ... since MLX counts what is along an axis with 31 bits
 SHOWN_BYTES = 1 << 16  # by a page fault: Linux's `fault_around_bytes`
@@ -72,7 +72,7 @@ class MappedFiles:
         try:
             with path.open("rb", buffering=0) as opened:
                 mapping = _Mapping(opened.fileno(), libc)
-            found = {name: (array, touch) for name, array, touch in mapping.tensors()}
+            found = mapping.tensors()
         except Exception:  # noqa: BLE001 - whatever it is, `mx.load` says what is wrong, if anything
             return mx.load(file)
         self._mapped.append((path, mapping.file))
@@ -123,15 +123,14 @@ class _Mapping:
             raise OSError("the file cannot be mapped")
         self._libc.madvise(self._address, self._size, MADV_SEQUENTIAL)
 
-    def tensors(self) -> Iterator[tuple[str, mx.array, mx.array]]:
+    def tensors(self) -> dict[str, tuple[mx.array, mx.array]]:
         """The tensors by their names, not evaluated, each with what touches its pages.
 
         Raises:
             Exception: the header is not as expected.
         """
-        for name, row in self._table.items():
-            if name != "__metadata__":
-                yield name, *self._tensor(row)
+        rows = {name: row for name, row in self._table.items() if name != "__metadata__"}
+        return {name: self._tensor(row) for name, row in rows.items()}
 
     def _tensor(self, row: Any) -> tuple[mx.array, mx.array]:
         dtype, shape, (first, last) = DTYPES[row["dtype"]], row["shape"], row["data_offsets"]
