@@ -81,6 +81,7 @@ FLOORS = [
     "ranks",
     "streams",
     "planes",
+    "softmax",
     "attention",
     "arrays",
     "mapped",

@@ -14,7 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import architectures
 import tiny
-from mlx_promptcache import Runner, attention
+from mlx_promptcache import Runner, attention, softmax
 from mlx_promptcache.attention import ATTENTION, BASE, by_groups, stand_in
 
 if TYPE_CHECKING:
@@ -203,8 +203,23 @@ def test_one_core_leaves_all_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = getattr(sys.modules[BASE], ATTENTION)
     monkeypatch.setattr(sys.modules[name], ATTENTION, usual)
     monkeypatch.setattr(attention, "cores", lambda: 1)
+    monkeypatch.setattr(softmax, "is_x86", lambda: False)
     attention.spread(model)
     assert getattr(sys.modules[name], ATTENTION) is usual
+
+
+def test_one_core_without_loops_over_vectors_attends_in_one_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "cores", lambda: 1)
+    monkeypatch.setattr(softmax, "is_x86", lambda: True)
+    model = tiny.plain()
+    attention.spread(model)
+    assert attention._kinds(getattr(sys.modules["mlx_lm.models.llama"], ATTENTION)) == ("spread",)
+    queries, keys, values = parts("many heads", mx.float32)
+    own = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.3)
+    assert [part for part, _ in attention._parts(20, 2)] == [(slice(0, 20), slice(None))]
+    assert same_bits(by_groups(queries, keys, values, 0.3, None), own)
 
 
 def test_another_mlx_that_computes_otherwise_is_left_alone(

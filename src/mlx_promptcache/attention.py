@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from mlx_promptcache import softmax
 from mlx_promptcache.streams import beside, cores, in_main_thread_on_cpu
 
 if TYPE_CHECKING:
@@ -83,10 +84,10 @@ def _kinds(attention: Any) -> tuple[str, ...]:
 
 
 def spread(model: Any) -> None:
-    """Let the attention of this model be computed on several cores, where that is on a CPU and
-    there are several; no bit of it changes.
+    """Let the attention of this model be computed on several cores, and several exponentials at a
+    time, where that is on a CPU and it gains; no bit of it changes.
     """
-    if in_main_thread_on_cpu() and cores() > 1:
+    if in_main_thread_on_cpu() and (cores() > 1 or softmax.is_x86()):
         stand_in(model, "spread", attend_by_groups)
 
 
@@ -146,18 +147,24 @@ def by_groups(
         if mask is not None:
             is_bool = mask.dtype == mx.bool_
             scores = mx.where(mask, scores, least) if is_bool else scores + mask
-        weights = mx.softmax(scores, axis=-1, precise=True, stream=stream)
-        told.append(weights @ values[:, of_keys])
+        told.append(_weights(scores, stream) @ values[:, of_keys])
     joined = mx.concatenate(told, axis=2 if kv_heads == 1 else 1)
     return joined.reshape(batch, heads, count, values.shape[-1])
 
 
+def _weights(scores: mx.array, stream: mx.Stream) -> mx.array:
+    if not softmax.serves(scores):
+        return mx.softmax(scores, axis=-1, precise=True, stream=stream)
+    with mx.stream(stream):
+        return softmax.softmax(scores)
+
+
 def _parts(kv_heads: int, repeats: int) -> list[tuple[tuple[slice, slice], mx.Stream]]:
     """Groups of heads, `[KV heads, heads of each]`, and a stream for each. There is one more than
-    cores: so there are products to be computed while weights are.
+    cores, if there are several: so there are products to be computed while weights are.
     """
     size = repeats if kv_heads == 1 else kv_heads
-    number = min(size, cores() + 1, MOST_GROUPS)
+    number = min(size, cores() + 1 if cores() > 1 else 1, MOST_GROUPS)
     edges = [size * i // number for i in range(number + 1)]
     slices = [slice(begin, end) for begin, end in itertools.pairwise(edges)]
     whole = slice(None)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_promptcache.streams import in_main_thread_on_cpu
+from mlx_promptcache.streams import may_compile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ def deal(array: mx.array, itemsize: int) -> list[mx.array]:
     words = mx.contiguous(array).reshape(-1).view(WORDS[itemsize])
     if itemsize == 1:
         return [words]
-    if in_main_thread_on_cpu() and _compiles(_dealt, (WORDS[itemsize],)):
+    if may_compile() and _compiles(_dealt, (WORDS[itemsize],)):
         return _dealt(words)
     items = words.view(mx.uint8).reshape(-1, itemsize)
     return [mx.contiguous(items[:, k]) for k in range(itemsize)]
@@ -34,7 +34,7 @@ def join(planes: Sequence[mx.array]) -> mx.array:
     """The bytes of the items that have these planes, item after item; not evaluated."""
     if len(planes) == 1:
         return planes[0]
-    if in_main_thread_on_cpu() and _compiles(_joined, (mx.uint8,) * len(planes)):
+    if may_compile() and _compiles(_joined, (mx.uint8,) * len(planes)):
         return _joined(*planes).view(mx.uint8)
     return mx.concatenate([plane[:, None] for plane in planes], axis=1).reshape(-1)
 

@@ -6,13 +6,19 @@ on each other can be put into several.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 _MADE: list[mx.Stream] = []  # for as long as the process lives: MLX never ends one
+_UNCOMPILED: list[bool] = []  # while somebody wants nothing compiled
 
 
 def in_main_thread_on_cpu() -> bool:
@@ -22,6 +28,23 @@ def in_main_thread_on_cpu() -> bool:
     """
     main = threading.current_thread() is threading.main_thread()
     return main and mx.default_device() == mx.Device(mx.cpu)
+
+
+def may_compile() -> bool:
+    """Whether something compiled is to be used now."""
+    return not _UNCOMPILED and in_main_thread_on_cpu()
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """While this lasts nothing is compiled, so that MLX can tell of every operation."""
+    _UNCOMPILED.append(True)
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()
+        _UNCOMPILED.pop()
 
 
 def beside(count: int) -> list[mx.Stream]:

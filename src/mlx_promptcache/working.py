@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlx_promptcache.layers import exchange, live_arrays
+from mlx_promptcache.streams import uncompiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -59,14 +60,12 @@ def _told(forward: Forward, layers: list[Any], count: int) -> list[Told] | None:
         logits, _ = forward(mx.zeros((1, count), mx.int32), layers)
         return [logits, *live_arrays(layers)]
 
-    mx.disable_compile()  # what is compiled cannot be told of
     try:
-        mx.export_function(told.append, passing, *live_arrays(layers))
+        with uncompiled():  # what is compiled cannot be told of
+            mx.export_function(told.append, passing, *live_arrays(layers))
     except Exception as exc:  # noqa: BLE001 - a model that evaluates something, or another MLX
         log.debug("what a pass takes cannot be told: %s", exc)
         return None
-    finally:
-        mx.enable_compile()
     return told
 
 

@@ -1,0 +1,180 @@
+"""Softmax in loops over vectors: the bits of MLX's own, and only where there is a gain."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import pytest
+import trial_exponentials
+
+import processes
+import tiny
+from mlx_promptcache import softmax
+from mlx_promptcache.streams import beside, may_compile, uncompiled
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.skipif(
+    mx.default_device() != mx.Device(mx.cpu) or not softmax.is_x86(),
+    reason="MLX has loops of its own on this machine",
+)
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="MLX has no compiler here")
+
+PIECES, SEED = 12, 3
+
+
+def own(scores: mx.array) -> mx.array:
+    return mx.softmax(scores, axis=-1, precise=True)
+
+
+def normal(*shape: int) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(SEED))
+
+
+def test_exponentials_have_the_bits_of_mlx_s_own() -> None:
+    """The long form is `scripts/trials exponentials`."""
+    outcome = trial_exponentials.tried(PIECES, SEED)
+    print(outcome.line())
+    assert outcome.wrong == []
+    assert outcome.figures["numbers"] > (PIECES - 1) * trial_exponentials.PIECE
+
+
+def test_the_trial_sees_a_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(softmax, "POLYNOMIAL", (*softmax.POLYNOMIAL[:5], 6.9315e-1, 1.0))
+    softmax._compiled.cache_clear()
+    try:
+        assert "others, the first of -" in trial_exponentials.tried(3, SEED).wrong[0]
+    finally:
+        softmax._compiled.cache_clear()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 40.0, 1e37])
+@pytest.mark.parametrize("shape", [(1, 3, 22, 1940), (2, 1, 5), (1, 1), (700, 1)], ids=str)
+def test_softmax_has_the_bits_of_mlx_s_own(shape: tuple[int, ...], scale: float) -> None:
+    scores = scale * normal(*shape)
+    assert tiny.bits(softmax.softmax(scores)) == tiny.bits(own(scores))
+
+
+def test_what_is_masked_weighs_nothing() -> None:
+    scores = normal(4, 50)
+    scores[1:, 20:] = mx.finfo(mx.float32).min
+    scores[2:, 10:] = -float("inf")
+    weights = softmax.softmax(scores)
+    assert tiny.bits(weights) == tiny.bits(own(scores))
+    assert not weights[2:, 10:].any()
+
+
+@pytest.mark.parametrize("piece", [1, 50, 120, 1 << 20])
+def test_pieces_change_no_bit(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(softmax, "PIECE", piece)
+    scores = normal(3, 7, 40)
+    assert tiny.bits(softmax.softmax(scores)) == tiny.bits(own(scores))
+
+
+def test_each_stream_computes_its_own() -> None:
+    told = []
+    for stream in beside(3):
+        with mx.stream(stream):
+            told.append(softmax.softmax(normal(5, 40)))
+    assert {tiny.bits(weights) for weights in told} == {tiny.bits(own(normal(5, 40)))}
+
+
+# What MLX makes of it
+
+
+def passes(array: mx.array) -> list[str]:
+    return re.findall(r'label ="(Compiled\w+)"', softmax._graph(array))
+
+
+@needs_compiler
+def test_exponentials_are_three_passes_over_memory() -> None:
+    values = mx.zeros((50,))
+    mx.eval(values)
+    found = passes(softmax.exp(values))
+    assert len(found) == 3
+    assert [name.count("Select") for name in sorted(found)].count(1) == 1
+
+
+def test_what_mlx_keeps_of_shapes_is_limited() -> None:
+    softmax._compiled.cache_clear()
+    for size in range(1, softmax.SHAPES + 10):
+        softmax.exp(mx.zeros((size,)))
+    assert softmax._compiled.cache_info().currsize == softmax.SHAPES
+    misses = softmax._compiled.cache_info().misses
+    softmax.exp(mx.zeros((size,)))
+    assert softmax._compiled.cache_info().misses == misses
+
+
+# Where it serves
+
+
+@needs_compiler
+def test_it_serves_many_scores_of_float32() -> None:
+    many = normal(22, softmax.LEAST_SCORES // 22 + 1)
+    assert softmax.serves(many)
+    assert not softmax.serves(many[:20])
+    assert not softmax.serves(many.astype(mx.float16))
+
+
+def test_it_does_not_serve_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(softmax, "LEAST_SCORES", 0)
+    told: list[bool] = []
+    thread = threading.Thread(target=lambda: told.append(softmax.serves(normal(4, 4))))
+    thread.start()
+    thread.join()
+    assert told == [False]
+
+
+def test_it_does_not_serve_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(softmax, "LEAST_SCORES", 0)
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert not softmax.serves(normal(4, 4))
+
+
+def test_it_does_not_serve_while_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is found out later is not lost by it."""
+    monkeypatch.setattr(softmax, "LEAST_SCORES", 0)
+    usually = softmax.serves(normal(4, 4))
+    softmax._is_the_same.cache_clear()
+    with uncompiled():
+        assert not may_compile()
+        assert not softmax.serves(normal(4, 4))
+    assert softmax.serves(normal(4, 4)) is usually
+
+
+def test_another_mlx_that_computes_otherwise_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(softmax, "LEAST_SCORES", 0)
+    usual = mx.softmax
+    softmax._is_the_same.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(mx, "softmax", lambda *a, **more: usual(*a, **more) * (1 + 2.0**-20))
+            assert not softmax.serves(normal(4, 4))
+    finally:
+        softmax._is_the_same.cache_clear()
+
+
+CHILD = """
+import json
+import mlx.core as mx
+from mlx_promptcache import softmax
+scores = mx.random.normal((30, 1000))
+print(json.dumps([softmax.serves(scores), softmax._is_the_same()]))
+"""
+
+
+@pytest.mark.parametrize("lack", ["compiler", "place", "leave"])
+def test_it_does_not_serve_where_nothing_can_be_compiled(lack: str, tmp_path: Path) -> None:
+    changes = {
+        "compiler": {"PATH": str(tmp_path)},
+        "place": {"TMPDIR": "/dev/null"},
+        "leave": {"MLX_DISABLE_COMPILE": "1"},
+    }
+    assert processes.python(CHILD, **changes[lack]) == [False, False]
