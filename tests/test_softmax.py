@@ -5,18 +5,20 @@ from __future__ import annotations
 import re
 import shutil
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import pytest
 import trial_exponentials
+from mlx.nn.utils import value_and_grad
 
 import processes
 import tiny
-from mlx_promptcache import softmax
+from mlx_promptcache import Runner, attention, softmax
 from mlx_promptcache.streams import beside, may_compile, uncompiled
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.skipif(
@@ -113,7 +115,14 @@ def test_what_mlx_keeps_of_shapes_is_limited() -> None:
 # Where it serves
 
 
+@pytest.fixture
+def inferring() -> Iterator[None]:
+    with softmax.inferring():
+        yield
+
+
 @needs_compiler
+@pytest.mark.usefixtures("inferring")
 def test_it_serves_many_scores_of_float32() -> None:
     many = normal(22, softmax.LEAST_SCORES // 22 + 1)
     assert softmax.serves(many)
@@ -121,6 +130,36 @@ def test_it_serves_many_scores_of_float32() -> None:
     assert not softmax.serves(many.astype(mx.float16))
 
 
+@needs_compiler
+def test_it_serves_a_runner_s_own_calls_and_nobody_who_wants_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "LEAST_SCORES", 0)
+    monkeypatch.setattr(softmax, "LEAST_SCORES", 0)
+    counted: list[tuple[int, ...]] = []
+
+    def counting(scores: mx.array) -> mx.array:
+        counted.append(scores.shape)
+        return own(scores)
+
+    model = tiny.plain()
+    runner = Runner(model)
+    tokens = mx.array([[5, 9, 13, 4] * 5])
+
+    def loss(module: Any) -> mx.array:
+        logits: mx.array = module(tokens)
+        return logits.square().mean()
+
+    given, gradients = value_and_grad(model, loss)(model)
+    mx.eval(given, gradients)  # `View` has no gradient
+    monkeypatch.setattr(softmax, "softmax", counting)
+    mx.eval(loss(model))
+    assert counted == []
+    mx.eval(runner.forward(tokens, runner.make_layers())[0])
+    assert len(counted) >= len(model.layers)
+
+
+@pytest.mark.usefixtures("inferring")
 def test_it_does_not_serve_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(softmax, "LEAST_SCORES", 0)
     told: list[bool] = []
@@ -130,12 +169,14 @@ def test_it_does_not_serve_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told == [False]
 
 
+@pytest.mark.usefixtures("inferring")
 def test_it_does_not_serve_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(softmax, "LEAST_SCORES", 0)
     monkeypatch.setattr("platform.machine", lambda: "arm64")
     assert not softmax.serves(normal(4, 4))
 
 
+@pytest.mark.usefixtures("inferring")
 def test_it_does_not_serve_while_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what is found out later is not lost by it."""
     monkeypatch.setattr(softmax, "LEAST_SCORES", 0)
@@ -147,6 +188,7 @@ def test_it_does_not_serve_while_nothing_is_compiled(monkeypatch: pytest.MonkeyP
     assert softmax.serves(normal(4, 4)) is usually
 
 
+@pytest.mark.usefixtures("inferring")
 def test_another_mlx_that_computes_otherwise_is_left_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -164,9 +206,10 @@ def test_another_mlx_that_computes_otherwise_is_left_alone(
 CHILD = """
 import json
 import mlx.core as mx
-from mlx_promptcache import softmax
+from mlx_promptcache import Runner, attention, softmax
 scores = mx.random.normal((30, 1000))
-print(json.dumps([softmax.serves(scores), softmax._is_the_same()]))
+with softmax.inferring():
+    print(json.dumps([softmax.serves(scores), softmax._is_the_same()]))
 """
 
 

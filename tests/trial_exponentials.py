@@ -1,6 +1,6 @@
 """Every float32 from -89 to 0: its exponential beside MLX's own, bit for bit.
 
-Infinity, what is not a number, and a few numbers below -89 are compared as well.
+Infinity and a few numbers below -89 are compared as well; what is not a number has to stay none.
 """
 
 from __future__ import annotations

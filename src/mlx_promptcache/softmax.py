@@ -8,11 +8,13 @@ one: in double precision the product of two float32 is exact, and a sum with a n
 its last place is the result's is rounded there.
 
 Of every float32 from -89 to 0 the bits are the same (`scripts/trials exponentials`); whether those
-of the installed MLX are is tried before this is used.
+of the installed MLX are is tried before this is used. What is not a number stays none, but another
+one. There are no gradients: who trains a model gets MLX's own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import platform
@@ -24,7 +26,7 @@ import mlx.core as mx
 from mlx_promptcache.streams import may_compile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 LEAST_SCORES = 1 << 14  # of fewer, the number of operations takes longer than MLX's one
 PIECE = 1 << 18  # numbers computed at once: several operations on them wait at any time
@@ -44,6 +46,18 @@ POLYNOMIAL = (
 )
 BIAS, MANTISSA_BITS = 127, 23  # of the exponent of a float32
 
+_INFERRING: list[bool] = []  # while somebody says that no gradients will be asked for
+
+
+@contextlib.contextmanager
+def inferring() -> Iterator[None]:
+    """While this lasts, nobody asks for gradients of what is computed: `softmax` has none."""
+    _INFERRING.append(True)
+    try:
+        yield
+    finally:
+        _INFERRING.pop()
+
 
 def is_x86() -> bool:
     """Whether this is a CPU for which MLX has no loops over vectors."""
@@ -52,7 +66,7 @@ def is_x86() -> bool:
 
 def serves(scores: mx.array) -> bool:
     """Whether `softmax` has these scores sooner than MLX, and the same bits."""
-    if scores.dtype != mx.float32 or scores.size < LEAST_SCORES:
+    if not _INFERRING or scores.dtype != mx.float32 or scores.size < LEAST_SCORES:
         return False
     return is_x86() and may_compile() and _is_the_same()
 
