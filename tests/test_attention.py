@@ -211,7 +211,7 @@ def test_one_core_leaves_all_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     assert getattr(sys.modules[name], ATTENTION) is usual
 
 
-def test_one_core_without_loops_over_vectors_attends_in_one_group(
+def test_one_core_of_an_x86_cpu_attends_in_one_group(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attention, "cores", lambda: 1)

@@ -206,7 +206,7 @@ def test_another_mlx_that_computes_otherwise_is_left_alone(
 CHILD = """
 import json
 import mlx.core as mx
-from mlx_promptcache import Runner, attention, softmax
+from mlx_promptcache import softmax
 scores = mx.random.normal((30, 1000))
 with softmax.inferring():
     print(json.dumps([softmax.serves(scores), softmax._is_the_same()]))

@@ -31,8 +31,8 @@ def tried(pieces: int | None, seed: int) -> Outcome:
     begins = some(range(NOT_ONE if pieces else FIRST, LAST + 1, PIECE), pieces, seed)
     values, wrong = 0, []
     for begin in begins:
-        bits = begin + mx.arange(min(PIECE, LAST + 1 - begin), dtype=mx.uint32)
-        wrong += compared(bits.astype(mx.uint32).view(mx.float32))
+        bits = mx.arange(begin, min(begin + PIECE, LAST + 1), dtype=mx.uint32)
+        wrong += compared(bits.view(mx.float32))
         values += bits.size
     wrong += compared(mx.array(OTHERS))
     figures = {"numbers": values, "others": len(OTHERS)}
@@ -55,6 +55,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser("exponentials", __doc__)
     options.add_argument("--pieces", type=int, help="of a million numbers each (default all)")
     asked = options.parse_args(argv)
+    if asked.pieces is not None and asked.pieces < 1:
+        options.error("--pieces must be 1 or more")
     mx.set_default_device(mx.Device(mx.cpu))
     return tried(asked.pieces, asked.seed).tell(as_json=asked.json)
 

@@ -30,19 +30,24 @@ if TYPE_CHECKING:
 
 LEAST_SCORES = 1 << 14  # of fewer, the number of operations takes longer than MLX's one
 PIECE = 1 << 18  # numbers computed at once: several operations on them wait at any time
-SHAPES = 64
+SHAPES = 64  # that what is compiled is kept for
 
-# `exp` of mlx/backend/cpu/simd/math.h: 2**k, times a polynomial of what is left of x * log2(e).
+# `exp` of mlx/backend/cpu/simd/math.h: 2**k, times a polynomial of what is left of x * log2(e); all
+# of these as the float32 that they are there.
 SMALLEST = -88.0  # of less than this it is 0
-LOG2_E = 1.442695
-POLYNOMIAL = (
-    1.535336188319500e-4,
-    1.339887440266574e-3,
-    9.618437357674640e-3,
-    5.550332471162809e-2,
-    2.402264791363012e-1,
-    6.931472028550421e-1,
-    1.0,
+LOG2_E, *POLYNOMIAL = struct.unpack(
+    "8f",
+    struct.pack(
+        "8f",
+        1.442695,
+        1.535336188319500e-4,
+        1.339887440266574e-3,
+        9.618437357674640e-3,
+        5.550332471162809e-2,
+        2.402264791363012e-1,
+        6.931472028550421e-1,
+        1.0,
+    ),
 )
 BIAS, MANTISSA_BITS = 127, 23  # of the exponent of a float32
 
@@ -132,7 +137,7 @@ def _compiled(_shape: tuple[int, ...]) -> list[Callable[..., Any]]:
 
 def _halves(values: mx.array, smallest: mx.array) -> tuple[mx.array, mx.array]:
     """Of x * log2(e): its whole part, as the exponent of a float32, and what is left of it."""
-    x = mx.where(values < smallest, smallest, values) * _float32(LOG2_E)
+    x = mx.where(values < smallest, smallest, values) * LOG2_E
     # The whole part is floor(x + 0.5). With the bias it is not below zero, and cut, not floored.
     exponents = (x.astype(mx.float64) + _double(BIAS + 0.5)).astype(mx.int32) << MANTISSA_BITS
     return exponents, x - (exponents.astype(mx.float32) * 2.0**-MANTISSA_BITS - float(BIAS))
@@ -141,7 +146,7 @@ def _halves(values: mx.array, smallest: mx.array) -> tuple[mx.array, mx.array]:
 def _begin(rest: mx.array) -> mx.array:
     """The first three steps of the polynomial; the results of each have one last place."""
     f = rest.astype(mx.float64)
-    p = _fused(_double(_float32(POLYNOMIAL[0])), f, POLYNOMIAL[1], last_place=-33)
+    p = _fused(_double(POLYNOMIAL[0]), f, POLYNOMIAL[1], last_place=-33)
     p = _fused(p, f, POLYNOMIAL[2], last_place=-30)
     return _fused(p, f, POLYNOMIAL[3], last_place=-28).astype(mx.float32)
 
@@ -151,7 +156,7 @@ def _end(p: mx.array, rest: mx.array) -> mx.array:
     to a double before, which changes no bit of any value that there is.
     """
     f = rest.astype(mx.float64)
-    p = p.astype(mx.float64) * f + _double(_float32(POLYNOMIAL[4]))
+    p = p.astype(mx.float64) * f + _double(POLYNOMIAL[4])
     p = _fused(p.astype(mx.float32).astype(mx.float64), f, POLYNOMIAL[5], last_place=-24)
     return (p * f + _double(POLYNOMIAL[6])).astype(mx.float32)
 
@@ -159,13 +164,7 @@ def _end(p: mx.array, rest: mx.array) -> mx.array:
 def _fused(p: mx.array, f: mx.array, constant: float, last_place: int) -> mx.array:
     """`p * f + constant`, rounded once, to a multiple of 2**last_place."""
     large = 1.5 * 2.0 ** (52 + last_place)
-    return (p * f + _double(_float32(constant) + large)) - _double(large)
-
-
-def _float32(value: float) -> float:
-    """The float32 that MLX's source means."""
-    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
-    return rounded
+    return (p * f + _double(constant + large)) - _double(large)
 
 
 def _double(value: float) -> mx.array:
