@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(
 )
 PROMPT = tiny.random_tokens(60, seed=1)
 ONE = b"\0\0\x80\x3f"  # as float32
-PAGES = 2 * os.sysconf("SC_PAGE_SIZE") // mapped.WORD
+SPARE = (mapped.HUGE_PAGE + mmap.PAGESIZE) // mapped.WORD
 ITEMS = LEAST_BYTES // 4  # of float32
 THREE = {"a": ("F32", [5, 3]), "b": ("U64", [2]), "c": ("U8", [1])}
 
@@ -50,16 +50,17 @@ def none_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def put(path: Path, table: dict[str, Any], data: bytes, padding: int = 0) -> Path:
     """A safetensors file with a header of this table, longer by some spaces, and a hole before the
-    data.
+    data. These are written in small pieces, as which Linux then keeps them in memory.
     """
     for row in table.values():
         row["data_offsets"] = [offset + LEAST_BYTES for offset in row["data_offsets"]]
     header = json.dumps({"__metadata__": {"format": "mlx"}, **table}).encode()
     header = header.ljust(-(-len(header) // 8) * 8 + padding)
-    with path.open("wb") as file:
+    with path.open("wb", buffering=0) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.seek(LEAST_BYTES, os.SEEK_CUR)
-        file.write(data)
+        for begin in range(0, len(data), mmap.PAGESIZE):
+            file.write(data[begin : begin + mmap.PAGESIZE])
     return path
 
 
@@ -187,6 +188,19 @@ def test_the_real_model_is_mapped_and_not_read(real_model: Path) -> None:
     pages = file.stat().st_size // os.sysconf("SC_PAGE_SIZE")
     assert found[1]
     assert found[0] < pages / 4
+
+
+def test_a_file_is_mapped_where_its_huge_pages_can_be(none_copied: None, tmp_path: Path) -> None:
+    """A multiple of 2 MiB in the file is one in memory, and it may be kept in such pieces."""
+    path = written(tmp_path / "model.safetensors", THREE)
+    held = load(path)
+    before, after = Path("/proc/self/smaps").read_text().split(f"{path}\n")
+    address = before.rpartition("\n")[2].partition("-")[0]
+    assert int(address, 16) % (2 << 20) == 0
+    flags = next(line for line in after.splitlines() if line.startswith("VmFlags:")).split()
+    huge_pages = Path("/sys/kernel/mm/transparent_hugepage").is_dir()
+    assert ("hg" if huge_pages else "sr") in flags
+    del held
 
 
 # What is not mapped
@@ -380,7 +394,7 @@ def test_where_mapping_fails_files_are_read(
         )
     elif why == "no room":
         monkeypatch.setattr(
-            mapped, "_left_as_it_is", lambda words, show: whole(words - PAGES, show)
+            mapped, "_left_as_it_is", lambda words, show: whole(words - SPARE, show)
         )
     else:
         monkeypatch.setattr(mmap, "mmap", lambda *_: (_ for _ in ()).throw(OSError()))

@@ -10,6 +10,10 @@ As with them, a file that is overwritten in its place while it is in use is seen
 one that is cut short, or that the drive cannot read, ends it. A file that is replaced, as the Hub's
 client and `mv` do it, stays what it was for whoever has it mapped.
 
+Linux keeps files in pieces of up to 2 MiB where the file system lets it: of what is read through
+such a mapping, and of what was written in as large pieces, as a download is. If its address is as
+far from a multiple of 2 MiB as its place in the file each is one page fault, and not 32 or 512.
+
 When the last view is gone MLX gives the memory to `free`, and glibc unmaps a piece of that size,
 with all that is mapped there. Where that is not known, files are not mapped: with another `malloc`,
 with one that was told to take such pieces from the heap, with a cache of MLX that would keep them,
@@ -42,8 +46,9 @@ COPIED_BYTES = 1 << 16  # tensors of no more are copied: norms, biases
 WORD = 8  # bytes of an item of the array over which a file is mapped ...
 MOST_ITEMS = (1 << 31) - 1  # ... since MLX counts what is along an axis with 31 bits
 SHOWN_BYTES = 1 << 16  # by a page fault: Linux's `fault_around_bytes`
-MAP_FIXED = 0x10  # these two: of Linux, on all processors that MLX runs on
-MADV_SEQUENTIAL = 2
+HUGE_PAGE = 1 << 21  # of Linux where pages have 4 KiB
+MAP_FIXED = 0x10  # these: of Linux, on all processors that MLX runs on
+MADV_SEQUENTIAL, MADV_HUGEPAGE = 2, 14
 DTYPES = {
     "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16,
     "I8": mx.int8, "I16": mx.int16, "I32": mx.int32, "I64": mx.int64,
@@ -101,7 +106,7 @@ class _Mapping:
         self._libc = libc
         with mmap.mmap(fd, self._size, mmap.MAP_PRIVATE):
             pass  # what fails later, over an array, may leave a hole there
-        words = -(-self._size // WORD) + 2 * mmap.PAGESIZE // WORD
+        words = -(-(self._size + HUGE_PAGE + mmap.PAGESIZE) // WORD)
         if words > MOST_ITEMS or _keeps_freed(words * WORD):
             raise ValueError("the file is too large")
         self._address, self._shift = 0, 0
@@ -110,18 +115,19 @@ class _Mapping:
             raise ValueError("MLX has copied what was mapped")
 
     def _map(self, fd: int, memory: memoryview) -> None:
-        """Map the file over the pages that begin in this memory."""
+        """Map the file over the huge pages that begin in this memory."""
         begin = _address(memory)
         if begin < self._libc.sbrk(0):  # nothing at all, or of the heap
             raise ValueError("free() would not unmap the file")
-        self._address = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._address = -(-begin // HUGE_PAGE) * HUGE_PAGE
         self._shift = self._address - begin
         if self._shift + self._size + mmap.PAGESIZE > len(memory):
             raise ValueError("there is no room for the file")
         kind, access = mmap.MAP_PRIVATE | MAP_FIXED, mmap.PROT_READ | mmap.PROT_WRITE
         if self._libc.mmap(self._address, self._size, access, kind, fd, 0) != self._address:
             raise OSError("the file cannot be mapped")
-        self._libc.madvise(self._address, self._size, MADV_SEQUENTIAL)
+        if self._libc.madvise(self._address, self._size, MADV_HUGEPAGE):
+            self._libc.madvise(self._address, self._size, MADV_SEQUENTIAL)
 
     def tensors(self) -> dict[str, tuple[mx.array, mx.array]]:
         """The tensors by their names, not evaluated, each with what touches its pages.
