@@ -20,7 +20,7 @@ from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 import processes
 import tiny
-from mlx_promptcache import Runner, Sampling, checkpoint
+from mlx_promptcache import Runner, Sampling, checkpoint, streams
 from mlx_promptcache.cli.choices import ModelChoice
 from mlx_promptcache.errors import ModelError
 
@@ -224,18 +224,18 @@ def test_two_runners_at_once_say_what_each_says_alone(original: Path, tmp_path: 
 
 @needs_threads
 def test_each_model_is_read_on_a_stream_of_its_own(original: Path) -> None:
-    streams = [checkpoint._reading() for _ in range(2)]
-    assert all(stream is not None for stream in streams)
-    assert streams[0] != streams[1]
+    made = [streams.of_any_thread() for _ in range(2)]
+    assert all(stream is not None for stream in made)
+    assert made[0] != made[1]
 
 
 def test_on_another_device_weights_are_read_in_this_thread(
     original: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    assert checkpoint._reading() is None
+    assert streams.of_any_thread() is None
     monkeypatch.undo()
-    assert (checkpoint._reading() is None) == (not hasattr(mx, UNSAFE))
+    assert (streams.of_any_thread() is None) == (not hasattr(mx, UNSAFE))
 
 
 # Weights that cannot be read

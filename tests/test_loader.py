@@ -75,9 +75,9 @@ def test_the_first_blocks_are_read_while_room_is_made(
         began.set()
         return read(*given)
 
-    def waits(rooms: Any) -> None:
+    def waits(*given: Any) -> None:
         opened.append(began.wait(10))
-        open_beside(rooms)
+        open_beside(*given)
 
     monkeypatch.setattr(loader.Loader, "_read", noted)
     monkeypatch.setattr(Room, "open_beside", staticmethod(waits))

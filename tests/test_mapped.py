@@ -24,7 +24,7 @@ import pytest
 
 import processes
 import tiny
-from mlx_promptcache import Runner, checkpoint, engine, mapped
+from mlx_promptcache import Runner, checkpoint, engine, mapped, unwritten
 from mlx_promptcache.arrays import memory_of
 from mlx_promptcache.errors import StoreError
 from mlx_promptcache.mapped import DTYPES, LEAST_BYTES, MappedFiles
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(
 )
 PROMPT = tiny.random_tokens(60, seed=1)
 ONE = b"\0\0\x80\x3f"  # as float32
-SPARE = (mapped.HUGE_PAGE + mmap.PAGESIZE) // mapped.WORD
+SPARE = (mapped.HUGE_PAGE + mmap.PAGESIZE) // unwritten.WORD
 ITEMS = LEAST_BYTES // 4  # of float32
 THREE = {"a": ("F32", [5, 3]), "b": ("U64", [2]), "c": ("U8", [1])}
 
@@ -291,7 +291,7 @@ def test_small_files_and_other_ways_to_load_are_left_to_mlx(tmp_path: Path) -> N
 
 def test_a_file_beyond_the_length_of_an_array_is_left_to_mlx(tmp_path: Path) -> None:
     path, files = written(tmp_path / "model.safetensors", THREE), MappedFiles()
-    os.truncate(path, (mapped.MOST_ITEMS + 1) * mapped.WORD)
+    os.truncate(path, (mapped.MOST_ITEMS + 1) * unwritten.WORD)
     assert bits(files.load(str(path))) == bits(read(path))
     assert not files._mapped
 
@@ -381,21 +381,19 @@ def test_where_mapping_fails_files_are_read(
     why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = written(tmp_path / "model.safetensors", THREE)
-    expected, whole = bits(read(path)), mapped._left_as_it_is
+    expected, whole = bits(read(path)), unwritten.unwritten
     if why == "copied":  # a release of MLX that reads into other memory first
-        monkeypatch.setattr(mapped, "_left_as_it_is", copying(whole))
+        monkeypatch.setattr(mapped, "unwritten", copying(whole))
     elif why == "refused":
         Low.break_at, Low.mapped_at = 0, 2**64 - 1
         monkeypatch.setattr(mapped, "_libc", lambda known=mapped._libc(): Low(known))  # noqa: B008
     elif why == "in pieces":
-        readinto = mapped._Shown.readinto
+        readinto = unwritten._Shown.readinto
         monkeypatch.setattr(
-            mapped._Shown, "readinto", lambda s, m: s.__dict__.update(_bytes=0) or readinto(s, m)
+            unwritten._Shown, "readinto", lambda s, m: s.__dict__.update(_bytes=0) or readinto(s, m)
         )
     elif why == "no room":
-        monkeypatch.setattr(
-            mapped, "_left_as_it_is", lambda words, show: whole(words - SPARE, show)
-        )
+        monkeypatch.setattr(mapped, "unwritten", lambda words, show: whole(words - SPARE, show))
     else:
         monkeypatch.setattr(mmap, "mmap", lambda *_: (_ for _ in ()).throw(OSError()))
     files = MappedFiles()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_promptcache import rows
+from mlx_promptcache.ahead import Ahead
 from mlx_promptcache.container import ITEMSIZE, Entry
 from mlx_promptcache.errors import UnsupportedLayer
 from mlx_promptcache.rows import Planes, Room, Staging
@@ -107,7 +108,7 @@ def test_rooms_that_are_opened_beside_are_empty_and_take_rows() -> None:
     entry, rooms = entry_of("float32", 8), rooms_of(7)
     items = drawn(entry, seed=4)
     planes, _ = staged(entry, items)
-    Room.open_beside(rooms)
+    Room.open_beside(rooms, Ahead())
     joined = planes.joined(0, LAYERS)
     mx.eval(joined)
     for i, room in enumerate(rooms[:LAYERS]):
@@ -124,7 +125,7 @@ def test_in_another_thread_no_stream_is_made(monkeypatch: pytest.MonkeyPatch) ->
 
     def work() -> None:
         done.extend(rooms_of(2))
-        Room.open_beside(done)
+        Room.open_beside(done, Ahead())
 
     done: list[Room] = []
     monkeypatch.setattr(rows, "beside", refuse)
@@ -132,4 +133,4 @@ def test_in_another_thread_no_stream_is_made(monkeypatch: pytest.MonkeyPatch) ->
         pool.submit(work).result()
     assert len(done) == 2
     with pytest.raises(AssertionError, match="a stream was made"):  # as here
-        Room.open_beside(rooms_of(1))
+        Room.open_beside(rooms_of(1), Ahead())

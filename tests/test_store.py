@@ -529,6 +529,25 @@ def test_uses_are_told_in_order_and_broken_lines_are_passed_over(store: Store) -
     assert list(store.uses.all()) == [{"what": "a", "rows": 1}, {"what": "b", "text": "Grüße\n"}]
 
 
+def test_the_rows_of_the_last_use_are_known(store: Store) -> None:
+    assert store.uses.last_rows() is None
+    store.uses.note({"wrote": 7})
+    assert store.uses.last_rows() is None
+    for rows in (1, 500):
+        store.uses.note({"what": "a", "rows": rows})
+    store.uses.note({"wrote": 7})
+    assert store.uses.last_rows() == 500
+    with (store.directory / USES).open("ab") as file:
+        file.write(b'{"rows": "9"}\n{"rows": true}\n{"rows": 9.5}\n[9]\n9\n{"rows": 9')
+    assert store.uses.last_rows() == 500
+    store.uses.note({"wrote": 7})
+    store.uses.note({"rows": -3})
+    assert store.uses.last_rows() == 0
+    for _ in range(300):
+        store.uses.note({"what": 32 * "a"})
+    assert store.uses.last_rows() is None  # long ago
+
+
 def test_a_line_that_was_torn_off_costs_at_most_the_one_after_it(store: Store) -> None:
     store.uses.note({"what": "a"})
     with (store.directory / USES).open("ab") as file:

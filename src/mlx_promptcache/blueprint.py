@@ -48,6 +48,16 @@ class Blueprint:
         return not self.opaque and not self.windows
 
     @property
+    def sliceable_rows(self) -> list[Shape]:
+        """The rows of layers any prefix of which is valid; none where they may be quantised, since
+        they are then of one kind or of another.
+        """
+        if self.quantises:
+            return []
+        named = (rows for path, rows in self.rows.items() if path not in self.windows)
+        return [shape for rows in named for shape in rows.values()]
+
+    @property
     def cuts_matter(self) -> bool:
         """Whether what the model computes depends on where passes are cut, by more than rounding.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache import headers, places
+from mlx_promptcache.ahead import Ahead
 from mlx_promptcache.blueprint import Blueprint
 from mlx_promptcache.budget import Budget
 from mlx_promptcache.errors import (
@@ -100,6 +101,7 @@ class PromptCache:
         self.checks: list[Callable[[], None]] = []
         """What must hold for a state to be stored: each raises a StoreError where it does not."""
         self._attached: tuple[str, Signer | None, float] | None = None
+        self._ahead = Ahead()
         self._synced = Synced(self._store)
         self._lent = Lent(self.kv)
 
@@ -218,11 +220,25 @@ class PromptCache:
                 if self.blueprint is None:
                     self.blueprint = Blueprint.of(model, self.kv)
                 restorer = Restorer(
-                    self._finder, self.blueprint, self.rates, records=not self.read_only
-                )
-                return restorer.restore(tokens, model, plan, limit, later=later)
+                    self._finder, self.blueprint, self.rates, self._ahead,
+                    records=not self.read_only,
+                )  # fmt: skip
+                resumed = restorer.restore(tokens, model, plan, limit, later=later)
         except PromptCacheError as exc:
-            return _unused(exc)
+            resumed = _unused(exc)
+        if not callable(resumed.layers):  # who reads them later may take it yet
+            self._ahead.clear()
+        return resumed
+
+    def expect(self, rows: int | None = None) -> None:
+        """Begin to make room for a state of so many rows, without a number for as many as the one
+        had that was used last: a prefix is mostly asked for again and again. It is worth calling
+        where a core has nothing to do before `resume`, and changes nothing but when memory is
+        taken. What the next prompt does not need is given back.
+        """
+        count = self._store.uses.last_rows() if rows is None else rows
+        if count and self.blueprint is not None:
+            self._ahead.make(self.blueprint.sliceable_rows, count)
 
     def bring(
         self, tokens: Sequence[int], *, plan: Plan | None = None, limit: int | None = None

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_promptcache import engine
 from mlx_promptcache.errors import ModelError, StoreError
 from mlx_promptcache.mapped import MappedFiles
+from mlx_promptcache.streams import of_any_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -104,7 +105,8 @@ def load(path: Path, adapter: Path | None, *, ranks: Ranks | None = None) -> Loa
     Raises:
         ModelError: mlx-lm cannot load it, or not split it.
     """
-    stream, files = _reading(), MappedFiles()
+    # On a GPU what is computed of the weights as they come is computed there, in this thread.
+    stream, files = of_any_thread(), MappedFiles()
     with contextlib.nullcontext() if stream is None else mx.stream(stream):
         model, config = unread(path, adapter, files.load)
         if ranks is not None:
@@ -161,17 +163,6 @@ def _tokenizer(path: Path, ends: Any) -> Any:
     if isinstance(told, dict):
         told["sequence-length-is-longer-than-the-specified-maximum"] = True
     return wrapper
-
-
-def _reading() -> mx.Stream | None:
-    """A stream that any thread may use, which MLX has since 0.32. None on a GPU: what is computed
-    of the weights as they come is computed there, in the stream of this thread.
-
-    Each model has one of its own: two threads may not use one at a time.
-    """
-    make = getattr(mx, "new_thread_unsafe_stream", None)
-    cpu = mx.Device(mx.cpu)
-    return make(cpu) if make is not None and mx.default_device() == cpu else None
 
 
 def _keep_in_memory() -> None:

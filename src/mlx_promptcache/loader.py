@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import mlx.core as mx
 
 from mlx_promptcache import arithmetic, container, headers
+from mlx_promptcache.ahead import Ahead
 from mlx_promptcache.arrays import from_array
 from mlx_promptcache.errors import CacheMiss, DamagedFile, PromptCacheError, UnsupportedLayer
 from mlx_promptcache.headers import EMBEDDING, LOGITS, RNG
@@ -66,11 +67,16 @@ class _Stack(NamedTuple):
 
 
 class Loader:
-    """Loads what a `Finder` found. `blueprint` is what the model's layers look like, if known."""
+    """Loads what a `Finder` found. `blueprint` is what the model's layers look like, if known;
+    `ahead` is room that is made already.
+    """
 
-    def __init__(self, finder: Finder, blueprint: Blueprint | None) -> None:
+    def __init__(
+        self, finder: Finder, blueprint: Blueprint | None, ahead: Ahead | None = None
+    ) -> None:
         self._finder, self._store, self._bad = finder, finder.store, finder.bad
         self._blueprint = blueprint
+        self._ahead = Ahead() if ahead is None else ahead
 
     def load(self, found: Found, tokens: Sequence[int], *, rows: bool = True) -> State:
         """Return the state at `found.position` of these tokens; a snapshot's without `rows` lacks
@@ -294,7 +300,7 @@ class Loader:
         readers = _readers(sizes)
         staging = Staging(readers, max(sizes, default=0))
         tasks = [(stack.ref, functools.partial(self._read, stack, staging)) for stack in stacks]
-        open_rooms = functools.partial(Room.open_beside, rooms.values())
+        open_rooms = functools.partial(Room.open_beside, rooms.values(), self._ahead)
         for stack, planes in self._each(tasks, readers, open_rooms):
             _put(planes, stack.places, staging)
         Room.open(rooms.values())  # those, too, that no row belongs to

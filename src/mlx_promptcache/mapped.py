@@ -37,14 +37,14 @@ import mlx.core as mx
 from mlx_promptcache.arrays import memory_of
 from mlx_promptcache.container import LARGEST_HEADER_BYTES
 from mlx_promptcache.files import SUFFIX
+from mlx_promptcache.unwritten import WORD, unwritten
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
 LEAST_BYTES = 64 << 20  # what glibc never takes from the heaps of threads
 COPIED_BYTES = 1 << 16  # tensors of no more are copied: norms, biases
-WORD = 8  # bytes of an item of the array over which a file is mapped ...
-MOST_ITEMS = (1 << 31) - 1  # ... since MLX counts what is along an axis with 31 bits
+MOST_ITEMS = (1 << 31) - 1  # along an axis of MLX's
 SHOWN_BYTES = 1 << 16  # by a page fault: Linux's `fault_around_bytes`
 HUGE_PAGE = 1 << 21  # of Linux where pages have 4 KiB
 MAP_FIXED = 0x10  # these: of Linux, on all processors that MLX runs on
@@ -110,7 +110,7 @@ class _Mapping:
         if words > MOST_ITEMS or _keeps_freed(words * WORD):
             raise ValueError("the file is too large")
         self._address, self._shift = 0, 0
-        self._array = _left_as_it_is(words, functools.partial(self._map, fd))
+        self._array = unwritten(words, functools.partial(self._map, fd))
         if _address(memory_of(self._array)) + self._shift != self._address:
             raise ValueError("MLX has copied what was mapped")
 
@@ -157,66 +157,6 @@ class _Mapping:
         tensor = words.view(unit)[at : at + items].view(dtype).reshape(shape)
         # A page fault lets other threads have memory meanwhile, unlike a system call for all pages.
         return tensor, mx.max(words[:: SHOWN_BYTES // WORD])
-
-
-class _Shown:
-    """A file that MLX may believe to read so many words from: `show` gets the memory for them, and
-    it is left as it is. MLX has no other array that it does not write to.
-
-    Its head is that of NumPy's format, version 1.0.
-    """
-
-    closed = False
-
-    def __init__(self, words: int, show: Callable[[memoryview], None]) -> None:
-        told = f"{{'descr': '<u8', 'fortran_order': False, 'shape': ({words},), }}"
-        text = told.encode().ljust(117) + b"\n"  # all before the data are 128 bytes
-        self._head = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
-        self._bytes = words * WORD
-        self._at = 0
-        self._show = show
-        self.failed: str | None = None
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, _: int = -1) -> bytes:
-        raise OSError("it is read into memory only")
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        begin = {os.SEEK_CUR: self._at, os.SEEK_END: len(self._head) + self._bytes}
-        self._at = begin.get(whence, 0) + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        memory = memoryview(buffer).cast("B")
-        size, at = len(memory), self._at
-        self._at += size
-        if self._at <= len(self._head):
-            memory[:] = self._head[at : at + size]
-        elif (at, size) == (len(self._head), self._bytes):
-            try:
-                self._show(memory)
-            except Exception as exc:  # noqa: BLE001 - a thread of MLX could tell nobody
-                self.failed = str(exc)
-        return size
-
-
-def _left_as_it_is(words: int, show: Callable[[memoryview], None]) -> mx.array:
-    """An array of so many words whose memory nobody has written to but `show`.
-
-    Raises:
-        ValueError: `show` failed. It may not have been called at all.
-    """
-    shown = _Shown(words, show)
-    array: Any = mx.load(shown, format="npy")  # type: ignore[arg-type]
-    mx.eval(array)
-    if shown.failed is not None:
-        raise ValueError(shown.failed)
-    return array  # type: ignore[no-any-return]
 
 
 def _copied(memory: Any, dtype: mx.Dtype) -> mx.array:

@@ -18,6 +18,7 @@ from mlx_promptcache.tree import id_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from mlx_promptcache.ahead import Ahead
     from mlx_promptcache.blueprint import Blueprint
     from mlx_promptcache.finder import Finder, Found
     from mlx_promptcache.passes import Plan
@@ -44,15 +45,16 @@ class Resumed(NamedTuple):
 class Restorer:
     """Reads what a finder finds into the layers of a model, which look as the `blueprint` says.
 
-    With `records` it notes when a state was used, and how long reading took.
+    With `records` it notes when a state was used, and how long reading took. Rows are put where
+    room was made `ahead`, if there is some for them.
     """
 
     def __init__(
-        self, finder: Finder, blueprint: Blueprint, rates: Rates, *, records: bool
+        self, finder: Finder, blueprint: Blueprint, rates: Rates, ahead: Ahead, *, records: bool
     ) -> None:
         self._finder, self._blueprint, self._rates = finder, blueprint, rates
         self._store, self._bad, self._records = finder.store, finder.bad, records
-        self._loader = Loader(finder, blueprint)
+        self._loader = Loader(finder, blueprint, ahead)
 
     def restore(
         self,

@@ -7,6 +7,7 @@ may hold fewer, are `window.keys/0`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,10 +22,12 @@ from mlx_promptcache.layers import TOKEN_AXIS
 from mlx_promptcache.planes import join
 from mlx_promptcache.streams import beside, in_main_thread_on_cpu
 from mlx_promptcache.tree import CELL
+from mlx_promptcache.unwritten import WORD, unwritten
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from mlx_promptcache.ahead import Ahead
     from mlx_promptcache.windows import Span
 
     Place = tuple[str, str]  # the path of a layer and the name of its rows
@@ -64,7 +67,8 @@ class Staging:
     """
 
     def __init__(self, count: int, largest_bytes: int) -> None:
-        arrays = [mx.zeros((max(1, largest_bytes),), mx.uint8) for _ in range(count)]
+        words = -(-largest_bytes // WORD) + 1
+        arrays = [unwritten(words).view(mx.uint8) for _ in range(count)]
         mx.eval(arrays)
         self._free: SimpleQueue[tuple[mx.array, memoryview]] = SimpleQueue()
         for array in arrays:
@@ -126,26 +130,37 @@ class Room:
         self._bytes: mx.array | None = None
 
     @staticmethod
-    def open(rooms: Iterable[Room], streams: Sequence[mx.Stream | None] = (None,)) -> None:
-        """Allocate what these rooms need, those that are not open yet, in these streams of MLX by
-        turns: then rows can be put there.
+    def open(rooms: Iterable[Room]) -> None:
+        """Allocate what these rooms need, those that are not open yet: then rows can be put there.
 
         Bytes are put into MLX's own memory: every further copy of a state costs its page faults.
         """
-        opened = [room for room in rooms if room._bytes is None]
-        for i, room in enumerate(opened):
-            shape, stream = room._shape[: TOKEN_AXIS + 1], streams[i % len(streams)]
-            room._bytes = mx.zeros((*shape, room._row_bytes), mx.uint8, stream=stream)
-        mx.async_eval([room._bytes for room in opened])
+        closed = [room for room in rooms if room._bytes is None]
+        for room, memory in zip(closed, _zeros([r._bytes_shape for r in closed]), strict=True):
+            room._bytes = memory
 
     @staticmethod
-    def open_beside(rooms: Iterable[Room]) -> None:
-        """Have these rooms opened, all of them, in threads of MLX's beside the one that joins
-        planes: fresh memory costs more than anything else in a restore. Only in the main thread and
-        on a CPU: elsewhere nothing is done, and `open` opens them when they are needed.
+    def open_beside(rooms: Iterable[Room], ahead: Ahead) -> None:
+        """Have these rooms opened, all of them: with what was made ahead, the rest in threads of
+        MLX's beside the one that joins planes, since fresh memory costs more than anything else in
+        a restore. Only in the main thread and on a CPU: elsewhere nothing is done, and `open` opens
+        them when they are needed.
         """
-        if in_main_thread_on_cpu():
-            Room.open(rooms, beside(OPENERS))
+        if not in_main_thread_on_cpu():
+            return
+        closed = []
+        for room in rooms:
+            room._bytes = ahead.take(room._bytes_shape)
+            if room._bytes is None:
+                closed.append(room)
+        ahead.clear()  # before more is taken
+        shapes = [room._bytes_shape for room in closed]
+        for room, memory in zip(closed, _zeros(shapes, beside(OPENERS)), strict=True):
+            room._bytes = memory
+
+    @property
+    def _bytes_shape(self) -> tuple[int, ...]:
+        return (*self._shape[: TOKEN_AXIS + 1], self._row_bytes)
 
     def check(self, stack: Entry) -> None:
         """Compare the rows of a stack with those that belong here.
@@ -217,6 +232,18 @@ class Room:
         if not array.size:
             return mx.zeros(self._shape, mlx_dtype(self._dtype))
         return array.view(mlx_dtype(self._dtype)).reshape(self._shape)
+
+
+def _zeros(
+    shapes: Sequence[tuple[int, ...]], streams: Sequence[mx.Stream | None] = (None,)
+) -> list[mx.array]:
+    """Bytes in arrays of these shapes, which are being made in these streams of MLX by turns."""
+    made = [
+        mx.zeros(shape, mx.uint8, stream=stream)
+        for shape, stream in zip(shapes, itertools.cycle(streams), strict=False)
+    ]
+    mx.async_eval(made)
+    return made
 
 
 def _around_rows(stack: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Streams of MLX beside the main thread's own, each of which has a thread.
+"""Streams of MLX beside the main thread's own, each of which has a thread of MLX's.
 
 On a CPU MLX computes what is in one stream one after the other, on one core. What does not depend
 on each other can be put into several.
@@ -52,6 +52,15 @@ def beside(count: int) -> list[mx.Stream]:
     while len(_MADE) < count:
         _MADE.append(mx.new_stream(mx.Device(mx.cpu)))
     return _MADE[:count]
+
+
+def of_any_thread() -> mx.Stream | None:
+    """A new stream on the CPU that any thread may use, one at a time, which MLX has since 0.32.
+    None beside a GPU.
+    """
+    make = getattr(mx, "new_thread_unsafe_stream", None)
+    cpu = mx.Device(mx.cpu)
+    return make(cpu) if make is not None and mx.default_device() == cpu else None
 
 
 @functools.cache

@@ -16,13 +16,14 @@ from mlx_promptcache.errors import PromptCacheError, StoreError
 from mlx_promptcache.files import Reader, write_once
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from mlx_promptcache.directory import StoreDirectory
 
 USES = "uses.jsonl"
 APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 LARGEST_USES_BYTES = 1 << 26  # the last ones: more are not read
+LATEST_USES_BYTES = 1 << 12  # in which the last one is looked for
 MOST_STATISTICS_BYTES = 4 << 20
 
 
@@ -60,22 +61,27 @@ class Uses:
         path = self._at.directory / USES
         with contextlib.suppress(OSError, PromptCacheError):
             if path.lstat().st_size > MOST_STATISTICS_BYTES:
-                lines = self._text().splitlines(keepends=True)
+                lines = self._text(LARGEST_USES_BYTES).splitlines(keepends=True)
                 write_once(path, lines[len(lines) // 2 :], sync=False, replace=True)
 
     def all(self) -> Iterator[dict[str, Any]]:
         """All of them, oldest first; lines that cannot be read are passed over."""
         try:
-            lines = self._text().splitlines()
+            lines = self._text(LARGEST_USES_BYTES).splitlines()
         except PromptCacheError:
             return
-        for line in lines:
-            try:
-                use = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(use, dict):
-                yield use
+        yield from _read(lines)
+
+    def last_rows(self) -> int | None:
+        """How many rows the state had that was used last; None if that is not known."""
+        try:
+            lines = self._text(LATEST_USES_BYTES).splitlines()
+        except PromptCacheError:
+            return None
+        for use in _read(reversed(lines)):
+            if type(rows := use.get("rows")) is int:
+                return max(0, rows)
+        return None
 
     def written_by_day(self) -> dict[str, int]:
         """How many bytes were written on each day (UTC) that they know of."""
@@ -88,8 +94,18 @@ class Uses:
                     days[day] = days.get(day, 0) + wrote
         return days
 
-    def _text(self) -> bytes:
-        """The file as it stands; of a very long one the end. Raises as `Reader` does."""
+    def _text(self, most_bytes: int) -> bytes:
+        """The file as it stands; of a longer one the end. Raises as `Reader` does."""
         with contextlib.closing(Reader(self._at.directory / USES, self._at.allow())) as reader:
-            begin = max(0, reader.size - LARGEST_USES_BYTES)
-            return reader.read(begin, LARGEST_USES_BYTES)
+            return reader.read(max(0, reader.size - most_bytes), most_bytes)
+
+
+def _read(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """Those of these lines that can be read."""
+    for line in lines:
+        try:
+            use = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(use, dict):
+            yield use

@@ -78,8 +78,9 @@ def command(**options: Any) -> int:
     off, read_only = options["no_prompt_cache"], options["prompt_cache_ro"]
     _check(options, name)
     prompts.check_shared(choice.ranks)
-    if name is not None:
-        choice.stored(name)  # before the model, which takes long
+    expected = None
+    if name is not None:  # before the model, which takes long
+        expected = choice.stored(name)[1].content["n_past"]
 
     asked.sampling()  # what makes no sense is told before the model is looked for
     saves = options["save_as"] is not None
@@ -92,6 +93,8 @@ def command(**options: Any) -> int:
         read_only=read_only, use_cache=not off, max_bytes=options["max_size"], loaded=loaded
     )
     remote.attach(runner.cache)
+    if runner.cache is not None:  # encoding a prompt takes one core
+        runner.cache.expect(expected)
     session = Session(runner, as_json=options["as_json"], quiet=options["quiet"], seed=asked.seed)
     prompt = _prompt(runner, prompts, choice, name)
     sampling = replace(asked, seed=session.seed).sampling(tokenizer=runner.tokenizer)
