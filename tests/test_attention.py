@@ -14,7 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import architectures
 import tiny
-from mlx_promptcache import Runner, attention, softmax
+from mlx_promptcache import Runner, attention, exponentials
 from mlx_promptcache.attention import ATTENTION, BASE, by_groups, stand_in
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def test_it_has_the_bits_of_mlx_s_own(
 ) -> None:
     monkeypatch.setattr(attention, "LEAST_SCORES", 0)
     queries, keys, values = parts(shape, dtype)
-    monkeypatch.setattr(softmax, "LEAST_SCORES", 1 << 10)
+    monkeypatch.setattr(exponentials, "LEAST", 1 << 10)
     seen = MASKS[mask](queries.shape[2], keys.shape[2], dtype)
     if mask == "by sequence":
         seen = mx.broadcast_to(seen, (len(queries), *seen.shape[1:]))
@@ -82,7 +82,7 @@ def test_it_has_the_bits_of_mlx_s_own(
     assert attention._serves(queries, keys, values, seen)
     own = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.21, mask=seen)
     assert same_bits(by_groups(queries, keys, values, 0.21, seen), own)
-    with softmax.inferring():
+    with exponentials.inferring():
         assert same_bits(by_groups(queries, keys, values, 0.21, seen), own)
 
 
@@ -206,7 +206,7 @@ def test_one_core_leaves_all_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = getattr(sys.modules[BASE], ATTENTION)
     monkeypatch.setattr(sys.modules[name], ATTENTION, usual)
     monkeypatch.setattr(attention, "cores", lambda: 1)
-    monkeypatch.setattr(softmax, "is_x86", lambda: False)
+    monkeypatch.setattr(exponentials, "is_x86", lambda: False)
     attention.spread(model)
     assert getattr(sys.modules[name], ATTENTION) is usual
 
@@ -215,7 +215,7 @@ def test_one_core_of_an_x86_cpu_attends_in_one_group(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attention, "cores", lambda: 1)
-    monkeypatch.setattr(softmax, "is_x86", lambda: True)
+    monkeypatch.setattr(exponentials, "is_x86", lambda: True)
     model = tiny.plain()
     attention.spread(model)
     assert attention._kinds(getattr(sys.modules["mlx_lm.models.llama"], ATTENTION)) == ("spread",)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import threading
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import pytest
-import trial_exponentials
 from mlx.nn.utils import value_and_grad
 
 import processes
 import tiny
-from mlx_promptcache import Runner, attention, softmax
+from mlx_promptcache import Runner, attention, exponentials, softmax
 from mlx_promptcache.streams import beside, may_compile, uncompiled
 
 if TYPE_CHECKING:
@@ -22,12 +20,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = pytest.mark.skipif(
-    mx.default_device() != mx.Device(mx.cpu) or not softmax.is_x86(),
+    mx.default_device() != mx.Device(mx.cpu) or not exponentials.is_x86(),
     reason="MLX has loops of its own on this machine",
 )
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="MLX has no compiler here")
 
-PIECES, SEED = 12, 3
+SEED = 3
 
 
 def own(scores: mx.array) -> mx.array:
@@ -36,23 +34,6 @@ def own(scores: mx.array) -> mx.array:
 
 def normal(*shape: int) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(SEED))
-
-
-def test_exponentials_have_the_bits_of_mlx_s_own() -> None:
-    """The long form is `scripts/trials exponentials`."""
-    outcome = trial_exponentials.tried(PIECES, SEED)
-    print(outcome.line())
-    assert outcome.wrong == []
-    assert outcome.figures["numbers"] > (PIECES - 1) * trial_exponentials.PIECE
-
-
-def test_the_trial_sees_a_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(softmax, "POLYNOMIAL", (*softmax.POLYNOMIAL[:5], 6.9315e-1, 1.0))
-    softmax._compiled.cache_clear()
-    try:
-        assert "others, the first of -" in trial_exponentials.tried(3, SEED).wrong[0]
-    finally:
-        softmax._compiled.cache_clear()
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 40.0, 1e37])
@@ -86,45 +67,19 @@ def test_each_stream_computes_its_own() -> None:
     assert {tiny.bits(weights) for weights in told} == {tiny.bits(own(normal(5, 40)))}
 
 
-# What MLX makes of it
-
-
-def passes(array: mx.array) -> list[str]:
-    return re.findall(r'label ="(Compiled\w+)"', softmax._graph(array))
-
-
-@needs_compiler
-def test_exponentials_are_three_passes_over_memory() -> None:
-    values = mx.zeros((50,))
-    mx.eval(values)
-    found = passes(softmax.exp(values))
-    assert len(found) == 3
-    assert [name.count("Select") for name in sorted(found)].count(1) == 1
-
-
-def test_what_mlx_keeps_of_shapes_is_limited() -> None:
-    softmax._compiled.cache_clear()
-    for size in range(1, softmax.SHAPES + 10):
-        softmax.exp(mx.zeros((size,)))
-    assert softmax._compiled.cache_info().currsize == softmax.SHAPES
-    misses = softmax._compiled.cache_info().misses
-    softmax.exp(mx.zeros((size,)))
-    assert softmax._compiled.cache_info().misses == misses
-
-
 # Where it serves
 
 
 @pytest.fixture
 def inferring() -> Iterator[None]:
-    with softmax.inferring():
+    with exponentials.inferring():
         yield
 
 
 @needs_compiler
 @pytest.mark.usefixtures("inferring")
 def test_it_serves_many_scores_of_float32() -> None:
-    many = normal(22, softmax.LEAST_SCORES // 22 + 1)
+    many = normal(22, exponentials.LEAST // 22 + 1)
     assert softmax.serves(many)
     assert not softmax.serves(many[:20])
     assert not softmax.serves(many.astype(mx.float16))
@@ -135,7 +90,7 @@ def test_it_serves_a_runner_s_own_calls_and_nobody_who_wants_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attention, "LEAST_SCORES", 0)
-    monkeypatch.setattr(softmax, "LEAST_SCORES", 0)
+    monkeypatch.setattr(exponentials, "LEAST", 0)
     counted: list[tuple[int, ...]] = []
 
     def counting(scores: mx.array) -> mx.array:
@@ -161,7 +116,7 @@ def test_it_serves_a_runner_s_own_calls_and_nobody_who_wants_gradients(
 
 @pytest.mark.usefixtures("inferring")
 def test_it_does_not_serve_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(softmax, "LEAST_SCORES", 0)
+    monkeypatch.setattr(exponentials, "LEAST", 0)
     told: list[bool] = []
     thread = threading.Thread(target=lambda: told.append(softmax.serves(normal(4, 4))))
     thread.start()
@@ -171,7 +126,7 @@ def test_it_does_not_serve_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("inferring")
 def test_it_does_not_serve_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(softmax, "LEAST_SCORES", 0)
+    monkeypatch.setattr(exponentials, "LEAST", 0)
     monkeypatch.setattr("platform.machine", lambda: "arm64")
     assert not softmax.serves(normal(4, 4))
 
@@ -179,7 +134,7 @@ def test_it_does_not_serve_other_machines(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.usefixtures("inferring")
 def test_it_does_not_serve_while_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what is found out later is not lost by it."""
-    monkeypatch.setattr(softmax, "LEAST_SCORES", 0)
+    monkeypatch.setattr(exponentials, "LEAST", 0)
     usually = softmax.serves(normal(4, 4))
     softmax._is_the_same.cache_clear()
     with uncompiled():
@@ -192,7 +147,7 @@ def test_it_does_not_serve_while_nothing_is_compiled(monkeypatch: pytest.MonkeyP
 def test_another_mlx_that_computes_otherwise_is_left_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(softmax, "LEAST_SCORES", 0)
+    monkeypatch.setattr(exponentials, "LEAST", 0)
     usual = mx.softmax
     softmax._is_the_same.cache_clear()
     try:
@@ -206,9 +161,9 @@ def test_another_mlx_that_computes_otherwise_is_left_alone(
 CHILD = """
 import json
 import mlx.core as mx
-from mlx_promptcache import softmax
+from mlx_promptcache import exponentials, softmax
 scores = mx.random.normal((30, 1000))
-with softmax.inferring():
+with exponentials.inferring():
     print(json.dumps([softmax.serves(scores), softmax._is_the_same()]))
 """
 

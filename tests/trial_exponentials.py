@@ -1,4 +1,4 @@
-"""Every float32 from -89 to 0: its exponential beside MLX's own, bit for bit.
+"""Every float32 from -89 to 88: its exponential beside MLX's own, bit for bit.
 
 Infinity and a few numbers below -89 are compared as well; what is not a number has to stay none.
 """
@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlx_promptcache import softmax
+from mlx_promptcache import exponentials
 from outcome import Outcome, parser, some
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-FIRST, NOT_ONE, LAST = (
-    struct.unpack("I", struct.pack("f", x))[0] for x in (-0.0, -(2.0**-26), -89.0)
-)
+RANGES = {  # of bits: from zero, from the first number whose exponential is not 1, to the last
+    "above": (0.0, 2.0**-26, 88.0),
+    "below": (-0.0, -(2.0**-26), -89.0),
+}
 PIECE = 1 << 20
 OTHERS = (0.0, -89.5, -1e3, -3.4028235e38, float("-inf"), float("nan"))
 
@@ -28,10 +29,13 @@ def tried(pieces: int | None, seed: int) -> Outcome:
     """The trial of all pieces of a million numbers that follow one another, or of so many: these
     are of numbers whose exponential is not 1.
     """
-    begins = some(range(NOT_ONE if pieces else FIRST, LAST + 1, PIECE), pieces, seed)
+    begins = []
+    for zero, not_one, last in (map(_bits, of) for of in RANGES.values()):
+        first = not_one if pieces else zero
+        begins += [(begin, min(begin + PIECE, last + 1)) for begin in range(first, last + 1, PIECE)]
     values, wrong = 0, []
-    for begin in begins:
-        bits = mx.arange(begin, min(begin + PIECE, LAST + 1), dtype=mx.uint32)
+    for begin, end in some(begins, pieces, seed):
+        bits = mx.arange(begin, end, dtype=mx.uint32)
         wrong += compared(bits.view(mx.float32))
         values += bits.size
     wrong += compared(mx.array(OTHERS))
@@ -39,9 +43,14 @@ def tried(pieces: int | None, seed: int) -> Outcome:
     return Outcome("exponentials", seed, figures, wrong)
 
 
+def _bits(number: float) -> int:
+    bits: int = struct.unpack("I", struct.pack("f", number))[0]
+    return bits
+
+
 def compared(values: mx.array) -> list[str]:
     """A sentence, if there is a number of which MLX has another exponential."""
-    ours, own = (exp(values).view(mx.int32) for exp in (softmax.exp, mx.exp))
+    ours, own = (exp(values).view(mx.int32) for exp in (exponentials.exp, mx.exp))
     other = (ours != own) & ~(mx.isnan(values) & mx.isnan(ours.view(mx.float32)))
     count, i = other.sum().item(), mx.argmax(other)
     if not count:

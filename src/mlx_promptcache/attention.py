@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_promptcache import softmax
+from mlx_promptcache import exponentials, softmax
 from mlx_promptcache.streams import beside, cores, in_main_thread_on_cpu
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def spread(model: Any) -> None:
     """Let the attention of this model be computed on several cores, and several exponentials at a
     time, where that is on a CPU and it gains; no bit of it changes.
     """
-    if in_main_thread_on_cpu() and (cores() > 1 or softmax.is_x86()):
+    if in_main_thread_on_cpu() and (cores() > 1 or exponentials.is_x86()):
         stand_in(model, "spread", attend_by_groups)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_promptcache import engine, softmax
+from mlx_promptcache import engine, exponentials
 from mlx_promptcache.engine import cache as mlx_cache
 from mlx_promptcache.layers import leaves, live_arrays, may_be_padded
 from mlx_promptcache.limits import full
@@ -175,7 +175,7 @@ class Batch:
         if len(questions) <= self._size or not common:
             return self._layers, shared
         layers = self._state.layers(self._runner.whole)
-        with softmax.inferring():
+        with exponentials.inferring():
             self._runner.model(mx.array([common]), cache=layers)
         mx.eval(live_arrays(layers))
         return layers, shared + len(common)

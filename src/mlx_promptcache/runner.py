@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_promptcache import arithmetic, attention, checkpoint, models, places, softmax
+from mlx_promptcache import arithmetic, attention, checkpoint, exponentials, models, places, swiglu
 from mlx_promptcache.blueprint import PROBE_TOKENS, Blueprint
 from mlx_promptcache.cache import PromptCache
 from mlx_promptcache.errors import (
@@ -122,6 +122,7 @@ class Runner:
         for each in (model, draft_model):
             if each is not None:
                 attention.spread(each)
+                swiglu.spread(each)
         if draft_model is not None:
             self._check_draft()
         if self.cache is not None:
@@ -375,7 +376,7 @@ class Runner:
         hidden state `[1, 1, hidden]` of the last token where it can be read. Evaluates nothing.
         """
         self._wait_for_weights()
-        with self._trunk.watched(), softmax.inferring():
+        with self._trunk.watched(), exponentials.inferring():
             logits = self._whole(inputs, cache=layers)
         self.forward_passes += 1
         self.tokens_fed += inputs.size
@@ -395,7 +396,7 @@ class Runner:
         """
         assert isinstance(self._whole, Pair)  # noqa: S101 - who else proposes
         self._wait_for_weights()
-        with self._trunk.watched(every=True), softmax.inferring():
+        with self._trunk.watched(every=True), exponentials.inferring():
             logits: mx.array = self._model(inputs, cache=layers[: self._whole.own])
         self.forward_passes += 1
         self.tokens_fed += inputs.size

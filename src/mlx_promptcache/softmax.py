@@ -1,79 +1,21 @@
-"""Softmax on an x86 CPU, several numbers at a time, to the last bit what MLX computes there.
-
-MLX (0.32) computes exponentials on such a CPU one number at a time, and asks the C library for each
-of the six fused multiplications and additions of its polynomial: they were two thirds of a
-question's forward call after a long prefix. Here is the same polynomial in operations that MLX's
-compiler makes loops over vectors of. A fused multiplication and addition rounds once. So does this
-one: in double precision the product of two float32 is exact, and a sum with a number so large that
-its last place is the result's is rounded there.
-
-Of every float32 from -89 to 0 the bits are the same (`scripts/trials exponentials`); whether those
-of the installed MLX are is tried before this is used. What is not a number stays none, but another
-one. There are no gradients: who trains a model gets MLX's own.
+"""Softmax with several exponentials at a time, to the last bit what MLX computes (see
+`exponentials.py`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
-import platform
-import struct
-from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_promptcache.streams import may_compile
+from mlx_promptcache import exponentials
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-LEAST_SCORES = 1 << 14  # of fewer, the number of operations takes longer than MLX's one
 PIECE = 1 << 18  # numbers computed at once: several operations on them wait at any time
-SHAPES = 64  # that what is compiled is kept for
-
-# `exp` of mlx/backend/cpu/simd/math.h: 2**k, times a polynomial of what is left of x * log2(e); all
-# of these as the float32 that they are there.
-SMALLEST = -88.0  # of less than this it is 0
-LOG2_E, *POLYNOMIAL = struct.unpack(
-    "8f",
-    struct.pack(
-        "8f",
-        1.442695,
-        1.535336188319500e-4,
-        1.339887440266574e-3,
-        9.618437357674640e-3,
-        5.550332471162809e-2,
-        2.402264791363012e-1,
-        6.931472028550421e-1,
-        1.0,
-    ),
-)
-BIAS, MANTISSA_BITS = 127, 23  # of the exponent of a float32
-
-_INFERRING: list[bool] = []  # while somebody says that no gradients will be asked for
-
-
-@contextlib.contextmanager
-def inferring() -> Iterator[None]:
-    """While this lasts, nobody asks for gradients of what is computed: `softmax` has none."""
-    _INFERRING.append(True)
-    try:
-        yield
-    finally:
-        _INFERRING.pop()
-
-
-def is_x86() -> bool:
-    """Whether this is a CPU for which MLX has no loops over vectors."""
-    return platform.machine() in ("x86_64", "AMD64")
 
 
 def serves(scores: mx.array) -> bool:
     """Whether `softmax` has these scores sooner than MLX, and the same bits."""
-    if not _INFERRING or scores.dtype != mx.float32 or scores.size < LEAST_SCORES:
-        return False
-    return is_x86() and may_compile() and _is_the_same()
+    return exponentials.serve(scores) and _is_the_same()
 
 
 def softmax(scores: mx.array) -> mx.array:
@@ -86,16 +28,8 @@ def softmax(scores: mx.array) -> mx.array:
 
 
 def _softmax(rows: mx.array) -> mx.array:
-    powers = exp(rows - rows.max(axis=-1, keepdims=True))
+    powers = exponentials.exp(rows - rows.max(axis=-1, keepdims=True))
     return powers * (1 / powers.sum(axis=-1, keepdims=True))  # added up one by one, as MLX does
-
-
-def exp(values: mx.array) -> mx.array:
-    """`mx.exp` of float32 numbers of which none is above zero; in the current stream."""
-    halves, begin, end = _compiled(tuple(values.shape))
-    exponents, rest = halves(values, _smallest())
-    powers: mx.array = end(begin(rest), rest) * exponents.view(mx.float32)
-    return powers
 
 
 @functools.cache
@@ -104,68 +38,8 @@ def _is_the_same() -> bool:
     scores = 30 * mx.sin(mx.arange(4 * 1021)).reshape(4, -1) - mx.array([[0], [9], [60], [1e38]])
     try:
         weights = softmax(scores)
-        if "Compiled" not in _graph(weights):
+        if not exponentials.are_compiled(weights):
             return False
         return bool(mx.array_equal(weights, mx.softmax(scores, axis=-1, precise=True)).item())
     except RuntimeError:  # where it would compile belongs to somebody else
         return False
-
-
-def _graph(array: mx.array) -> str:
-    """The operations that make this array, as text."""
-    text = io.StringIO()
-    mx.export_to_dot(text, array)
-    return text.getvalue()
-
-
-@functools.cache
-def _smallest() -> mx.array:
-    """As an array: a constant to choose would be a branch, and the loop not one over vectors."""
-    return mx.array(SMALLEST)
-
-
-@functools.lru_cache(maxsize=SHAPES)
-def _compiled(_shape: tuple[int, ...]) -> list[Callable[..., Any]]:
-    """What `exp` of an array of this shape consists of: three passes over memory, because MLX's
-    compiler makes one of eleven operations in turn at most.
-
-    Of a function it keeps what it made for every shape, and goes through all of it, until the
-    function is gone; so these are of one shape each.
-    """
-    return [mx.compile(functools.partial(part)) for part in (_halves, _begin, _end)]
-
-
-def _halves(values: mx.array, smallest: mx.array) -> tuple[mx.array, mx.array]:
-    """Of x * log2(e): its whole part, as the exponent of a float32, and what is left of it."""
-    x = mx.where(values < smallest, smallest, values) * LOG2_E
-    # The whole part is floor(x + 0.5). With the bias it is not below zero, and cut, not floored.
-    exponents = (x.astype(mx.float64) + _double(BIAS + 0.5)).astype(mx.int32) << MANTISSA_BITS
-    return exponents, x - (exponents.astype(mx.float32) * 2.0**-MANTISSA_BITS - float(BIAS))
-
-
-def _begin(rest: mx.array) -> mx.array:
-    """The first three steps of the polynomial; the results of each have one last place."""
-    f = rest.astype(mx.float64)
-    p = _fused(_double(POLYNOMIAL[0]), f, POLYNOMIAL[1], last_place=-33)
-    p = _fused(p, f, POLYNOMIAL[2], last_place=-30)
-    return _fused(p, f, POLYNOMIAL[3], last_place=-28).astype(mx.float32)
-
-
-def _end(p: mx.array, rest: mx.array) -> mx.array:
-    """The other three. What the fourth and the sixth give has one of two last places: it is rounded
-    to a double before, which changes no bit of any value that there is.
-    """
-    f = rest.astype(mx.float64)
-    p = p.astype(mx.float64) * f + _double(POLYNOMIAL[4])
-    p = _fused(p.astype(mx.float32).astype(mx.float64), f, POLYNOMIAL[5], last_place=-24)
-    return (p * f + _double(POLYNOMIAL[6])).astype(mx.float32)
-
-
-def _fused(p: mx.array, f: mx.array, constant: float, last_place: int) -> mx.array:
-    """`p * f + constant`, rounded once, to a multiple of 2**last_place."""
-    large = 1.5 * 2.0 ** (52 + last_place)
-    return (p * f + _double(constant + large)) - _double(large)
-
-
-def _double(value: float) -> mx.array:
-    return mx.array(value, mx.float64)

@@ -1,0 +1,98 @@
+"""The gate of a feed-forward layer with several exponentials at a time, and what stands in for
+mlx-lm's: `swiglu`, to the last bit what MLX computes (see `exponentials.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from mlx_promptcache import exponentials
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Swiglu = Callable[[mx.array, mx.array], mx.array]
+    Step = Callable[..., mx.array]
+
+SWIGLU = "swiglu"
+ACTIVATIONS = "mlx_lm.models.activations"
+PIECE = 1 << 20  # numbers computed at once: several operations on them wait at any time
+
+
+def spread(model: Any) -> None:
+    """Let the feed-forward layers of this model be computed several numbers at a time, where that
+    is worth it; no bit of them changes.
+    """
+    usual = getattr(sys.modules.get(ACTIVATIONS), SWIGLU, None)
+    if not callable(usual) or not exponentials.is_x86():
+        return
+    # Some models have classes of that module itself, whose own function stays what it is.
+    for name in {type(module).__module__ for module in model.modules()} - {ACTIVATIONS}:
+        if getattr(sys.modules.get(name), SWIGLU, None) is usual:
+            setattr(sys.modules[name], SWIGLU, _or_usual(usual))
+
+
+def _or_usual(usual: Swiglu) -> Swiglu:
+    """`swiglu` where it serves, and else the usual."""
+
+    @functools.wraps(usual)
+    def gated(gate: mx.array, x: mx.array) -> mx.array:
+        alike = gate.shape == x.shape and gate.dtype == x.dtype
+        if alike and exponentials.serve(gate) and _is_the_same(usual):
+            return swiglu(gate, x)
+        return usual(gate, x)
+
+    return gated
+
+
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """`gate * sigmoid(gate) * x` of float32 numbers, as `mlx_lm.models.activations.swiglu`."""
+    if gate.size <= PIECE:
+        return _swiglu(gate, x)
+    gates, xs = gate.reshape(-1), x.reshape(-1)
+    pieces = (slice(begin, begin + PIECE) for begin in range(0, gate.size, PIECE))
+    return mx.concatenate([_swiglu(gates[i], xs[i]) for i in pieces]).reshape(gate.shape)
+
+
+def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    powers = exponentials.factors(mx.abs(gate))
+    return _compiled(tuple(gate.shape))(*powers, gate, x, *_limits())
+
+
+@functools.cache
+def _limits() -> tuple[mx.array, mx.array]:
+    """As arrays: see `exponentials._smallest`."""
+    return mx.array(exponentials.LARGEST), mx.array(0.0)
+
+
+@functools.lru_cache(maxsize=exponentials.SHAPES)
+def _compiled(_shape: tuple[int, ...]) -> Step:
+    return mx.compile(functools.partial(_gated))  # of one shape each: see `exponentials._compiled`
+
+
+def _gated(
+    p: mx.array, e: mx.array, gate: mx.array, x: mx.array, largest: mx.array, zero: mx.array
+) -> mx.array:
+    """What is left to do when exp(abs(gate)) is p * e, in the order of `Sigmoid` in
+    mlx/backend/cpu/unary_ops.h.
+    """
+    y = mx.where(mx.abs(gate) > largest, zero, 1.0 / (1.0 + p * e))
+    return gate * mx.where(gate < zero, y, 1.0 - y) * x
+
+
+@functools.cache
+def _is_the_same(usual: Swiglu) -> bool:
+    """Whether MLX has a compiler, and the usual one these bits."""
+    numbers = mx.sin(mx.arange(4 * 1021)).reshape(4, -1)
+    gate = numbers * mx.array([[1e-3], [9], [99], [1e38]])
+    try:
+        told = swiglu(gate, numbers + 1)
+        if not exponentials.are_compiled(told):
+            return False
+        return bool(mx.array_equal(told, usual(gate, numbers + 1)).item())
+    except RuntimeError:  # where it would compile belongs to somebody else
+        return False
