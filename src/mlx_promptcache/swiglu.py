@@ -27,13 +27,17 @@ def spread(model: Any) -> None:
     """Let the feed-forward layers of this model be computed several numbers at a time, where that
     is worth it; no bit of them changes.
     """
-    usual = getattr(sys.modules.get(ACTIVATIONS), SWIGLU, None)
-    if not callable(usual) or not exponentials.is_x86():
+    usual = _of(ACTIVATIONS)
+    if usual is None or not exponentials.is_x86():
         return
     # Some models have classes of that module itself, whose own function stays what it is.
     for name in {type(module).__module__ for module in model.modules()} - {ACTIVATIONS}:
-        if getattr(sys.modules.get(name), SWIGLU, None) is usual:
+        if _of(name) is usual:
             setattr(sys.modules[name], SWIGLU, _or_usual(usual))
+
+
+def _of(module: str) -> Swiglu | None:
+    return getattr(sys.modules.get(module), SWIGLU, None)
 
 
 def _or_usual(usual: Swiglu) -> Swiglu:
