@@ -298,10 +298,9 @@ def test_xtc_spares_line_ends_and_end_tokens_as_mlx_lm_does(program: Program) ->
 
 
 def test_a_state_goes_on_with_its_key_whatever_seed_its_settings_name() -> None:
-    nothing = dict.fromkeys((f.name for f in dataclasses.fields(SamplingChoice)), None)
-    asked = SamplingChoice(**nothing)
+    asked = SamplingChoice(**dict.fromkeys(SamplingChoice._fields))
     assert asked.sampling(Sampling(temp=0.5, seed=1)) == Sampling(temp=0.5)
-    assert dataclasses.replace(asked, seed=2).sampling(Sampling(seed=1)) == Sampling(seed=2)
+    assert asked._replace(seed=2).sampling(Sampling(seed=1)) == Sampling(seed=2)
 
 
 def test_biases_add_up_to_one_setting_and_what_is_none_is_wrong_usage(program: Program) -> None:

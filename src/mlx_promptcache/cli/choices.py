@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
@@ -45,8 +45,7 @@ def signer(key_file: str | None) -> Signer | None:
     return Signer.load(Path(key_file).expanduser())
 
 
-@dataclass(frozen=True)
-class RemoteChoice:
+class RemoteChoice(NamedTuple):
     """The options of a remote below the store."""
 
     remote: str | None
@@ -326,8 +325,7 @@ class PromptChoice:
         return chat
 
 
-@dataclass(frozen=True)
-class SamplingChoice:
+class SamplingChoice(NamedTuple):
     """The sampling options of a command, by the names of `Sampling`; None if not given."""
 
     temp: float | None
@@ -356,8 +354,7 @@ class SamplingChoice:
         """
         from mlx_promptcache.sampling import Sampling
 
-        options = {f.name: getattr(self, f.name) for f in fields(self)}
-        given = {name: value for name, value in options.items() if value is not None}
+        given = {name: value for name, value in self._asdict().items() if value is not None}
         if self.xtc_probability and tokenizer is not None:
             ends = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]
             given["xtc_special_tokens"] = ends
@@ -390,5 +387,5 @@ def _file(name: str | None) -> str:
 
 def take(kind: type[T], options: dict[str, Any]) -> T:
     """Take the options that belong to one of the choices above out of all of a command's."""
-    names = [f.name for f in fields(kind) if f.name in options]  # type: ignore[arg-type]
+    names = [name for name in kind.__annotations__ if name in options]
     return kind(**{name: options.pop(name) for name in names})

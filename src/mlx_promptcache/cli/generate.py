@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -97,7 +96,7 @@ def command(**options: Any) -> int:
         runner.cache.expect(expected)
     session = Session(runner, as_json=options["as_json"], quiet=options["quiet"], seed=asked.seed)
     prompt = _prompt(runner, prompts, choice, name)
-    sampling = replace(asked, seed=session.seed).sampling(tokenizer=runner.tokenizer)
+    sampling = asked._replace(seed=session.seed).sampling(tokenizer=runner.tokenizer)
     limit = DEFAULT_MAX_TOKENS if options["max_tokens"] is None else options["max_tokens"]
     run: Run | None = None
     with session.interrupt:
