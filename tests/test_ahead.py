@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -9,9 +11,10 @@ import pytest
 
 import processes
 import tiny
-from mlx_promptcache import PromptCache, Runner, cli, rows
+from mlx_promptcache import PromptCache, Runner, ahead, cli, rows
 from mlx_promptcache.ahead import Ahead
 from mlx_promptcache.blueprint import Blueprint, Shape
+from mlx_promptcache.errors import StoreError
 from mlx_promptcache.fingerprint import KVSettings
 from mlx_promptcache.streams import of_any_thread
 from tiny import random_tokens
@@ -54,6 +57,34 @@ def test_no_room_is_made_of_nothing_or_too_much(count: int) -> None:
     assert mx.get_active_memory() == before
 
 
+def test_room_is_made_again_and_again_by_as_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[mx.Stream | None] = []
+
+    def noted() -> mx.Stream | None:
+        asked.append(of_any_thread())
+        return asked[-1]
+
+    monkeypatch.setattr(ahead, "of_any_thread", noted)
+    made = Ahead()
+    for count in (0, 5, 5, 600):
+        made.make([KEYS], count)
+    made.clear()
+    assert len(asked) == 1  # MLX never ends the thread of a stream
+
+
+def test_where_there_can_be_no_more_threads_none_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    made = Ahead()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        made.make([KEYS], 5)
+    assert made.take((1, 3, 256, 64)) is None
+    made.make([KEYS], 5)
+    assert made.take((1, 3, 256, 64)) is not None
+
+
 def test_beside_an_accelerator_none_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Ahead()
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
@@ -69,7 +100,7 @@ def test_a_process_may_end_while_room_is_made() -> None:
         "Ahead().make([Shape('float32', (1, 8, 0, 64))] * 20, int(sys.argv[1]))\n"
         "print('null')\n"
     )
-    for count in (200, 300, 400, 500, 500, 500, 600, 800, 8000):
+    for count in (200, 300, 400, 500, 500, 500, 600, 800, 4000):
         assert processes.python(code, str(count)) is None
 
 
@@ -152,6 +183,26 @@ def test_an_exact_hit_whose_rows_come_later_has_its_room(
     assert later() is not None
     assert made == []
     assert runner.cache._ahead._made == {}
+
+
+def test_rows_that_are_read_elsewhere_need_none(tmp_path: Path) -> None:
+    runner = runner_of(tmp_path)
+    assert runner.cache is not None
+    runner.cache.save("it", runner.prefill(TOKENS))
+    runner.cache.expect(600)
+    later: Any = runner.cache.resume(TOKENS, runner.model, later=True).layers
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(later).result() is not None
+    assert runner.cache._ahead._made == {}
+
+
+def test_where_a_remote_fails_none_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise StoreError("it cannot be read")
+
+    runner = runner_of(tmp_path)
+    monkeypatch.setattr(PromptCache, "bring", fails)
+    assert resumed(runner, 600)[0] == 0
 
 
 def test_rows_of_windows_and_of_layers_that_may_be_quantised_are_not_expected() -> None:

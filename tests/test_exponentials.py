@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shutil
+import threading
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -100,3 +101,14 @@ def test_they_serve_nobody_who_may_want_gradients() -> None:
     with exponentials.inferring(), exponentials.inferring():
         assert exponentials.serve(many)
     assert not exponentials.serve(many)
+
+
+@pytest.mark.usefixtures("inferring")
+def test_what_others_compute_is_theirs() -> None:
+    """They may train a model in the main thread while another one answers."""
+    told: list[bool] = []
+    thread = threading.Thread(target=lambda: told.append(exponentials._INFERRING.get()))
+    thread.start()
+    thread.join()
+    assert told == [False]
+    assert exponentials._INFERRING.get()

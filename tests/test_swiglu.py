@@ -70,13 +70,6 @@ def test_so_have_those_at_the_limits() -> None:
     assert mx.array_equal(ours, own, equal_nan=True).item()
 
 
-@pytest.mark.parametrize("piece", [1, 50, 279, 280])
-def test_pieces_change_no_bit(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(swiglu, "PIECE", piece)
-    gate, x = normal(7, 40), normal(7, 40, seed=4)
-    assert tiny.bits(swiglu.swiglu(gate, x)) == tiny.bits(activations.swiglu(gate, x))
-
-
 def asked(model: Any) -> list[Any]:
     tokens = mx.array([[3 + 7 * i % 200 for i in range(40)]])
     return [tiny.bits(model(tokens)), tiny.bits(model(tokens[:, :1]))]
@@ -117,8 +110,12 @@ def test_others_are_left_to_mlx_lm(counted: list[tuple[int, ...]]) -> None:
     with uncompiled():
         gated(few, few)
     assert counted == []
+    many = mx.zeros((swiglu.MOST + 1,))
+    gated(many, many)
+    assert counted == []
+    gated(many[1:], many[1:])
     gated(few, few)
-    assert counted == [(4, 4)]
+    assert counted == [(swiglu.MOST,), (4, 4)]
 
 
 def test_it_stands_in_once_and_for_mlx_lm_s_own_alone(monkeypatch: pytest.MonkeyPatch) -> None:

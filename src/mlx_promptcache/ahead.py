@@ -8,7 +8,6 @@ last time.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import math
 import threading
 from typing import TYPE_CHECKING
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
     from mlx_promptcache.blueprint import Shape
 
-MOST_BYTES = 1 << 29  # of room that nobody may need
+MOST_BYTES = 1 << 28  # of room that nobody may need
 
 
 class Ahead:
@@ -36,26 +35,33 @@ class Ahead:
     def __init__(self) -> None:
         self._made: dict[tuple[int, ...], list[mx.array]] = {}
         self._thread: threading.Thread | None = None
+        self._stream: mx.Stream | None = None  # one, since MLX never ends its thread
 
     def make(self, rows: Iterable[Shape], count: int) -> None:
-        """Begin to make room for `count` rows of these layers, padded as `Room` does it, and no
-        more than MOST_BYTES; on a CPU only.
+        """Begin to make room for `count` rows of these layers, padded as `Room` does it, in the
+        place of what was made before; none if that is more than MOST_BYTES, and on a CPU only.
         """
+        self.clear()
         padded = count + -count % CELL
         shapes = [
             (*rest[:TOKEN_AXIS], padded, math.prod(rest[TOKEN_AXIS + 1 :]) * ITEMSIZE[dtype])
             for dtype, rest in rows
         ]
-        stream = of_any_thread() if 0 < sum(map(math.prod, shapes)) <= MOST_BYTES else None
-        if stream is None:
+        if not 0 < sum(map(math.prod, shapes)) <= MOST_BYTES:
             return
-        self.clear()
-        arrays = [mx.zeros(shape, mx.uint8, stream=stream) for shape in shapes]
+        self._stream = self._stream or of_any_thread()
+        if self._stream is None:
+            return
+        arrays = [mx.zeros(shape, mx.uint8, stream=self._stream) for shape in shapes]
+        # In this thread MLX would let us wait until it is nearly done.
+        thread = threading.Thread(target=mx.eval, args=(arrays,), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # there can be no more threads
+            return
+        self._thread = thread
         for shape, array in zip(shapes, arrays, strict=True):
             self._made.setdefault(shape, []).append(array)
-        # Here MLX would let this thread wait until it is nearly done.
-        self._thread = threading.Thread(target=_evaluate, args=(arrays,), daemon=True)
-        self._thread.start()
         atexit.register(self.wait)  # MLX aborts a process that ends while another thread computes
 
     def wait(self) -> None:
@@ -75,8 +81,3 @@ class Ahead:
         """Give back what nobody took."""
         self.wait()
         self._made.clear()
-
-
-def _evaluate(arrays: list[mx.array]) -> None:
-    with contextlib.suppress(RuntimeError):  # there is no memory: who takes one is told
-        mx.eval(arrays)

@@ -202,6 +202,7 @@ class PromptCache:
         try:
             self.bring(tokens, plan=plan, limit=limit)
         except PromptCacheError as exc:
+            self._ahead.clear()
             return _unused(exc)
         return self.restore(tokens, model, plan=plan, limit=limit, later=later)
 
@@ -233,8 +234,9 @@ class PromptCache:
     def expect(self, rows: int | None = None) -> None:
         """Begin to make room for a state of so many rows, without a number for as many as the one
         had that was used last: a prefix is mostly asked for again and again. It is worth calling
-        where a core has nothing to do before `resume`, and changes nothing but when memory is
-        taken. What the next prompt does not need is given back.
+        where a core has nothing to do before `resume`, in the main thread. No answer changes; it is
+        memory that is taken sooner, at most 256 MiB, and in vain where another state is found. Then
+        it is given back by `resume`; with `later`, when the rows are read.
         """
         count = self._store.uses.last_rows() if rows is None else rows
         if count and self.blueprint is not None:

@@ -19,6 +19,7 @@ import functools
 import io
 import platform
 import struct
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -50,17 +51,19 @@ LOG2_E, *POLYNOMIAL = struct.unpack(
 )
 BIAS, MANTISSA_BITS = 127, 23  # of the exponent of a float32
 
-_INFERRING: list[bool] = []  # while somebody says that no gradients will be asked for
+_INFERRING: ContextVar[bool] = ContextVar("inferring", default=False)
 
 
 @contextlib.contextmanager
 def inferring() -> Iterator[None]:
-    """While this lasts, nobody asks for gradients of what is computed: `softmax` has none."""
-    _INFERRING.append(True)
+    """While this lasts, nobody asks for gradients of what this thread computes: what is computed
+    here has none.
+    """
+    before = _INFERRING.set(True)
     try:
         yield
     finally:
-        _INFERRING.pop()
+        _INFERRING.reset(before)
 
 
 def is_x86() -> bool:
@@ -70,7 +73,7 @@ def is_x86() -> bool:
 
 def serve(values: mx.array) -> bool:
     """Whether those of these numbers are computed sooner here, and nobody minds how."""
-    if not _INFERRING or values.dtype != mx.float32 or values.size < LEAST:
+    if not _INFERRING.get() or values.dtype != mx.float32 or values.size < LEAST:
         return False
     return is_x86() and may_compile()
 

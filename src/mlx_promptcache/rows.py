@@ -147,6 +147,7 @@ class Room:
         them when they are needed.
         """
         if not in_main_thread_on_cpu():
+            ahead.clear()
             return
         closed = []
         for room in rooms:

@@ -120,6 +120,9 @@ class ShardCache(PromptCache):
             refused = own.match.reason or self._short_of(got.index(min(got)), min(got))
             limit = min(got)
 
+    def expect(self, rows: int | None = None) -> None:
+        """Nothing: what is read is not known before all ranks have agreed on it."""
+
     def _of_one_run(self, own: Resumed) -> Resumed:
         """What was read; where other passes computed the parts of other ranks, what is computed on
         from there is not what a run from nothing computes, and must not be taken for it.

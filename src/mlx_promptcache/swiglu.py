@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SWIGLU = "swiglu"
 ACTIVATIONS = "mlx_lm.models.activations"
-PIECE = 1 << 20  # numbers computed at once: several operations on them wait at any time
+MOST = 1 << 20  # numbers: of more it takes four times the memory that MLX takes, and no less time
 
 
 def spread(model: Any) -> None:
@@ -46,7 +46,7 @@ def _or_usual(usual: Swiglu) -> Swiglu:
     @functools.wraps(usual)
     def gated(gate: mx.array, x: mx.array) -> mx.array:
         alike = gate.shape == x.shape and gate.dtype == x.dtype
-        if alike and exponentials.serve(gate) and _is_the_same(usual):
+        if alike and gate.size <= MOST and exponentials.serve(gate) and _is_the_same(usual):
             return swiglu(gate, x)
         return usual(gate, x)
 
@@ -55,14 +55,6 @@ def _or_usual(usual: Swiglu) -> Swiglu:
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """`gate * sigmoid(gate) * x` of float32 numbers, as `mlx_lm.models.activations.swiglu`."""
-    if gate.size <= PIECE:
-        return _swiglu(gate, x)
-    gates, xs = gate.reshape(-1), x.reshape(-1)
-    pieces = (slice(begin, begin + PIECE) for begin in range(0, gate.size, PIECE))
-    return mx.concatenate([_swiglu(gates[i], xs[i]) for i in pieces]).reshape(gate.shape)
-
-
-def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
     powers = exponentials.factors(mx.abs(gate))
     return _compiled(tuple(gate.shape))(*powers, gate, x, *_limits())
 
