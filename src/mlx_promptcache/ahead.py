@@ -27,6 +27,16 @@ if TYPE_CHECKING:
 MOST_BYTES = 1 << 28  # of room that nobody may need
 
 
+def padded(rows: int) -> int:
+    """How many rows there is room for where so many are to be followed by others."""
+    return rows + -rows % CELL
+
+
+def bytes_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of room for an array `[batch, heads, rows, ...]`: bytes of a row come last."""
+    return (*shape[: TOKEN_AXIS + 1], math.prod(shape[TOKEN_AXIS + 1 :]) * ITEMSIZE[dtype])
+
+
 class Ahead:
     """Room that a thread makes, by its shape: who finds some of the right one takes it. For one
     thread at a time.
@@ -38,14 +48,13 @@ class Ahead:
         self._stream: mx.Stream | None = None  # one, since MLX never ends its thread
 
     def make(self, rows: Iterable[Shape], count: int) -> None:
-        """Begin to make room for `count` rows of these layers, padded as `Room` does it, in the
+        """Begin to make room for `count` rows of these layers, padded, in the
         place of what was made before; none if that is more than MOST_BYTES, and on a CPU only.
         """
         self.clear()
-        padded = count + -count % CELL
         shapes = [
-            (*rest[:TOKEN_AXIS], padded, math.prod(rest[TOKEN_AXIS + 1 :]) * ITEMSIZE[dtype])
-            for dtype, rest in rows
+            bytes_shape(dtype, (*around[:TOKEN_AXIS], padded(count), *around[TOKEN_AXIS + 1 :]))
+            for dtype, around in rows
         ]
         if not 0 < sum(map(math.prod, shapes)) <= MOST_BYTES:
             return

@@ -29,6 +29,8 @@ from mlx_promptcache.streams import may_compile
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    Step = Callable[..., mx.array]
+
 LEAST = 1 << 14  # numbers: of fewer, the number of operations takes longer than MLX's one
 SHAPES = 64  # that what is compiled is kept for
 
@@ -91,7 +93,16 @@ def factors(values: mx.array) -> tuple[mx.array, mx.array]:
     return end(begin(rest), rest), exponents.view(mx.float32)
 
 
-def are_compiled(array: mx.array) -> bool:
+def is_the_same(ours: Step, usual: Step, *given: mx.array) -> bool:
+    """Whether MLX has a compiler for ours, and what it gives has the bits of the usual."""
+    try:
+        told = ours(*given)
+        return _is_compiled(told) and bool(mx.array_equal(told, usual(*given)).item())
+    except RuntimeError:  # where it would compile belongs to somebody else
+        return False
+
+
+def _is_compiled(array: mx.array) -> bool:
     """Whether this, which is not evaluated, is made by functions that MLX has compiled."""
     text = io.StringIO()
     mx.export_to_dot(text, array)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
+from mlx_promptcache import ahead
 from mlx_promptcache.arrays import dealt, dtype_name, memory_of, mlx_dtype
 from mlx_promptcache.container import ITEMSIZE, Dealt, Entry, raw_bytes
 from mlx_promptcache.errors import UnsupportedLayer
@@ -21,7 +22,6 @@ from mlx_promptcache.headers import WINDOW
 from mlx_promptcache.layers import TOKEN_AXIS
 from mlx_promptcache.planes import join
 from mlx_promptcache.streams import beside, in_main_thread_on_cpu
-from mlx_promptcache.tree import CELL
 from mlx_promptcache.unwritten import WORD, unwritten
 
 if TYPE_CHECKING:
@@ -122,9 +122,8 @@ class Room:
     def __init__(self, entry: Entry, spans: Sequence[Span], *, padded: bool) -> None:
         self._spans, self._dtype = spans, entry.dtype
         self._missing = rows = sum(span.stop - span.start for span in spans)
-        rows += -rows % CELL if padded else 0
         batch_and_heads, rest = _around_rows(entry.shape)
-        self._shape = (*batch_and_heads, rows, *rest)
+        self._shape = (*batch_and_heads, ahead.padded(rows) if padded else rows, *rest)
         self._row_shape = (entry.dtype, batch_and_heads, rest)
         self._row_bytes = math.prod(rest) * ITEMSIZE[entry.dtype]
         self._bytes: mx.array | None = None
@@ -140,28 +139,28 @@ class Room:
             room._bytes = memory
 
     @staticmethod
-    def open_beside(rooms: Iterable[Room], ahead: Ahead) -> None:
+    def open_beside(rooms: Iterable[Room], made: Ahead) -> None:
         """Have these rooms opened, all of them: with what was made ahead, the rest in threads of
         MLX's beside the one that joins planes, since fresh memory costs more than anything else in
-        a restore. Only in the main thread and on a CPU: elsewhere nothing is done, and `open` opens
-        them when they are needed.
+        a restore. Only in the main thread and on a CPU: elsewhere what was made ahead is given
+        back, and `open` opens them when they are needed.
         """
         if not in_main_thread_on_cpu():
-            ahead.clear()
+            made.clear()
             return
         closed = []
         for room in rooms:
-            room._bytes = ahead.take(room._bytes_shape)
+            room._bytes = made.take(room._bytes_shape)
             if room._bytes is None:
                 closed.append(room)
-        ahead.clear()  # before more is taken
+        made.clear()  # before more is taken
         shapes = [room._bytes_shape for room in closed]
         for room, memory in zip(closed, _zeros(shapes, beside(OPENERS)), strict=True):
             room._bytes = memory
 
     @property
     def _bytes_shape(self) -> tuple[int, ...]:
-        return (*self._shape[: TOKEN_AXIS + 1], self._row_bytes)
+        return ahead.bytes_shape(self._dtype, self._shape)
 
     def check(self, stack: Entry) -> None:
         """Compare the rows of a stack with those that belong here.

@@ -36,10 +36,5 @@ def _softmax(rows: mx.array) -> mx.array:
 def _is_the_same() -> bool:
     """Whether MLX has a compiler, and its own softmax these bits."""
     scores = 30 * mx.sin(mx.arange(4 * 1021)).reshape(4, -1) - mx.array([[0], [9], [60], [1e38]])
-    try:
-        weights = softmax(scores)
-        if not exponentials.are_compiled(weights):
-            return False
-        return bool(mx.array_equal(weights, mx.softmax(scores, axis=-1, precise=True)).item())
-    except RuntimeError:  # where it would compile belongs to somebody else
-        return False
+    usual = functools.partial(mx.softmax, axis=-1, precise=True)
+    return exponentials.is_the_same(softmax, usual, scores)
