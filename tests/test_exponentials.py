@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import re
-import shutil
 import threading
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import pytest
 import trial_exponentials
+from loops import needs_compiler, on_x86
 
 from mlx_promptcache import exponentials
 from mlx_promptcache.streams import uncompiled
@@ -18,11 +18,7 @@ from mlx_promptcache.streams import uncompiled
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.skipif(
-    mx.default_device() != mx.Device(mx.cpu) or not exponentials.is_x86(),
-    reason="MLX has loops of its own on this machine",
-)
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="MLX has no compiler here")
+pytestmark = on_x86
 
 PIECES, SEED = 24, 3
 

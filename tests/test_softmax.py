@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import pytest
+from loops import LACKS, needs_compiler, on_x86, without
 from mlx.nn.utils import value_and_grad
 
 import processes
@@ -19,11 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = pytest.mark.skipif(
-    mx.default_device() != mx.Device(mx.cpu) or not exponentials.is_x86(),
-    reason="MLX has loops of its own on this machine",
-)
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="MLX has no compiler here")
+pytestmark = on_x86
 
 SEED = 3
 
@@ -168,11 +164,6 @@ with exponentials.inferring():
 """
 
 
-@pytest.mark.parametrize("lack", ["compiler", "place", "leave"])
+@pytest.mark.parametrize("lack", LACKS)
 def test_it_does_not_serve_where_nothing_can_be_compiled(lack: str, tmp_path: Path) -> None:
-    changes = {
-        "compiler": {"PATH": str(tmp_path)},
-        "place": {"TMPDIR": "/dev/null"},
-        "leave": {"MLX_DISABLE_COMPILE": "1"},
-    }
-    assert processes.python(CHILD, **changes[lack]) == [False, False]
+    assert processes.python(CHILD, **without(lack, tmp_path)) == [False, False]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import pytest
+from loops import LACKS, needs_compiler, on_x86, without
 from mlx_lm.models import activations
 
 import architectures
@@ -20,11 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = pytest.mark.skipif(
-    mx.default_device() != mx.Device(mx.cpu) or not exponentials.is_x86(),
-    reason="MLX has loops of its own on this machine",
-)
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="MLX has no compiler here")
+pytestmark = on_x86
 SPECIAL = [0.0, -0.0, 88.0, 88.00001, -88.0, -88.00001, 1e-38, -1e-45, 3e38, -3e38]
 INFINITE = [float("inf"), -float("inf"), float("nan")]
 
@@ -173,11 +169,6 @@ print(json.dumps(swiglu._is_the_same(usual)))
 """
 
 
-@pytest.mark.parametrize("lack", ["compiler", "place", "leave"])
+@pytest.mark.parametrize("lack", LACKS)
 def test_it_does_not_serve_where_nothing_can_be_compiled(lack: str, tmp_path: Path) -> None:
-    changes = {
-        "compiler": {"PATH": str(tmp_path)},
-        "place": {"TMPDIR": "/dev/null"},
-        "leave": {"MLX_DISABLE_COMPILE": "1"},
-    }
-    assert processes.python(CHILD, **changes[lack]) is False
+    assert processes.python(CHILD, **without(lack, tmp_path)) is False
