@@ -98,6 +98,7 @@ FLOORS = [
     "ahead",
     "rows",
     "arithmetic",
+    "token_table",
     "excerpts",
     "tokenizer",
     "tokenizer_trial",

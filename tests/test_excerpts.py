@@ -17,7 +17,6 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from mlx_promptcache import excerpts
 from mlx_promptcache.container import Array
 from mlx_promptcache.errors import DamagedFile
 from mlx_promptcache.excerpts import (
@@ -29,7 +28,6 @@ from mlx_promptcache.excerpts import (
     TOKENS,
     Excerpts,
     Parts,
-    rust_of,
     taken_apart,
 )  # fmt: skip
 
@@ -90,12 +88,17 @@ def of(rust: tokenizers.Tokenizer, **options: Any) -> Excerpts:
 def made_of(made: Excerpts, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens what encodes has, each time that it is made."""
     sizes: list[int] = []
+    seen: list[tokenizers.Tokenizer] = []
+    usual = Excerpts._for
 
-    def watched(text: str, **options: Any) -> tokenizers.Tokenizer:
-        sizes.append(len(json.loads(text)["model"]["vocab"]))
-        return rust_of(text, **options)
+    def watched(excerpts: Excerpts, texts: list[str]) -> tokenizers.Tokenizer:
+        rust = usual(excerpts, texts)
+        if excerpts is made and not any(rust is other for other in seen):
+            seen.append(rust)
+            sizes.append(rust.get_vocab_size(with_added_tokens=False))
+        return rust
 
-    monkeypatch.setattr(excerpts, "rust_of", watched)
+    monkeypatch.setattr(Excerpts, "_for", watched)
     return sizes
 
 
@@ -129,7 +132,8 @@ def test_a_token_with_several_merges_has_all_of_them() -> None:
     whole = trained()
     parts = parts_of(whole)
     pairs = [tuple(pair) for pair in json.loads(whole.to_str())["model"]["merges"]]
-    assert [tuple(pair) for pair in parts._merges(range(len(parts.tokens)))] == pairs
+    ids = {token: i for i, token in enumerate(parts.tokens[:])}
+    assert parts._merges(ids) == pairs
     assert len({"".join(pair) for pair in pairs}) < len(pairs)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from mlx_promptcache.excerpts import (
 )
 from mlx_promptcache.state import Origin
 from mlx_promptcache.store import TOKENIZERS, Store
+from mlx_promptcache.token_table import TokenTable
 from mlx_promptcache.tokenizer import Facts
 from mlx_promptcache.tokenizer_store import ARRAY, stem_of
 from processes import Ended
@@ -405,7 +406,7 @@ def test_a_forged_file_is_not_believed(
 
 FORGED_PARTS: dict[str, Callable[[Parts], Parts]] = {
     "another frame": lambda p: p._replace(frame={"added_tokens": []}),
-    "fewer tokens": lambda p: p._replace(tokens=p.tokens[:9]),
+    "fewer tokens": lambda p: p._replace(tokens=TokenTable.of(p.tokens[:9])),
     "fewer merges": lambda p: p._replace(ranks=p.ranks[:-1]),
 }
 FORGED_MERGES: dict[str, Callable[[Parts], Parts]] = {
@@ -483,9 +484,9 @@ def test_a_prompt_needs_no_more_than_excerpts(
     excerpt = Parts.excerpt
     monkeypatch.setattr(Excerpts, "whole", never)
 
-    def counted(parts: Parts, strings: set[str]) -> str:
-        made.append(len(strings))
-        return excerpt(parts, strings)
+    def counted(parts: Parts, found: Mapping[str, int]) -> Any:
+        made.append(len(found))
+        return excerpt(parts, found)
 
     monkeypatch.setattr(Parts, "excerpt", counted)
     runner = Runner.load(str(model))

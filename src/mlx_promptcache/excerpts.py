@@ -13,6 +13,7 @@ pre-tokenizer: everything but the tables is in each excerpt.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import threading
@@ -21,11 +22,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_promptcache.container import Array
 from mlx_promptcache.errors import DamagedFile
+from mlx_promptcache.token_table import TokenTable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
     import tokenizers
+    from tokenizers import models
 
     Json = dict[str, Any]
 
@@ -35,6 +38,10 @@ MOST_STRINGS = 4  # times the number of tokens: finding more strings takes as lo
 BYTES = tuple(f"<0x{i:02X}>" for i in range(256))
 FRAME, TOKENS = "frame.json", "tokens.txt"
 STARTS, RANKS, LEFTS = "merges.starts", "merges.ranks", "merges.lefts"
+SETTINGS = (  # of a model of byte-pair encoding, beside its tables
+    "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk",
+    "byte_fallback", "ignore_merges",
+)  # fmt: skip
 DTYPES = {FRAME: "uint8", TOKENS: "uint8", STARTS: "uint32", RANKS: "uint32", LEFTS: "uint32"}
 
 
@@ -43,49 +50,50 @@ class Parts(NamedTuple):
 
     `frame` is its JSON; of its tokens only those that every excerpt needs: the unknown one, bytes
     that stand in for characters, and the added ones, which get other ids where a model of fewer
-    tokens does not have them. `tokens` are in the order of their ids, which `ids` gives. Merges are
-    ordered by the token that they make: those of token `i` are the ones from `starts[i]` up to
-    `starts[i + 1]`, of each the rank and the length of the left part in characters.
+    tokens does not have them. `tokens` are in the order of their ids. Merges are ordered by the
+    token that they make: those of token `i` are the ones from `starts[i]` up to `starts[i + 1]`, of
+    each the rank and the length of the left part in characters.
     """
 
     frame: Json
-    tokens: Sequence[str]
-    ids: Mapping[str, int]
+    tokens: TokenTable
     starts: Sequence[int]
     ranks: Sequence[int]
     lefts: Sequence[int]
 
-    def excerpt(self, strings: Set[str]) -> str:
-        """The JSON of the tokenizer with those of its tokens that are among these strings.
+    def excerpt(self, found: Mapping[str, int]) -> models.BPE:
+        """The tokenizer's model with these of its tokens, given with their ids, and those that
+        every excerpt has.
 
         Raises:
             DamagedFile: what it was taken apart into fits nothing.
         """
-        model: Json = self.frame["model"]
-        found = {text: self.ids[text] for text in strings if text in self.ids}
-        merges = self._merges(found.values())
-        model = {**model, "vocab": {**model["vocab"], **found}, "merges": merges}
-        return json.dumps({**self.frame, "model": model}, ensure_ascii=False)
+        from tokenizers import models
 
-    def _merges(self, ids: Iterable[int]) -> list[list[str]]:
+        whole: Json = self.frame["model"]
+        settings = {name: whole[name] for name in SETTINGS if whole.get(name) is not None}
+        with _as_damage():
+            return models.BPE({**whole["vocab"], **found}, self._merges(found), **settings)
+
+    def _merges(self, found: Mapping[str, int]) -> list[tuple[str, str]]:
         """The merges that make these tokens, in the order of their ranks."""
-        tokens, starts, ranks, lefts = self.tokens, self.starts, self.ranks, self.lefts
-        found: list[tuple[int, str, str]] = []
-        for i in ids:
-            begin, end, token = starts[i], starts[i + 1], tokens[i]
-            if not (begin <= end <= len(ranks) and len(found) + end - begin <= len(ranks)):
+        starts, ranks, lefts = self.starts, self.ranks, self.lefts
+        merges: dict[int, tuple[str, str]] = {}
+        count = 0
+        for token, i in found.items():
+            begin, end = starts[i], starts[i + 1]
+            count += end - begin
+            if not (begin <= end <= len(ranks) and count <= len(ranks)):
                 raise DamagedFile("its merges are not where they should be")
             for k in range(begin, end):
                 left = lefts[k]
-                found.append((ranks[k], token[:left], token[left:]))
-        found.sort()
-        return [[left, right] for _, left, right in found]
+                merges[ranks[k]] = token[:left], token[left:]
+        return [merges[rank] for rank in sorted(merges)]
 
     def arrays(self) -> dict[str, Array]:
         """What is kept of it: text in UTF-8, a token a line, and numbers."""
-        texts = {FRAME: json.dumps(self.frame), TOKENS: "\n".join(self.tokens)}
+        data = {FRAME: json.dumps(self.frame).encode(), TOKENS: self.tokens.text}
         numbers = {STARTS: self.starts, RANKS: self.ranks, LEFTS: self.lefts}
-        data = {name: text.encode() for name, text in texts.items()}
         data |= {name: array("I", values).tobytes() for name, values in numbers.items()}
         size = {"uint8": 1, "uint32": 4}
         return {
@@ -102,16 +110,15 @@ class Parts(NamedTuple):
         """
         try:
             frame = json.loads(bytes(arrays[FRAME].data))
-            tokens = str(arrays[TOKENS].data, "utf-8").split("\n")
         except (ValueError, RecursionError) as exc:
-            raise DamagedFile(f"its parts are no text: {exc}") from None
+            raise DamagedFile(f"its frame is no JSON: {exc}") from None
+        tokens = TokenTable(bytes(arrays[TOKENS].data))
         starts, ranks, lefts = (
             memoryview(arrays[name].data).cast("B").cast("I") for name in (STARTS, RANKS, LEFTS)
         )
         if len(starts) != len(tokens) + 1 or len(ranks) != len(lefts):
             raise DamagedFile("its merges are not those of its tokens")
-        ids = dict(zip(tokens, range(len(tokens)), strict=True))
-        return cls(frame, tokens, ids, starts, ranks, lefts)
+        return cls(frame, tokens, starts, ranks, lefts)
 
     def added(self) -> list[Json]:
         """The added tokens, as the JSON has them."""
@@ -119,8 +126,9 @@ class Parts(NamedTuple):
 
     def outside(self) -> set[str]:
         """The added tokens that are no tokens of the model."""
+        tokens, count = self.tokens, len(self.tokens)
         added = ((each["content"], each["id"]) for each in self.added())
-        return {text for text, i in added if self.ids.get(text) != i}
+        return {text for text, i in added if not (0 <= i < count and tokens[i] == text)}
 
 
 def rust_of(text: str, *, splits_special_tokens: bool) -> tokenizers.Tokenizer:
@@ -132,23 +140,32 @@ def rust_of(text: str, *, splits_special_tokens: bool) -> tokenizers.Tokenizer:
     """
     import tokenizers
 
-    try:
+    with _as_damage():
         rust = tokenizers.Tokenizer.from_str(text)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as exc:  # a panic of Rust is no Exception
-        said = " ".join(str(exc).split())[:200]
-        raise DamagedFile(f"it makes no tokenizer: {said}") from exc
     rust.no_truncation()
     rust.no_padding()
     rust.encode_special_tokens = splits_special_tokens
     return rust
 
 
+@contextlib.contextmanager
+def _as_damage() -> Iterator[None]:
+    """Whatever `tokenizers` raises of what it is given, as damage."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, DamagedFile):
+        raise
+    except BaseException as exc:  # a panic of Rust is no Exception
+        said = " ".join(str(exc).split())[:200]
+        raise DamagedFile(f"it makes no tokenizer: {said}") from exc
+
+
 def taken_apart(whole: Json) -> Parts | None:
     """A tokenizer's JSON taken apart; None if an excerpt could do something else than the whole."""
     model: Json = whole["model"]
     vocabulary: dict[str, int] = model.get("vocab") or {}
+    if not vocabulary:
+        return None
     if not (_is_plain(model) and sorted(vocabulary.values()) == list(range(len(vocabulary)))):
         return None
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)
@@ -174,7 +191,7 @@ def taken_apart(whole: Json) -> Parts | None:
     order = sorted(range(len(pairs)), key=made.__getitem__)
     starts = array("I", itertools.accumulate(counts, initial=0))
     lefts = array("I", (len(pairs[rank][0]) for rank in order))
-    return Parts(frame, tokens, vocabulary, starts, array("I", order), lefts)
+    return Parts(frame, TokenTable.of(tokens), starts, array("I", order), lefts)
 
 
 def _is_plain(model: Mapping[str, Any]) -> bool:
@@ -207,7 +224,8 @@ class Excerpts:
         self._whole: tokenizers.Tokenizer | None = None
         self._expected: dict[str, tokenizers.Tokenizer] = {}
         self._lock = threading.RLock()
-        self._frame = rust_of(json.dumps(parts.frame), splits_special_tokens=self._splits)
+        self._frame_text = json.dumps(parts.frame)
+        self._frame = self._of_frame()
         self._outside = parts.outside()
         added = self._frame.get_added_tokens_decoder()
         contents = {i: token.content for i, token in added.items()}
@@ -243,12 +261,36 @@ class Excerpts:
     def _for(self, texts: Sequence[str]) -> tokenizers.Tokenizer:
         if self._whole is None and self._left > 0 and self._are_short(texts):
             self._left -= 1
-            strings = _strings(self._words.of(texts), self._parts.ids, self._most_strings)
-            if strings is not None and self._outside.isdisjoint(strings):
-                excerpt = self._parts.excerpt(strings)
+            found = self._tokens_in(self._words.of(texts))
+            if found is not None:
+                rust = self._of_frame()
+                rust.model = self._parts.excerpt(found)
                 self.made += 1
-                return rust_of(excerpt, splits_special_tokens=self._splits)
+                return rust
         return self.whole()
+
+    def _of_frame(self) -> tokenizers.Tokenizer:
+        return rust_of(self._frame_text, splits_special_tokens=self._splits)
+
+    def _tokens_in(self, words: Set[str]) -> dict[str, int] | None:
+        """All tokens that these words could become, with their ids; None if there are too many
+        strings to look at, or added tokens that the model does not know among them.
+
+        A character that is no token may be left out, and what is on its two sides come together.
+        """
+        tokens, most = self._parts.tokens, self._most_strings
+        strings = _strings(words, most)
+        if strings is None:
+            return None
+        found = tokens.among(strings)
+        if unknown := set("".join(words)) - found.keys():
+            left_out = str.maketrans(dict.fromkeys(unknown, ""))
+            closer = _strings({word.translate(left_out) for word in words}, most)
+            if closer is None:
+                return None
+            found |= tokens.among(closer - strings)
+            strings |= closer
+        return found if self._outside.isdisjoint(strings) else None
 
     def _are_short(self, texts: Sequence[str]) -> bool:
         """Whether finding the words of these texts takes less time than making the whole."""
@@ -289,17 +331,16 @@ class Excerpts:
     def token_to_id(self, token: str) -> int | None:
         """The id of a token, None if there is none."""
         found = self._added_ids.get(token)
-        return self._parts.ids.get(token) if found is None else found
+        return self._parts.tokens.find(token) if found is None else found
 
     def get_vocab_size(self, *, with_added_tokens: bool = True) -> int:
         """How many tokens there are."""
-        ids = self._parts.ids
-        more = sum(text not in ids for text in self._added_ids) if with_added_tokens else 0
-        return len(ids) + more
+        return len(self._parts.tokens) + (len(self._outside) if with_added_tokens else 0)
 
     def get_vocab(self, *, with_added_tokens: bool = True) -> dict[str, int]:
         """All tokens and their ids."""
-        return {**self._parts.ids, **(self._added_ids if with_added_tokens else {})}
+        ids = {token: i for i, token in enumerate(self._parts.tokens[:])}
+        return {**ids, **(self._added_ids if with_added_tokens else {})}
 
 
 class _Words:
@@ -335,15 +376,8 @@ class _Heard:
         self.words.update(word for word, _, tokens in splits if tokens is None)
 
 
-def _strings(words: Set[str], known: Mapping[str, int], most: int) -> set[str] | None:
-    """All strings that stand in these words; None if there may be more than so many.
-
-    A character that is no token may be left out, and what is on its two sides come together.
-    """
-    unknown = {c for c in set("".join(words)) if c not in known}
-    if unknown:
-        left_out = str.maketrans(dict.fromkeys(unknown, ""))
-        words = words | {word.translate(left_out) for word in words}
+def _strings(words: Set[str], most: int) -> set[str] | None:
+    """All strings that stand in these words; None if there may be more than so many."""
     if sum(len(word) * (len(word) + 1) // 2 for word in words) > most:
         return None
     found: set[str] = set()
