@@ -128,6 +128,21 @@ def test_what_is_beside_a_character_that_is_left_out_comes_together() -> None:
     assert whole.encode("a?b").tokens == ["ab"]
 
 
+def test_a_word_that_is_a_token_needs_no_merges_where_they_are_ignored() -> None:
+    vocabulary = {"a": 0, "b": 1, "ab": 2}
+    for ignores, told in ((True, ["ab"]), (False, ["a", "b"])):
+        whole = tokenizers.Tokenizer(models.BPE(vocabulary, [], ignore_merges=ignores))
+        assert alone(whole).encode("ab").tokens == whole.encode("ab").tokens == told
+
+
+def test_bytes_stand_in_for_characters_where_they_do() -> None:
+    vocabulary = {"a": 0, "<0xC3>": 1, "<0xA9>": 2, "<unk>": 3}
+    for stand_in, told in ((True, ["a", "<0xC3>", "<0xA9>"]), (False, ["a", "<unk>"])):
+        model = models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=stand_in)
+        whole = tokenizers.Tokenizer(model)
+        assert alone(whole).encode("aé").tokens == whole.encode("aé").tokens == told
+
+
 def test_a_token_with_several_merges_has_all_of_them() -> None:
     whole = trained()
     parts = parts_of(whole)
@@ -443,10 +458,14 @@ def test_parts_that_are_none_are_found_out_at_once(what: str) -> None:
         Excerpts(Parts.of_arrays(arrays), lambda: "")
 
 
+MISPLACED = {"starts beyond the end", "starts that turn back", "the same merges for all"}
+
+
 @pytest.mark.parametrize("what", LATER)
 def test_merges_that_are_none_are_found_out_when_they_are_needed(what: str) -> None:
     made = Excerpts(Parts.of_arrays(replaced(parts_of(trained()), *LATER[what])), lambda: "")
-    with pytest.raises(DamagedFile):
+    said = "its merges are not where they should be" if what in MISPLACED else "it makes no token"
+    with pytest.raises(DamagedFile, match=f"^{said}"):
         made.encode(" ".join(words(40)))
 
 

@@ -126,9 +126,8 @@ class Parts(NamedTuple):
 
     def outside(self) -> set[str]:
         """The added tokens that are no tokens of the model."""
-        tokens, count = self.tokens, len(self.tokens)
         added = ((each["content"], each["id"]) for each in self.added())
-        return {text for text, i in added if not (0 <= i < count and tokens[i] == text)}
+        return {text for text, i in added if self.tokens[i : i + 1] != [text]}
 
 
 def rust_of(text: str, *, splits_special_tokens: bool) -> tokenizers.Tokenizer:
@@ -289,7 +288,6 @@ class Excerpts:
             if closer is None:
                 return None
             found |= tokens.among(closer - strings)
-            strings |= closer
         return found if self._outside.isdisjoint(strings) else None
 
     def _are_short(self, texts: Sequence[str]) -> bool:
