@@ -445,9 +445,6 @@ AT_ONCE: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 LATER: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "starts beyond the end": (STARTS, lambda data: b"\xff" * len(data)),
     "starts that turn back": (STARTS, lambda data: data[:4] + data[4:][::-1]),
-    "the same merges for all": (STARTS, lambda data: b"".join(
-        (0 if i % 2 else 300).to_bytes(4, "little") for i in range(len(data) // 4)
-    )),
     "a left part of nothing": (LEFTS, lambda data: bytes(len(data))),
     "a left part of all": (LEFTS, lambda data: b"\xff\xff\0\0" * (len(data) // 4)),
     "merges of what is no token": (TOKENS, lambda data: data.replace(b"a", b"z", 1)),
@@ -461,7 +458,7 @@ def test_parts_that_are_none_are_found_out_at_once(what: str) -> None:
         Excerpts(Parts.of_arrays(arrays), lambda: "")
 
 
-MISPLACED = {"starts beyond the end", "starts that turn back", "the same merges for all"}
+MISPLACED = {"starts beyond the end", "starts that turn back"}
 
 
 @pytest.mark.parametrize("what", LATER)
@@ -470,6 +467,14 @@ def test_merges_that_are_none_are_found_out_when_they_are_needed(what: str) -> N
     said = "its merges are not where they should be" if what in MISPLACED else "it makes no token"
     with pytest.raises(DamagedFile, match=f"^{said}"):
         made.encode(" ".join(words(40)))
+
+
+def test_no_more_merges_are_looked_at_than_there_are() -> None:
+    parts = parts_of(trained())
+    starts = [0 if i % 2 == 0 else len(parts.ranks) for i in range(len(parts.starts))]
+    every_other = {token: i for i, token in enumerate(parts.tokens[:]) if i % 2 == 0}
+    with pytest.raises(DamagedFile, match="^its merges are not where they should be"):
+        parts._replace(starts=starts).excerpt(every_other)
 
 
 def test_a_whole_that_is_none_is_damage() -> None:
