@@ -473,7 +473,7 @@ def test_no_more_merges_are_looked_at_than_there_are() -> None:
     parts = parts_of(trained())
     starts = [0 if i % 2 == 0 else len(parts.ranks) for i in range(len(parts.starts))]
     every_other = {token: i for i, token in enumerate(parts.tokens[:]) if i % 2 == 0}
-    with pytest.raises(DamagedFile, match="^its merges are not where they should be"):
+    with pytest.raises(DamagedFile, match=r"^its merges are not where they should be"):
         parts._replace(starts=starts).excerpt(every_other)
 
 
