@@ -77,7 +77,7 @@ class MappedFiles:
         try:
             with path.open("rb", buffering=0) as opened:
                 mapping = _Mapping(opened.fileno(), libc)
-            found = mapping.tensors()
+                found = mapping.tensors(opened.fileno())
         except Exception:  # noqa: BLE001 - whatever it is, `mx.load` says what is wrong, if anything
             return mx.load(file)
         self._mapped.append((path, mapping.file))
@@ -129,16 +129,17 @@ class _Mapping:
         if self._libc.madvise(self._address, self._size, MADV_HUGEPAGE):
             self._libc.madvise(self._address, self._size, MADV_SEQUENTIAL)
 
-    def tensors(self) -> dict[str, tuple[mx.array, mx.array]]:
-        """The tensors by their names, not evaluated, each with what touches its pages.
+    def tensors(self, fd: int) -> dict[str, tuple[mx.array, mx.array]]:
+        """The tensors by their names, not evaluated, each with what touches its pages; `fd` is the
+        file, open.
 
         Raises:
             Exception: the header is not as expected.
         """
         rows = {name: row for name, row in self._table.items() if name != "__metadata__"}
-        return {name: self._tensor(row) for name, row in rows.items()}
+        return {name: self._tensor(fd, row) for name, row in rows.items()}
 
-    def _tensor(self, row: Any) -> tuple[mx.array, mx.array]:
+    def _tensor(self, fd: int, row: Any) -> tuple[mx.array, mx.array]:
         dtype, shape, (first, last) = DTYPES[row["dtype"]], row["shape"], row["data_offsets"]
         if any(type(n) is not int or n < 0 for n in (*shape, first, last)):
             raise TypeError("a tensor has no shape, or no place")
@@ -146,7 +147,8 @@ class _Mapping:
             raise ValueError("a tensor is not where its shape says")
         begin, end = (self._shift + self._data + offset for offset in (first, last))
         if end - begin <= COPIED_BYTES:
-            copied = _copied(memory_of(self._array)[begin:end], dtype).reshape(shape)
+            # Not from the mapping: its page faults are for others to wait for.
+            copied = _copied(os.pread(fd, last - first, self._data + first), dtype).reshape(shape)
             return copied, copied
         words, skipped = self._array[begin // WORD : -(-end // WORD)], begin % WORD
         # Files that MLX wrote begin their tensors anywhere, also where no number should begin.
@@ -159,8 +161,9 @@ class _Mapping:
         return tensor, mx.max(words[:: SHOWN_BYTES // WORD])
 
 
-def _copied(memory: Any, dtype: mx.Dtype) -> mx.array:
-    return mx.array(memory).view(dtype) if memory else mx.zeros((0,), dtype)
+def _copied(data: bytes, dtype: mx.Dtype) -> mx.array:
+    memory: Any = memoryview(data)
+    return mx.array(memory).view(dtype) if data else mx.zeros((0,), dtype)
 
 
 def _head(fd: int, size: int) -> tuple[int, dict[str, Any]]:
