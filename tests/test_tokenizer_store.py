@@ -494,7 +494,7 @@ def test_a_prompt_needs_no_more_than_excerpts(
     text = "".join(step.text for step in runner.generate(prompt, 8))
     assert text
     assert loads == []
-    assert len(made) == 2  # for the prompt, and for all that tells where the prefix ends
+    assert len(made) == 1  # for the prompt, and for all that tells where the prefix ends
 
 
 def test_an_array_that_would_be_huge_is_not_read(

@@ -249,13 +249,15 @@ class Excerpts:
         return rust.encode(text, add_special_tokens=add_special_tokens)
 
     def expect(self, texts: Sequence[str]) -> None:
-        """Make what encodes all of these texts, which are to be encoded next.
+        """Make what encodes all of these texts, which are to be encoded next, if they are not
+        expected already.
 
         Raises:
             DamagedFile: its parts make no tokenizer.
         """
         with self._lock:
-            self._expected = dict.fromkeys(texts, self._for(texts))
+            if not self._expected.keys() >= set(texts):
+                self._expected = dict.fromkeys(texts, self._for(texts))
 
     def _for(self, texts: Sequence[str]) -> tokenizers.Tokenizer:
         if self._whole is None and self._left > 0 and self._are_short(texts):

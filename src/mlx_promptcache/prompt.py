@@ -57,10 +57,18 @@ class Prompter:
         Raises:
             PromptError: it is empty, or the template refuses it.
         """
-        tokens = self._encode(origin)
+        text, others = self._text(origin), None
+        if prefix is not None and _is_chat(prefix) == _is_chat(origin):
+            others = self._continuations(prefix)
+            self._expect([text, *_ends([text, *others])[1]])
+        tokens = self.encode_text(text, special=not _is_chat(origin))
         if not tokens:
             raise PromptError(EMPTY)
-        ends = set() if prefix is None else {self._stays(prefix, origin, tokens)}
+        ends = set()
+        if prefix is not None and others is not None:
+            ends.add(self._shared(prefix, text, tokens, others))
+        elif prefix is not None:
+            ends.add(agreeing(self._stable(prefix), tokens))
         if self._marks_turns:
             ends.add(self._left_by_next_turn(origin, tokens))
         boundaries = sorted(end for end in ends if 0 < end < len(tokens))
@@ -117,12 +125,6 @@ class Prompter:
         whole = self.encode_text(first, special=not _is_chat(origin))
         return whole[: self._shared(origin, first, whole, others)]
 
-    def _stays(self, prefix: Origin, origin: Origin, tokens: Sequence[int]) -> int:
-        """How many of the tokens of a prompt all continuations of its beginning begin with."""
-        if _is_chat(prefix) != _is_chat(origin):
-            return agreeing(self._stable(prefix), tokens)
-        return self._shared(prefix, self._text(origin), tokens, self._continuations(prefix))
-
     def _continuations(self, origin: Origin) -> list[str]:
         try:
             return [self._text(continued(origin, text)) for text in CONTINUATIONS]
@@ -145,16 +147,19 @@ class Prompter:
         """How many tokens of the first text, `whole`, the others begin with, found without encoding
         all of them: what is far before the seam is left out. None if the rest does not line up.
         """
-        cut = max(0, len(os.path.commonprefix(texts)) - TAIL)  # noqa: RUF071 - of characters
-        ends = [text[cut:] for text in texts]
-        expect = getattr(self._tokenizer, "expect", None)  # which transformers' do not have
-        if expect is not None:
-            expect(ends)
+        cut, ends = _ends(texts)
+        self._expect(ends)
         first, *others = (self.encode_text(end, special=False) for end in ends)
         shared = min(agreeing(first, other) for other in others)
         shift = len(whole) - len(first)
         middle = shared // 2 if cut else 0  # by then a cut inside a word is forgotten
         return shift + shared if shift >= 0 and whole[shift + middle :] == first[middle:] else None
+
+    def _expect(self, texts: Sequence[str]) -> None:
+        """Tell a tokenizer that can make use of it which texts it is to encode."""
+        expect = getattr(self._tokenizer, "expect", None)  # which transformers' do not have
+        if expect is not None:
+            expect(texts)
 
     def _encode(self, origin: Origin) -> list[int]:
         return self.encode_text(self._text(origin), special=not _is_chat(origin))
@@ -206,6 +211,12 @@ class Prompter:
                 continue_final_message=goes_on,
             )
         )
+
+
+def _ends(texts: Sequence[str]) -> tuple[int, list[str]]:
+    """How many characters of texts are far before where they begin to differ, and the rest."""
+    cut = max(0, len(os.path.commonprefix(texts)) - TAIL)  # noqa: RUF071 - of characters
+    return cut, [text[cut:] for text in texts]
 
 
 def _texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
