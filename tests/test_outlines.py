@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from families import FAMILIES
-from mlx_promptcache.outlines import Copy, Outline, outline
+from mlx_promptcache.outlines import Copy, Outline, outlines
 from mlx_promptcache.templates import Template
 from mlx_promptcache.tokenizer_trial import OUTLINED
 
@@ -100,7 +100,8 @@ def chat(roles: Sequence[str], texts: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def outlined(source: str, roles: Sequence[str] = ("user",), *, answer: bool = True) -> Any:
-    return outline(source, SPECIALS, roles, VARIABLES, answer=answer)
+    found = outlines(source, SPECIALS, [(roles, answer)], VARIABLES)
+    return found[0] if found else None
 
 
 def rendered(source: str, messages: list[dict[str, Any]], *, answer: bool = True) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import shutil
 import stat
@@ -99,6 +101,38 @@ def test_it_is_kept_once_and_found_from_then_on(model: Path, loads: list[Path]) 
     assert (kept, len(loads)) == ([False, True, True], 1)
     assert store_of(model).stems(TOKENIZERS) == [stem_of(model)]
     assert said(Runner.load(str(model)).tokenizer) == said(whole_of(model))
+
+
+@pytest.mark.parametrize("looks", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_no_garbage_is_looked_for_meanwhile(
+    looks: bool, fails: bool, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(model / "prompt_cache")
+    load, seen = checkpoint.load_tokenizer, []
+    keep = tokenizer_store.TokenizerStore._keep
+
+    def watched(path: Path, config: Any) -> Any:
+        seen.append(gc.isenabled())
+        if fails:
+            raise ModelError("it is none")
+        return load(path, config)
+
+    def kept(store: Any, *args: Any) -> None:
+        seen.append(gc.isenabled())
+        keep(store, *args)
+
+    monkeypatch.setattr(checkpoint, "load_tokenizer", watched)
+    monkeypatch.setattr(tokenizer_store.TokenizerStore, "_keep", kept)
+    if not looks:
+        gc.disable()
+    try:
+        with pytest.raises(ModelError) if fails else contextlib.nullcontext():
+            Runner.load(str(model))
+        assert gc.isenabled() == looks
+    finally:
+        gc.enable()
+    assert seen == ([False] if fails else [False, False])
 
 
 def test_a_directory_that_was_copied_finds_it(model: Path, loads: list[Path]) -> None:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from mlx_promptcache.templates import Template
+
 MESSAGE = ["role", "content"]  # what a message has, in this order, and nothing else
 
 
@@ -100,17 +102,29 @@ def _exactly(variables: Mapping[str, Any]) -> list[str]:
     return [f"{name} {value!r}" for name, value in sorted(variables.items())]
 
 
-def outline(
-    source: str, specials: Mapping[str, str], roles: Sequence[str], variables: Mapping[str, Any],
-    *, answer: bool,
-) -> Outline | None:  # fmt: skip
-    """The outline of a template for messages with these roles; None if it has none, or refuses
-    them. `specials` are the special tokens, by the names that the template has for them.
+def outlines(
+    source: str, specials: Mapping[str, str], chats: Iterable[tuple[Sequence[str], bool]],
+    variables: Mapping[str, Any],
+) -> list[Outline]:  # fmt: skip
+    """The outlines of a template for chats, each told by the roles of its messages and by whether
+    an answer follows; of some it has none, and some it refuses. `specials` are the special tokens,
+    by the names that the template has for them.
     """
     from mlx_promptcache.templates import Template
 
     try:
         template = Template(source, _watching())
+    except (Exception, _Looked):  # noqa: BLE001 - it is no template, or looks while it is compiled
+        return []
+    found = [_outline(template, specials, roles, variables, answer) for roles, answer in chats]
+    return [each for each in found if each is not None]
+
+
+def _outline(
+    template: Template, specials: Mapping[str, str], roles: Sequence[str],
+    variables: Mapping[str, Any], answer: bool,
+) -> Outline | None:  # fmt: skip
+    try:
         chat = [{"role": role, "content": _Text(Copy(i))} for i, role in enumerate(roles)]
         said = template(chat, {**specials, **variables}, answer=answer, goes_on=False)
     except (Exception, _Looked):  # noqa: BLE001 - templates raise what they like

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import importlib.util
 import json
@@ -67,10 +68,11 @@ class TokenizerStore:
         kept = None if stem is None else self._load(stem, whole)
         if kept is not None:
             return kept
-        tokenizer = whole()
-        # Files that were replaced meanwhile are not what it was made from.
-        if keeps and stem is not None and stem == _stem_or_none(model):
-            self._keep(stem, tokenizer)
+        with _no_garbage():
+            tokenizer = whole()
+            # Files that were replaced meanwhile are not what it was made from.
+            if keeps and stem is not None and stem == _stem_or_none(model):
+                self._keep(stem, tokenizer)
         return tokenizer
 
     def _load(self, stem: str, whole: Callable[[], Any]) -> Any:
@@ -135,6 +137,20 @@ class TokenizerStore:
             room.make(self._store, self._budget, needed, asked_for=False)
             with self._store.shared():
                 self._store.write(TOKENIZERS, stem, packed)
+
+
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Look for no garbage: a tokenizer is a hundred thousand objects that stay, and transformers
+    as many.
+    """
+    looked = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if looked:
+            gc.enable()
 
 
 def _shortened(text: str, told: dict[str, Any]) -> str:

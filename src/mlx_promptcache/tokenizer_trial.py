@@ -7,10 +7,11 @@ chats as the one that it was made from.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from mlx_promptcache import engine
-from mlx_promptcache.outlines import outline
+from mlx_promptcache.outlines import outlines
 from mlx_promptcache.tokenizer import BPE, NAIVE, SPM, SPM_NO_SPACE, Facts, cleaned
 
 if TYPE_CHECKING:
@@ -68,13 +69,8 @@ def outlines_of(wrapper: Any, facts: Facts) -> list[Outline]:
     """The outlines of what prompts mostly are, for a tokenizer in mlx-lm's wrapper."""
     if facts.chat_template is None:
         return []
-    variables = _variables_of(wrapper)
-    found = [
-        outline(facts.chat_template, facts.special_tokens, roles, variables, answer=answer)
-        for roles in OUTLINED
-        for answer in (True, False)
-    ]
-    return [each for each in found if each is not None]
+    chats = itertools.product(OUTLINED, (True, False))
+    return outlines(facts.chat_template, facts.special_tokens, chats, _variables_of(wrapper))
 
 
 OUTLINED = (["user"], ["system", "user"])
