@@ -92,16 +92,16 @@ def made_of(made: Excerpts, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens what encodes has, each time that it is made."""
     sizes: list[int] = []
     seen: list[tokenizers.Tokenizer] = []
-    usual = Excerpts._for
 
-    def watched(excerpts: Excerpts, texts: list[str]) -> tokenizers.Tokenizer:
-        rust = usual(excerpts, texts)
-        if excerpts is made and not any(rust is other for other in seen):
+    def note(rust: tokenizers.Tokenizer | None) -> tokenizers.Tokenizer | None:
+        if rust is not None and not any(rust is other for other in seen):
             seen.append(rust)
             sizes.append(rust.get_vocab_size(with_added_tokens=False))
         return rust
 
-    monkeypatch.setattr(Excerpts, "_for", watched)
+    excerpt, whole = made._excerpt, made.whole
+    monkeypatch.setattr(made, "_excerpt", lambda texts: note(excerpt(texts)))
+    monkeypatch.setattr(made, "whole", lambda: note(whole()))
     return sizes
 
 
@@ -252,6 +252,19 @@ def test_a_text_that_is_asked_for_again_needs_no_other(monkeypatch: pytest.Monke
         told = whole.encode("ab cd", add_special_tokens=special).ids
         assert made.encode("ab cd", add_special_tokens=special).ids == told
     assert len(sizes) == 1
+
+
+def test_texts_that_are_too_long_together_are_not_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = trained()
+    made = of(whole)
+    sizes = made_of(made, monkeypatch)
+    texts = ["ab " * (whole.get_vocab_size() // 4), "cd " * (whole.get_vocab_size() // 4)]
+    made.expect(texts)
+    assert sizes == []
+    for text in texts:
+        assert made.encode(text).ids == whole.encode(text).ids
+    assert len(sizes) == 2
+    assert made._whole is None
 
 
 def test_who_asks_often_gets_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,6 +446,10 @@ AT_ONCE: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "fewer tokens": (TOKENS, lambda data: data[: len(data) // 2]),
     "fewer starts": (STARTS, lambda data: data[:-4]),
     "fewer ranks": (RANKS, lambda data: data[:-4]),
+    "another kind": (FRAME, lambda data: data.replace(b'"BPE"', b'"WordPiece"')),
+    "chance": (FRAME, lambda data: data.replace(b'"dropout": null', b'"dropout": 0.5')),
+    "no model": (FRAME, lambda data: data.replace(b'"model"', b'"models"')),
+    "a model that is none": (FRAME, lambda _: b'{"model": 1}'),
     "added tokens without a place": (
         FRAME,
         lambda data: data.replace(
@@ -469,12 +486,44 @@ def test_merges_that_are_none_are_found_out_when_they_are_needed(what: str) -> N
         made.encode(" ".join(words(40)))
 
 
-def test_no_more_merges_are_looked_at_than_there_are() -> None:
+def test_a_token_has_no_more_merges_than_places_to_come_together_at() -> None:
     parts = parts_of(trained())
     starts = [0 if i % 2 == 0 else len(parts.ranks) for i in range(len(parts.starts))]
     every_other = {token: i for i, token in enumerate(parts.tokens[:]) if i % 2 == 0}
     with pytest.raises(DamagedFile, match=r"^its merges are not where they should be"):
         parts._replace(starts=starts).excerpt(every_other)
+
+
+def test_no_two_merges_have_one_rank() -> None:
+    parts = parts_of(trained())
+    ids = {token: i for i, token in enumerate(parts.tokens[:])}
+    parts.excerpt(ids)
+    with pytest.raises(DamagedFile, match=r"^its merges are not where they should be"):
+        parts._replace(ranks=[0] * len(parts.ranks)).excerpt(ids)
+
+
+def test_a_panic_over_a_text_is_damage() -> None:
+    parts = parts_of(trained())
+    made = alone_of(
+        parts._replace(frame={**parts.frame, "pre_tokenizer": {"type": "FixedLength", "length": 0}})
+    )
+    with pytest.raises(DamagedFile, match=r"^it makes no tokenizer"):
+        made.encode("ab cd")
+
+
+def test_an_unknown_token_that_there_is_none_of_is_damage() -> None:
+    parts = parts_of(trained())
+    frame = {**parts.frame, "model": {**parts.frame["model"], "unk_token": "<none>"}}
+    made = alone_of(parts._replace(frame=frame))
+    with pytest.raises(DamagedFile, match=r"^it makes no tokenizer"):
+        made.encode("é")
+
+
+def test_a_text_that_is_none_is_not_damage() -> None:
+    made = alone(trained())
+    for wrong in ("\ud83d", 5):
+        with pytest.raises(TypeError):
+            made.encode(wrong)  # type: ignore[arg-type]
 
 
 def test_a_whole_that_is_none_is_damage() -> None:

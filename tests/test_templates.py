@@ -18,6 +18,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 import tiny
 from families import FAMILIES
 from mlx_promptcache import Runner, checkpoint, cli
+from mlx_promptcache.errors import PromptError
 from mlx_promptcache.prompt import CONTINUATIONS, TAIL, Prompter, answered
 from mlx_promptcache.state import Origin
 from mlx_promptcache.tree import agreeing
@@ -288,6 +289,25 @@ class InPairs:
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         pairs = [int.from_bytes(text[i : i + 2].encode(), "big") for i in range(0, len(text), 2)]
         return [*pairs, 0] if add_special_tokens else pairs  # it closes texts, as some do
+
+
+class NoSystem(InPairs):
+    """A tokenizer whose template takes no system's message."""
+
+    has_chat_template = True
+
+    def apply_chat_template(self, chat: list[dict[str, str]], **_: Any) -> str:
+        if any(message["role"] == "system" for message in chat):
+            raise ValueError("no system")
+        return "".join(message["content"] for message in chat)
+
+
+def test_that_a_prompt_is_empty_is_told_before_what_is_wrong_with_its_prefix() -> None:
+    it = Prompter(NoSystem())
+    prefix = Origin(messages=({"role": "system", "content": "Be brief."},))
+    for text, told in (("", "the prompt is empty"), ("a", "no system")):
+        with pytest.raises(PromptError, match=told):
+            it.whole(Origin(messages=({"role": "user", "content": text},)), prefix)
 
 
 @pytest.mark.parametrize("length", [4, 5, TAIL + 3, 3 * TAIL, 3 * TAIL + 1])

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from mlx_promptcache.errors import DamagedFile
-from mlx_promptcache.token_table import TokenTable
+from mlx_promptcache.token_table import FEW, TokenTable
 
 LISTS = {
     "usual": ["a", "b", "ab", "Ġa", "日本", "👩‍👩‍👧‍👦", "<|end|>", "abc"],
@@ -48,6 +48,18 @@ def test_it_says_so_of_many() -> None:
     assert 0 < sum(string in ids for string in asked) < len(asked)
     assert table.among(asked) == {s: ids[s] for s in asked if s in ids}
     assert [table.find(s) for s in sorted(asked)] == [ids.get(s) for s in sorted(asked)]
+
+
+@pytest.mark.parametrize("what", LISTS)
+def test_who_asks_for_many_is_not_kept_waiting(what: str) -> None:
+    tokens = LISTS[what]
+    ids = {token: i for i, token in enumerate(tokens)}
+    table = TokenTable.of(tokens)
+    for _ in range(FEW + 1):
+        table.find("never")
+    table.text = b""  # it is not gone through again
+    asked = {*tokens, *STRANGERS}
+    assert {string: table.find(string) for string in asked} == {s: ids.get(s) for s in asked}
 
 
 def test_nothing_is_among_nothing() -> None:

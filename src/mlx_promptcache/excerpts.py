@@ -33,15 +33,14 @@ if TYPE_CHECKING:
     Json = dict[str, Any]
 
 MOST = 8  # excerpts are made; who needs more than that is better off with the whole
-MOST_STRINGS = 4  # times the number of tokens: finding more strings takes as long as the whole,
-# and so does finding the words of more characters than there are tokens
+MOST_STRINGS = 4  # times the number of tokens: finding more strings takes as long as the whole (and
+# as many once more, where characters are left out), and so does finding the words of more
+# characters than there are tokens
 BYTES = tuple(f"<0x{i:02X}>" for i in range(256))
 FRAME, TOKENS = "frame.json", "tokens.txt"
 STARTS, RANKS, LEFTS = "merges.starts", "merges.ranks", "merges.lefts"
-SETTINGS = (  # of a model of byte-pair encoding, beside its tables
-    "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk",
-    "byte_fallback", "ignore_merges",
-)  # fmt: skip
+SETTINGS = ("unk_token", "fuse_unk", "byte_fallback", "ignore_merges")  # of plain models
+MISPLACED = "its merges are not where they should be"
 DTYPES = {FRAME: "uint8", TOKENS: "uint8", STARTS: "uint32", RANKS: "uint32", LEFTS: "uint32"}
 
 
@@ -66,7 +65,7 @@ class Parts(NamedTuple):
         every excerpt has.
 
         Raises:
-            DamagedFile: what it was taken apart into fits nothing.
+            DamagedFile: its merges are none.
         """
         from tokenizers import models
 
@@ -82,12 +81,15 @@ class Parts(NamedTuple):
         count = 0
         for token, i in found.items():
             begin, end = starts[i], starts[i + 1]
+            # A token comes together in as many ways as it has places between two characters.
+            if not (begin <= end <= len(ranks) and end - begin < max(1, len(token))):
+                raise DamagedFile(MISPLACED)
             count += end - begin
-            if not (begin <= end <= len(ranks) and count <= len(ranks)):
-                raise DamagedFile("its merges are not where they should be")
             for k in range(begin, end):
                 left = lefts[k]
                 merges[ranks[k]] = token[:left], token[left:]
+        if len(merges) < count:
+            raise DamagedFile(MISPLACED)
         return [merges[rank] for rank in sorted(merges)]
 
     def arrays(self) -> dict[str, Array]:
@@ -112,6 +114,8 @@ class Parts(NamedTuple):
             frame = json.loads(bytes(arrays[FRAME].data))
         except (ValueError, RecursionError) as exc:
             raise DamagedFile(f"its frame is no JSON: {exc}") from None
+        if not (isinstance(frame, dict) and _is_plain(frame.get("model"))):
+            raise DamagedFile("its frame is that of another kind of tokenizer")
         tokens = TokenTable(bytes(arrays[TOKENS].data))
         starts, ranks, lefts = (
             memoryview(arrays[name].data).cast("B").cast("I") for name in (STARTS, RANKS, LEFTS)
@@ -148,13 +152,17 @@ def rust_of(text: str, *, splits_special_tokens: bool) -> tokenizers.Tokenizer:
 
 
 @contextlib.contextmanager
-def _as_damage() -> Iterator[None]:
-    """Whatever `tokenizers` raises of what it is given, as damage."""
+def _as_damage(*, of_text: bool = False) -> Iterator[None]:
+    """Whatever `tokenizers` raises of what it is made of, as damage. Where it is given a text that
+    is an error without a kind, and a panic of Rust, which is no Exception.
+    """
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, DamagedFile):
+    except (KeyboardInterrupt, SystemExit, MemoryError, DamagedFile):
         raise
-    except BaseException as exc:  # a panic of Rust is no Exception
+    except BaseException as exc:
+        if of_text and isinstance(exc, Exception) and type(exc) is not Exception:
+            raise
         said = " ".join(str(exc).split())[:200]
         raise DamagedFile(f"it makes no tokenizer: {said}") from exc
 
@@ -193,10 +201,12 @@ def taken_apart(whole: Json) -> Parts | None:
     return Parts(frame, TokenTable.of(tokens), starts, array("I", order), lefts)
 
 
-def _is_plain(model: Mapping[str, Any]) -> bool:
+def _is_plain(model: Any) -> bool:
     """Whether it is byte-pair encoding as it is described above: no chance, no marks on words."""
+    if not isinstance(model, dict) or model.get("type") != "BPE":
+        return False
     odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    return model.get("type") == "BPE" and not any(model.get(name) for name in odd)
+    return not any(model.get(name) for name in odd)
 
 
 class Excerpts:
@@ -244,31 +254,35 @@ class Excerpts:
         with self._lock:
             rust = self._expected.get(text)
             if rust is None:
-                rust = self._for([text])
+                rust = self._excerpt([text]) or self.whole()
                 self._expected = {text: rust}
-        return rust.encode(text, add_special_tokens=add_special_tokens)
+        with _as_damage(of_text=True):
+            return rust.encode(text, add_special_tokens=add_special_tokens)
 
     def expect(self, texts: Sequence[str]) -> None:
-        """Make what encodes all of these texts, which are to be encoded next, if they are not
-        expected already.
+        """Make an excerpt that encodes all of these texts, which are to be encoded next, if there
+        can be one and they are not expected already.
 
         Raises:
             DamagedFile: its parts make no tokenizer.
         """
         with self._lock:
             if not self._expected.keys() >= set(texts):
-                self._expected = dict.fromkeys(texts, self._for(texts))
+                rust = self._excerpt(texts)
+                self._expected = {} if rust is None else dict.fromkeys(texts, rust)
 
-    def _for(self, texts: Sequence[str]) -> tokenizers.Tokenizer:
-        if self._whole is None and self._left > 0 and self._are_short(texts):
-            self._left -= 1
-            found = self._tokens_in(self._words.of(texts))
-            if found is not None:
-                rust = self._of_frame()
-                rust.model = self._parts.excerpt(found)
-                self.made += 1
-                return rust
-        return self.whole()
+    def _excerpt(self, texts: Sequence[str]) -> tokenizers.Tokenizer | None:
+        """What encodes these texts; None if the whole is the better one for that."""
+        if self._whole is not None or self._left <= 0 or not self._are_short(texts):
+            return None
+        found = self._tokens_in(self._words.of(texts))
+        if found is None:
+            return None
+        self._left -= 1
+        self.made += 1
+        rust = self._of_frame()
+        rust.model = self._parts.excerpt(found)
+        return rust
 
     def _of_frame(self) -> tokenizers.Tokenizer:
         return rust_of(self._frame_text, splits_special_tokens=self._splits)
@@ -277,7 +291,8 @@ class Excerpts:
         """All tokens that these words could become, with their ids; None if there are too many
         strings to look at, or added tokens that the model does not know among them.
 
-        A character that is no token may be left out, and what is on its two sides come together.
+        A character that is no token may be left out, and what is on its two sides come together:
+        then no string but those that merges make of others. Added tokens are made by none.
         """
         tokens, most = self._parts.tokens, self._most_strings
         strings = _strings(words, most)
@@ -335,7 +350,8 @@ class Excerpts:
 
     def get_vocab_size(self, *, with_added_tokens: bool = True) -> int:
         """How many tokens there are."""
-        return len(self._parts.tokens) + (len(self._outside) if with_added_tokens else 0)
+        tokens, outside = self._parts.tokens, self._outside if with_added_tokens else ()
+        return len(tokens) + sum(tokens.find(text) is None for text in outside)
 
     def get_vocab(self, *, with_added_tokens: bool = True) -> dict[str, int]:
         """All tokens and their ids."""
@@ -358,8 +374,9 @@ class _Words:
 
     def of(self, texts: Iterable[str]) -> set[str]:
         """The words of these texts."""
-        for text in texts:
-            self._rust.encode(text, add_special_tokens=False)
+        with _as_damage(of_text=True):
+            for text in texts:
+                self._rust.encode(text, add_special_tokens=False)
         words, self._heard.words = self._heard.words, set()
         return words
 

@@ -57,15 +57,15 @@ class Prompter:
         Raises:
             PromptError: it is empty, or the template refuses it.
         """
-        text, others = self._text(origin), None
-        if prefix is not None and _is_chat(prefix) == _is_chat(origin):
-            others = self._continuations(prefix)
+        text = self._text(origin)
+        others = self._rendered_alike(prefix, origin) if text and prefix is not None else []
+        if others:
             self._expect([text, *_ends([text, *others])[1]])
         tokens = self.encode_text(text, special=not _is_chat(origin))
         if not tokens:
             raise PromptError(EMPTY)
         ends = set()
-        if prefix is not None and others is not None:
+        if others and prefix is not None:
             ends.add(self._shared(prefix, text, tokens, others))
         elif prefix is not None:
             ends.add(agreeing(self._stable(prefix), tokens))
@@ -124,6 +124,10 @@ class Prompter:
         first, *others = self._continuations(origin)
         whole = self.encode_text(first, special=not _is_chat(origin))
         return whole[: self._shared(origin, first, whole, others)]
+
+    def _rendered_alike(self, prefix: Origin, origin: Origin) -> list[str]:
+        """The continuations of a prompt's prefix; none if one of them is a chat and one is not."""
+        return self._continuations(prefix) if _is_chat(prefix) == _is_chat(origin) else []
 
     def _continuations(self, origin: Origin) -> list[str]:
         try:

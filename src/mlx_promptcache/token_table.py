@@ -1,7 +1,8 @@
 """The tokens of a vocabulary by their ids, and back, without a dict of all of them.
 
 Making a dict of 49,000 tokens takes longer than looking up all that stands in one prompt without
-it: so strings are not looked for among the tokens, but tokens among the strings.
+it: so strings are not looked for among the tokens, but tokens among the strings. Who asks for many,
+one by one, gets the dict.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from mlx_promptcache.errors import DamagedFile
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
+
+FEW = 20  # tokens that are asked for one by one: of more, a dict of all takes less time
 
 
 class TokenTable(Sequence[str]):
@@ -32,6 +35,8 @@ class TokenTable(Sequence[str]):
             raise DamagedFile(f"its tokens are no text: {exc}") from None
         self.text = text
         self._lines = text.split(b"\n")
+        self._asked = 0
+        self._ids: dict[bytes, int] | None = None
 
     @classmethod
     def of(cls, tokens: Iterable[str]) -> TokenTable:
@@ -53,7 +58,11 @@ class TokenTable(Sequence[str]):
 
     def find(self, token: str) -> int | None:
         """The id of a token, None if there is none."""
-        line = _encoded(token)
+        line, self._asked = _encoded(token), self._asked + 1
+        if self._ids is None and self._asked > FEW:
+            self._ids = {known: i for i, known in enumerate(self._lines)}
+        if self._ids is not None:
+            return self._ids.get(line)
         if b"\n" in line:
             return None
         text = self.text
