@@ -189,6 +189,17 @@ def test_added_tokens_keep_their_ids_and_their_ways() -> None:
         assert made.id_to_token(i) == whole.id_to_token(i)
 
 
+def test_an_added_token_that_is_one_of_the_model_by_now_counts_once() -> None:
+    whole = tokenizers.Tokenizer(models.BPE({"a": 0}, []))
+    whole.add_tokens(["x"])
+    whole.model = models.BPE({"x": 0, "a": 1, "b": 2}, [])
+    made = of(whole)
+    for added in (True, False):
+        told = whole.get_vocab_size(with_added_tokens=added)
+        assert made.get_vocab_size(with_added_tokens=added) == told
+        assert len(made.get_vocab(with_added_tokens=added)) == told
+
+
 def test_added_tokens_are_said_as_they_are_normalised() -> None:
     whole = trained()
     whole.normalizer = normalizers.Sequence(
@@ -276,6 +287,16 @@ def test_who_asks_often_gets_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(sizes) == MOST + 1
     assert sizes[-1] == whole.get_vocab_size(with_added_tokens=False)
     assert max(sizes[:-1]) < sizes[-1]
+
+
+def test_whoever_has_the_whole_needs_no_excerpts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = trained()
+    made = of(whole)
+    sizes = made_of(made, monkeypatch)
+    made.whole()
+    made.expect(["ab", "cd"])
+    assert made.encode("ab").ids == whole.encode("ab").ids
+    assert sizes == [whole.get_vocab_size(with_added_tokens=False)]
 
 
 def test_a_text_of_many_strings_gets_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,10 +509,9 @@ def test_merges_that_are_none_are_found_out_when_they_are_needed(what: str) -> N
 
 def test_a_token_has_no_more_merges_than_places_to_come_together_at() -> None:
     parts = parts_of(trained())
-    starts = [0 if i % 2 == 0 else len(parts.ranks) for i in range(len(parts.starts))]
-    every_other = {token: i for i, token in enumerate(parts.tokens[:]) if i % 2 == 0}
+    starts = [0, *[len(parts.ranks)] * len(parts.tokens)]
     with pytest.raises(DamagedFile, match=r"^its merges are not where they should be"):
-        parts._replace(starts=starts).excerpt(every_other)
+        parts._replace(starts=starts).excerpt({parts.tokens[0]: 0})
 
 
 def test_no_two_merges_have_one_rank() -> None:
@@ -502,11 +522,23 @@ def test_no_two_merges_have_one_rank() -> None:
         parts._replace(ranks=[0] * len(parts.ranks)).excerpt(ids)
 
 
-def test_a_panic_over_a_text_is_damage() -> None:
+PANICS = {
+    "words of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "a special token that is none": {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<none>", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("what", PANICS)
+def test_a_panic_over_a_text_is_damage(what: str) -> None:
     parts = parts_of(trained())
-    made = alone_of(
-        parts._replace(frame={**parts.frame, "pre_tokenizer": {"type": "FixedLength", "length": 0}})
-    )
+    made = alone_of(parts._replace(frame={**parts.frame, **PANICS[what]}))
     with pytest.raises(DamagedFile, match=r"^it makes no tokenizer"):
         made.encode("ab cd")
 
