@@ -522,7 +522,7 @@ def test_no_two_merges_have_one_rank() -> None:
         parts._replace(ranks=[0] * len(parts.ranks)).excerpt(ids)
 
 
-PANICS = {
+PANICS: dict[str, dict[str, Any]] = {
     "words of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
     "a special token that is none": {
         "post_processor": {
