@@ -58,15 +58,15 @@ class Prompter:
             PromptError: it is empty, or the template refuses it.
         """
         text = self._text(origin)
-        others = self._rendered_alike(prefix, origin) if text and prefix is not None else []
+        others = self._rendered_alike(prefix, origin) if text else []
         if others:
             self._expect([text, *_ends([text, *others])[1]])
         tokens = self.encode_text(text, special=not _is_chat(origin))
         if not tokens:
             raise PromptError(EMPTY)
         ends = set()
-        if others and prefix is not None:
-            ends.add(self._shared(prefix, text, tokens, others))
+        if others:
+            ends.add(self._shared(origin, text, tokens, others))
         elif prefix is not None:
             ends.add(agreeing(self._stable(prefix), tokens))
         if self._marks_turns:
@@ -125,9 +125,11 @@ class Prompter:
         whole = self.encode_text(first, special=not _is_chat(origin))
         return whole[: self._shared(origin, first, whole, others)]
 
-    def _rendered_alike(self, prefix: Origin, origin: Origin) -> list[str]:
-        """The continuations of a prompt's prefix; none if one of them is a chat and one is not."""
-        return self._continuations(prefix) if _is_chat(prefix) == _is_chat(origin) else []
+    def _rendered_alike(self, prefix: Origin | None, origin: Origin) -> list[str]:
+        """The continuations of a prompt's prefix, if there is one, and both are chats or texts."""
+        if prefix is None or _is_chat(prefix) != _is_chat(origin):
+            return []
+        return self._continuations(prefix)
 
     def _continuations(self, origin: Origin) -> list[str]:
         try:
