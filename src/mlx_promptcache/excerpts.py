@@ -20,7 +20,7 @@ import threading
 from array import array
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mlx_promptcache.container import Array
+from mlx_promptcache.container import ITEMSIZE, Array
 from mlx_promptcache.errors import DamagedFile
 from mlx_promptcache.token_table import TokenTable
 
@@ -97,9 +97,8 @@ class Parts(NamedTuple):
         data = {FRAME: json.dumps(self.frame).encode(), TOKENS: self.tokens.text}
         numbers = {STARTS: self.starts, RANKS: self.ranks, LEFTS: self.lefts}
         data |= {name: array("I", values).tobytes() for name, values in numbers.items()}
-        size = {"uint8": 1, "uint32": 4}
         return {
-            name: Array(dtype, (len(data[name]) // size[dtype],), data[name])
+            name: Array(dtype, (len(data[name]) // ITEMSIZE[dtype],), data[name])
             for name, dtype in DTYPES.items()
         }
 
@@ -291,12 +290,12 @@ class Excerpts:
         """All tokens that these words could become, with their ids; None if there are too many
         strings to look at, or added tokens that the model does not know among them.
 
-        A character that is no token may be left out, and what is on its two sides come together:
-        then no string but those that merges make of others. Added tokens are made by none.
+        A character that is no token may be left out, and what is on its two sides come together by
+        merges, which make no added token that the model does not know.
         """
         tokens, most = self._parts.tokens, self._most_strings
         strings = _strings(words, most)
-        if strings is None:
+        if strings is None or not self._outside.isdisjoint(strings):
             return None
         found = tokens.among(strings)
         if unknown := set("".join(words)) - found.keys():
@@ -305,7 +304,7 @@ class Excerpts:
             if closer is None:
                 return None
             found |= tokens.among(closer - strings)
-        return found if self._outside.isdisjoint(strings) else None
+        return found
 
     def _are_short(self, texts: Sequence[str]) -> bool:
         """Whether finding the words of these texts takes less time than making the whole."""
