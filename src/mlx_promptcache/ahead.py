@@ -48,8 +48,8 @@ class Ahead:
         self._stream: mx.Stream | None = None  # one, since MLX never ends its thread
 
     def make(self, rows: Iterable[Shape], count: int) -> None:
-        """Begin to make room for `count` rows of these layers, padded, in the
-        place of what was made before; none if that is more than MOST_BYTES, and on a CPU only.
+        """Begin to make room for `count` rows of these layers, padded, in the place of what was
+        made before; none if that is more than MOST_BYTES, and on a CPU only.
         """
         self.clear()
         shapes = [
