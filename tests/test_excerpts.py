@@ -75,17 +75,19 @@ def alone(rust: tokenizers.Tokenizer, **options: Any) -> Excerpts:
     return alone_of(parts_of(rust), **options)
 
 
-def alone_of(parts: Parts, **options: Any) -> Excerpts:
-    def never() -> str:
+class _Alone(Excerpts):
+    def whole(self) -> tokenizers.Tokenizer:
         raise AssertionError("the whole was made")
 
-    found = Excerpts(parts, never, **options)
+
+def alone_of(parts: Parts, **options: Any) -> Excerpts:
+    found = _Alone(parts, **options)
     found._left = found._most_strings = found._most_characters = 1 << 40
     return found
 
 
 def of(rust: tokenizers.Tokenizer, **options: Any) -> Excerpts:
-    return Excerpts(parts_of(rust), rust.to_str, **options)
+    return Excerpts(parts_of(rust), **options)
 
 
 def made_of(made: Excerpts, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -103,6 +105,22 @@ def made_of(made: Excerpts, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(made, "_excerpt", lambda texts: note(excerpt(texts)))
     monkeypatch.setattr(made, "whole", lambda: note(whole()))
     return sizes
+
+
+# The same tokenizer
+
+
+@pytest.mark.parametrize("byte_fallback", [False, True])
+@pytest.mark.parametrize("ignores", [False, True])
+@pytest.mark.parametrize("unknown", [None, "<unk>"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_whole_is_what_was_taken_apart(
+    seed: int, unknown: str | None, ignores: bool, byte_fallback: bool
+) -> None:
+    options = {"ignore_merges": ignores, "unk_token": unknown, "fuse_unk": seed % 2 == 0}
+    whole = trained(seed, byte_fallback=byte_fallback, **options)
+    whole.add_special_tokens(["<one>", "ab", "<two>"])
+    assert json.loads(of(whole).whole().to_str()) == json.loads(whole.to_str())
 
 
 # The same ids
@@ -493,7 +511,7 @@ LATER: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 def test_parts_that_are_none_are_found_out_at_once(what: str) -> None:
     arrays = replaced(parts_of(trained()), *AT_ONCE[what])
     with pytest.raises(DamagedFile):
-        Excerpts(Parts.of_arrays(arrays), lambda: "")
+        Excerpts(Parts.of_arrays(arrays))
 
 
 MISPLACED = {"starts beyond the end", "starts that turn back"}
@@ -559,7 +577,8 @@ def test_a_text_that_is_none_is_not_damage() -> None:
 
 
 def test_a_whole_that_is_none_is_damage() -> None:
-    made = Excerpts(parts_of(trained()), lambda: "{}")
+    parts = parts_of(trained())
+    made = Excerpts(parts._replace(lefts=[0] * len(parts.lefts)))
     assert len(made.get_vocab()) == made.get_vocab_size()  # which needs no whole
     with pytest.raises(DamagedFile):
         made.whole()

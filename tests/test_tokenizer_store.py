@@ -361,10 +361,9 @@ def forge(model: Path, content: Any, arrays: dict[str, Array], kind: str = "toke
 
 
 def kept_parts(model: Path) -> tuple[dict[str, Any], bytes]:
-    with store_of(model).reader(TOKENIZERS, stem_of(model)) as reader:
-        header = reader.header()
-        text = container.read_array(reader.read, header.entries[ARRAY]).data
-        return dict(header.content), bytes(text)
+    """The facts that are kept, and the JSON of the whole tokenizer."""
+    header = store_of(model).header(TOKENIZERS, stem_of(model))
+    return dict(header.content), whole_of(model).backend_tokenizer.to_str().encode()
 
 
 def kept_arrays(model: Path) -> list[str]:
@@ -453,7 +452,7 @@ def forge_parts(model: Path, change: Callable[[Parts], Parts]) -> None:
     content, text = kept_parts(model)
     parts = taken_apart(json.loads(text.decode()))
     assert parts is not None
-    forge(model, content, {**of_text(text), **change(parts).arrays()})
+    forge(model, content, change(parts).arrays())
 
 
 @pytest.mark.parametrize("what", FORGED_PARTS)
@@ -470,7 +469,7 @@ def test_parts_that_are_not_all_there_are_not_believed(missing: str, model: Path
     content, text = kept_parts(model)
     parts = taken_apart(json.loads(text.decode()))
     assert parts is not None
-    arrays = {**of_text(text), **parts.arrays()}
+    arrays = parts.arrays()
     forge(model, content, arrays)
     assert is_kept(Runner.load(str(model)).tokenizer)
     del arrays[missing]
@@ -604,19 +603,36 @@ def test_what_does_something_of_its_own_is_loaded_every_time(
 LOWER = {"normalizer": {"type": "Lowercase"}}
 
 
-@pytest.mark.parametrize("in_parts", [True, False])
-def test_what_differs_in_any_text_is_not_kept(
-    in_parts: bool, model: Path, monkeypatch: pytest.MonkeyPatch
+def lowered(whole: dict[str, Any]) -> Parts | None:
+    return taken_apart({**whole, **LOWER})
+
+
+def merges_beyond_the_end(whole: dict[str, Any]) -> Parts:
+    parts = taken_apart(whole)
+    assert parts is not None
+    return FORGED_MERGES["merges beyond the end"](parts)
+
+
+@pytest.mark.parametrize("odd", [lowered, merges_beyond_the_end])
+def test_parts_that_differ_in_any_text_are_not_kept_but_the_whole_is(
+    odd: Callable[[dict[str, Any]], Parts | None], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lowered(text: str, _: Any) -> str:
+    shutil.rmtree(model / "prompt_cache")
+    monkeypatch.setattr(tokenizer_store, "taken_apart", odd)
+    Runner.load(str(model))
+    assert kept_arrays(model) == [ARRAY]
+    tokenizer = Runner.load(str(model)).tokenizer
+    assert is_kept(tokenizer)
+    assert said(tokenizer) == said(whole_of(model))
+
+
+def test_what_differs_in_any_text_is_not_kept(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lowered_text(text: str, _: Any) -> str:
         return json.dumps({**json.loads(text), **LOWER})
 
     shutil.rmtree(model / "prompt_cache")
-    if in_parts:
-        monkeypatch.setattr(tokenizer_store, "taken_apart", lambda w: taken_apart({**w, **LOWER}))
-    else:
-        monkeypatch.setattr(tokenizer_store, "taken_apart", lambda _: None)
-        monkeypatch.setattr(tokenizer_store, "_shortened", lowered)
+    monkeypatch.setattr(tokenizer_store, "taken_apart", lowered)
+    monkeypatch.setattr(tokenizer_store, "_shortened", lowered_text)
     Runner.load(str(model))
     assert store_of(model).stems(TOKENIZERS) == []
 
@@ -633,7 +649,8 @@ def test_parts_are_tried_however_many_special_tokens_there_are(
     with monkeypatch.context() as patched:
         patched.setattr(Parts, "_merges", lambda *_: [])
         Runner.load(str(model))
-    assert store_of(model).stems(TOKENIZERS) == []
+    assert kept_arrays(model) == [ARRAY]
+    shutil.rmtree(model / "prompt_cache")
     Runner.load(str(model))
     assert FRAME in kept_arrays(model)
 
@@ -644,20 +661,8 @@ def test_parts_that_no_text_tries_are_not_kept(
     shutil.rmtree(model / "prompt_cache")
     monkeypatch.setattr(Excerpts, "_are_short", lambda *_: False)
     Runner.load(str(model))
-    assert FRAME not in kept_arrays(model)
+    assert kept_arrays(model) == [ARRAY]
     assert is_kept(Runner.load(str(model)).tokenizer)
-
-
-def test_parts_that_fit_nothing_are_not_kept(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def odd(whole: dict[str, Any]) -> Parts:
-        parts = taken_apart(whole)
-        assert parts is not None
-        return FORGED_MERGES["merges beyond the end"](parts)
-
-    shutil.rmtree(model / "prompt_cache")
-    monkeypatch.setattr(tokenizer_store, "taken_apart", odd)
-    Runner.load(str(model))
-    assert store_of(model).stems(TOKENIZERS) == []
 
 
 def test_merges_are_written_shorter_only_where_they_say_the_same() -> None:

@@ -414,18 +414,9 @@ def read_array(read: Read, entry: Entry) -> Array:
     Raises:
         DamagedFile: its bytes are not those that were written.
     """
-    return read_later(read, entry)()
-
-
-def read_later(read: Read, entry: Entry) -> Callable[[], Array]:
-    """As `read_array`, but what decompresses the array is returned: it is read and checked now."""
     planes = _planes(read, entry)
-
-    def decompressed() -> Array:
-        data = codec.decode(planes, raw_bytes(entry.dtype, entry.shape))
-        return Array(entry.dtype, entry.shape, data)
-
-    return decompressed
+    data = codec.decode(planes, raw_bytes(entry.dtype, entry.shape))
+    return Array(entry.dtype, entry.shape, data)
 
 
 def check(read: Read, entries: Iterable[Entry]) -> None:

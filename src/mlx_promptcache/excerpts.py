@@ -25,7 +25,7 @@ from mlx_promptcache.errors import DamagedFile
 from mlx_promptcache.token_table import TokenTable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+    from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
     import tokenizers
     from tokenizers import models
@@ -67,12 +67,24 @@ class Parts(NamedTuple):
         Raises:
             DamagedFile: its merges are none.
         """
+        return self._model({**self.frame["model"]["vocab"], **found}, self._merges(found))
+
+    def whole(self) -> models.BPE:
+        """The tokenizer's model with all of its tokens, and no others.
+
+        Raises:
+            DamagedFile: its merges are none.
+        """
+        ids = self.ids()
+        return self._model(ids, self._merges(ids))
+
+    def _model(self, ids: dict[str, int], merges: list[tuple[str, str]]) -> models.BPE:
         from tokenizers import models
 
         whole: Json = self.frame["model"]
         settings = {name: whole[name] for name in SETTINGS if whole.get(name) is not None}
         with _as_damage():
-            return models.BPE({**whole["vocab"], **found}, self._merges(found), **settings)
+            return models.BPE(ids, merges, **settings)
 
     def _merges(self, found: Mapping[str, int]) -> list[tuple[str, str]]:
         """The merges that make these tokens, in the order of their ranks."""
@@ -122,6 +134,10 @@ class Parts(NamedTuple):
         if len(starts) != len(tokens) + 1 or len(ranks) != len(lefts):
             raise DamagedFile("its merges are not those of its tokens")
         return cls(frame, tokens, starts, ranks, lefts)
+
+    def ids(self) -> dict[str, int]:
+        """All tokens of the model, with their ids."""
+        return {token: i for i, token in enumerate(self.tokens[:])}
 
     def added(self) -> list[Json]:
         """The added tokens, as the JSON has them."""
@@ -215,16 +231,14 @@ class Excerpts:
     Any thread may ask.
     """
 
-    def __init__(
-        self, parts: Parts, text: Callable[[], str], *, splits_special_tokens: bool = False
-    ) -> None:
-        """Make what the words of texts are found with. `text` gives the JSON of the whole; with
-        `splits_special_tokens`, special tokens in a text are text.
+    def __init__(self, parts: Parts, *, splits_special_tokens: bool = False) -> None:
+        """Make what the words of texts are found with. With `splits_special_tokens`, special tokens
+        in a text are text.
 
         Raises:
             DamagedFile: these are no parts of a tokenizer.
         """
-        self._parts, self._text, self._splits = parts, text, splits_special_tokens
+        self._parts, self._splits = parts, splits_special_tokens
         self.made = 0
         """How many excerpts were made."""
         self._left, self._most_strings = MOST, MOST_STRINGS * len(parts.tokens)
@@ -279,8 +293,11 @@ class Excerpts:
             return None
         self._left -= 1
         self.made += 1
+        return self._with(self._parts.excerpt(found))
+
+    def _with(self, model: models.BPE) -> tokenizers.Tokenizer:
         rust = self._of_frame()
-        rust.model = self._parts.excerpt(found)
+        rust.model = model
         return rust
 
     def _of_frame(self) -> tokenizers.Tokenizer:
@@ -318,7 +335,7 @@ class Excerpts:
         """
         with self._lock:
             if self._whole is None:
-                self._whole = rust_of(self._text(), splits_special_tokens=self._splits)
+                self._whole = self._with(self._parts.whole())
             return self._whole
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -354,8 +371,7 @@ class Excerpts:
 
     def get_vocab(self, *, with_added_tokens: bool = True) -> dict[str, int]:
         """All tokens and their ids."""
-        ids = {token: i for i, token in enumerate(self._parts.tokens[:])}
-        return {**ids, **(self._added_ids if with_added_tokens else {})}
+        return {**self._parts.ids(), **(self._added_ids if with_added_tokens else {})}
 
 
 class _Words:

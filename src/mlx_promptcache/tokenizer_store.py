@@ -1,5 +1,5 @@
-"""Tokenizers in a store: made by transformers once, kept as what they came to, and in parts if
-excerpts can be made of it.
+"""Tokenizers in a store: made by transformers once, kept as what they came to; in parts if excerpts
+can be made of it, or else as the JSON of the Rust tokenizer.
 
 `tokenizers/3f/<key>.safetensors`, a container like any other; the key is a hash of the files of the
 model's directory that a tokenizer is made from, and of the releases that made it. Losing the file
@@ -33,17 +33,20 @@ from mlx_promptcache.tree import KEY_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import TypeAlias
 
     from mlx_promptcache.budget import Budget
     from mlx_promptcache.quarantine import Quarantine
     from mlx_promptcache.store import Store
     from mlx_promptcache.tokenizer import Rust
 
+    Form: TypeAlias = Parts | str  # of a tokenizer: taken apart, or the JSON of the whole
+
 log = logging.getLogger("mlx_promptcache")
 
 ARRAY = "tokenizer.json"
 MERGES = '"merges":['  # no text that has a quote in it, and no token: these are numbered
-FORMAT = 3  # raised when what is kept means something else
+FORMAT = 4  # raised when what is kept means something else
 FILES = (
     "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.jsonl",
     "additional_chat_templates/*.jinja",
@@ -81,13 +84,11 @@ class TokenizerStore:
                 header = reader.header()
                 facts, entries = _checked(header)
                 arrays = {
-                    name: container.read_later(reader.read, entry)
+                    name: container.read_array(reader.read, entry)
                     for name, entry in entries.items()
                 }
-            text, parts = arrays.pop(ARRAY), {name: array() for name, array in arrays.items()}
             damaged = functools.partial(self._bad.set_aside, TOKENIZERS, stem)
-            taken = Parts.of_arrays(parts) if parts else None
-            rust = _rust(lambda: _text_of(text()), taken, facts)
+            rust = _rust(_form_of(arrays), facts)
             tokenizer = wrapped(Tokenizer(rust, facts, whole, damaged), facts)
         except ForeignStore:  # every prompt is told so
             return None
@@ -107,28 +108,19 @@ class TokenizerStore:
             facts = facts_of(wrapper)
             if facts is None:
                 return
-            text = wrapper.backend_tokenizer.to_str()
-            told = json.loads(text)
-            text, parts = _shortened(text, told), _parts_of(told)
             facts = facts._replace(outlines=outlines_of(wrapper, facts))
-            rust = _rust(lambda: text, parts, facts)
-            kept = Tokenizer(rust, facts, lambda: wrapper, _refuse)
-            if agrees(wrapped(kept, facts), wrapper, kept.expect):
-                if isinstance(rust, Excerpts) and not rust.made:
-                    parts = None  # which were not tried: it has few tokens
-                self._write(stem, facts, text, parts)
-            else:
-                log.debug("this tokenizer is not kept: what would be kept of it differs")
+            for form in _forms(wrapper.backend_tokenizer.to_str()):
+                if _stands(form, facts, wrapper):
+                    self._write(stem, facts, form)
+                    return
+            log.debug("this tokenizer is not kept: what would be kept of it differs")
         except Exception as exc:  # noqa: BLE001 - it is a convenience
             log.debug("this tokenizer is not kept: %s", exc)
 
-    def _write(self, stem: str, facts: Facts, text: str, parts: Parts | None) -> None:
+    def _write(self, stem: str, facts: Facts, form: Form) -> None:
         from mlx_promptcache import room
 
-        data = text.encode()
-        arrays = {ARRAY: Array("uint8", (len(data),), data)}
-        if parts is not None:
-            arrays |= parts.arrays()
+        arrays = form.arrays() if isinstance(form, Parts) else _array_of(form)
         notes = {"made": round(time.time(), 3), "versions": arithmetic.versions()}
         packed = container.pack(TOKENIZER, facts._asdict(), notes, arrays)
         self._store.create()
@@ -153,6 +145,28 @@ def _no_garbage() -> Iterator[None]:
             gc.enable()
 
 
+def _forms(text: str) -> Iterator[Form]:
+    """What may be kept of a tokenizer of this JSON, the best first."""
+    told = json.loads(text)
+    parts = _parts_of(told)
+    if parts is not None:
+        yield parts
+    yield _shortened(text, told)
+
+
+def _stands(form: Form, facts: Facts, whole: Any) -> bool:
+    """Whether this form of a tokenizer does what the whole one does."""
+    try:
+        rust = _rust(form, facts)
+        kept = Tokenizer(rust, facts, lambda: whole, _refuse)
+        same = agrees(wrapped(kept, facts), whole, kept.expect)
+    except DamagedFile as exc:
+        log.debug("this form of the tokenizer is none: %s", exc)
+        return False
+    # Of few tokens no excerpt was made: the parts were not tried.
+    return same and not (isinstance(rust, Excerpts) and not rust.made)
+
+
 def _shortened(text: str, told: dict[str, Any]) -> str:
     """A tokenizer's JSON, which tells this, with its merges as `"a b"`, which is read a third
     faster than as `["a", "b"]`, if that says the same of all of them. The rest is left as it is:
@@ -175,42 +189,46 @@ def _shortened(text: str, told: dict[str, Any]) -> str:
 
 
 def _parts_of(told: dict[str, Any]) -> Parts | None:
-    """The parts of a tokenizer, if excerpts can be made of it and have its added tokens."""
+    """The parts of a tokenizer, if there can be excerpts of it."""
     try:
-        parts = taken_apart(told)
-        if parts is not None:
-            Excerpts(parts, lambda: json.dumps(told))
-    except (DamagedFile, LookupError, TypeError, ValueError) as exc:
+        return taken_apart(told)
+    except (LookupError, TypeError, ValueError) as exc:
         log.debug("no excerpts are made of this tokenizer: %s", exc)
         return None
-    return parts
 
 
-def _rust(text: Callable[[], str], parts: Parts | None, facts: Facts) -> Rust:
+def _form_of(arrays: dict[str, Array]) -> Form:
+    if FRAME in arrays:
+        return Parts.of_arrays(arrays)
+    try:
+        return str(arrays[ARRAY].data, "utf-8")
+    except UnicodeDecodeError as exc:
+        raise DamagedFile(f"its tokenizer is no text: {exc}") from None
+
+
+def _array_of(text: str) -> dict[str, Array]:
+    data = text.encode()
+    return {ARRAY: Array("uint8", (len(data),), data)}
+
+
+def _rust(form: Form, facts: Facts) -> Rust:
     """What is kept of a tokenizer as what encodes.
 
     Raises:
         DamagedFile: it is none.
     """
     splits = facts.splits_special_tokens
-    if parts is None:
-        return rust_of(text(), splits_special_tokens=splits)
-    return Excerpts(parts, text, splits_special_tokens=splits)
+    if isinstance(form, Parts):
+        return Excerpts(form, splits_special_tokens=splits)
+    return rust_of(form, splits_special_tokens=splits)
 
 
 def _refuse(exc: DamagedFile) -> None:
     raise exc
 
 
-def _text_of(array: Array) -> str:
-    try:
-        return str(array.data, "utf-8")
-    except UnicodeDecodeError as exc:
-        raise DamagedFile(f"its tokenizer is no text: {exc}") from None
-
-
 def _checked(header: container.Header) -> tuple[Facts, dict[str, container.Entry]]:
-    names = {ARRAY: "uint8", **(DTYPES if FRAME in header.entries else {})}
+    names = DTYPES if FRAME in header.entries else {ARRAY: "uint8"}
     entries = {name: header.entries.get(name) for name in names}
     found = {name: entry for name, entry in entries.items() if entry is not None}
     if header.kind != TOKENIZER or len(found) < len(names):
