@@ -212,7 +212,7 @@ def taken_apart(whole: Json) -> Parts | None:
         counts[i] += 1
     order = sorted(range(len(pairs)), key=made.__getitem__)
     starts = array("I", itertools.accumulate(counts, initial=0))
-    lefts = array("I", (len(pairs[rank][0]) for rank in order))
+    lefts = array("I", [len(pairs[rank][0]) for rank in order])
     return Parts(frame, TokenTable.of(tokens), starts, array("I", order), lefts)
 
 

@@ -149,9 +149,10 @@ def agrees(kept: Any, whole: Any, expect: Callable[[list[str]], None] = lambda _
     """
     same = kept.eos_token_ids == whole.eos_token_ids and len(kept) == len(whole)
     same = same and kept.has_chat_template == whole.has_chat_template
-    # The short ones first: an excerpt is made for them, also of few tokens.
-    same = same and all(_same_text(kept, whole, text) for text in sorted(TEXTS, key=len))
     short = _short_texts(whole)
+    # One excerpt for all; of few tokens one for each that is not too long, the short ones first.
+    expect([*TEXTS, *short])
+    same = same and all(_same_text(kept, whole, text) for text in sorted(TEXTS, key=len))
     expect(short)
     same = same and all(_same_text(kept, whole, text) for text in short)
     if same and whole.has_chat_template:
