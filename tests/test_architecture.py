@@ -83,6 +83,7 @@ FLOORS = [
     "planes",
     "exponentials",
     "softmax",
+    "causal",
     "swiglu",
     "attention",
     "arrays",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_promptcache import exponentials, softmax
+from mlx_promptcache import causal, exponentials, softmax
 from mlx_promptcache.streams import beside, cores, in_main_thread_on_cpu
 
 if TYPE_CHECKING:
@@ -134,22 +134,28 @@ def by_groups(
     dtype, repeats = queries.dtype, heads // kv_heads
     queries = (mx.array(scale, dtype) * queries).reshape(batch, kv_heads, repeats, count, width)
     keys, values = keys.swapaxes(-1, -2)[:, :, None], values[:, :, None]
+    hides = isinstance(mask, str)
     if isinstance(mask, str):
-        rows = mx.arange(length)
-        mask = rows[length - count :, None] >= rows[None]
+        mask = causal.sees(count, length)  # not computed where nothing else is put on
     elif mask is not None and mask.ndim > 2:
         mask = mask[..., None, :, :]  # one for all heads
-    least = mx.array(mx.finfo(dtype).min, dtype)
     told = []
     for part, stream in _parts(kv_heads, repeats):
         of_keys = slice(None) if kv_heads == 1 else part[0]
         scores = queries[:, part[0], part[1]] @ keys[:, of_keys]
-        if mask is not None:
-            is_bool = mask.dtype == mx.bool_
-            scores = mx.where(mask, scores, least) if is_bool else scores + mask
+        if hides and causal.serves(scores):
+            scores = causal.hide(scores)
+        elif mask is not None:
+            scores = _masked(scores, mask)
         told.append(_weights(scores, stream) @ values[:, of_keys])
     joined = mx.concatenate(told, axis=2 if kv_heads == 1 else 1)
     return joined.reshape(batch, heads, count, values.shape[-1])
+
+
+def _masked(scores: mx.array, mask: mx.array) -> mx.array:
+    if mask.dtype != mx.bool_:
+        return scores + mask
+    return mx.where(mask, scores, mx.array(mx.finfo(scores.dtype).min, scores.dtype))
 
 
 def _weights(scores: mx.array, stream: mx.Stream) -> mx.array:

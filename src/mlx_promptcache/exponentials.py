@@ -27,7 +27,7 @@ import mlx.core as mx
 from mlx_promptcache.streams import may_compile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Hashable, Iterator
 
     Step = Callable[..., mx.array]
 
@@ -53,19 +53,29 @@ LOG2_E, *POLYNOMIAL = struct.unpack(
 )
 BIAS, MANTISSA_BITS = 127, 23  # of the exponent of a float32
 
-_INFERRING: ContextVar[bool] = ContextVar("inferring", default=False)
+_CALL: ContextVar[dict[Hashable, mx.array] | None] = ContextVar("call", default=None)
 
 
 @contextlib.contextmanager
 def inferring() -> Iterator[None]:
-    """While this lasts, nobody asks for gradients of what this thread computes: what is computed
-    here has none.
+    """While this lasts, a forward call of a model, nobody asks for gradients of what this thread
+    computes: what is computed here has none.
     """
-    before = _INFERRING.set(True)
+    before = _CALL.set({})
     try:
         yield
     finally:
-        _INFERRING.reset(before)
+        _CALL.reset(before)
+
+
+def once(what: Hashable, make: Callable[[], mx.array]) -> mx.array:
+    """What is made for the first layer of a forward call that asks, and serves the others."""
+    made = _CALL.get()
+    if made is None:
+        return make()
+    if what not in made:
+        made[what] = make()
+    return made[what]
 
 
 def is_x86() -> bool:
@@ -75,7 +85,7 @@ def is_x86() -> bool:
 
 def serve(values: mx.array) -> bool:
     """Whether those of these numbers are computed sooner here, and nobody minds how."""
-    if not _INFERRING.get() or values.dtype != mx.float32 or values.size < LEAST:
+    if _CALL.get() is None or values.dtype != mx.float32 or values.size < LEAST:
         return False
     return is_x86() and may_compile()
 
