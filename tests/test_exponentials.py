@@ -99,6 +99,20 @@ def test_they_serve_nobody_who_may_want_gradients() -> None:
     assert not exponentials.serve(many)
 
 
+def test_what_is_made_once_is_made_for_one_call() -> None:
+    made: list[mx.array] = []
+
+    def make() -> mx.array:
+        made.append(mx.zeros(1))
+        return made[-1]
+
+    for call in (1, 2):
+        with exponentials.inferring():
+            assert exponentials.once("this", make) is exponentials.once("this", make)
+        assert len(made) == call
+    assert exponentials.once("this", make) is not exponentials.once("this", make)
+
+
 @pytest.mark.usefixtures("inferring")
 def test_what_others_compute_is_theirs() -> None:
     """They may train a model in the main thread while another one answers."""
