@@ -10,6 +10,7 @@ import gc
 import json
 import random
 import threading
+import tracemalloc
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
+from mlx_promptcache import excerpts
 from mlx_promptcache.container import Array
 from mlx_promptcache.errors import DamagedFile
 from mlx_promptcache.excerpts import (
@@ -30,6 +32,7 @@ from mlx_promptcache.excerpts import (
     Parts,
     taken_apart,
 )  # fmt: skip
+from mlx_promptcache.token_table import TokenTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -530,6 +533,34 @@ def test_a_token_has_no_more_merges_than_places_to_come_together_at() -> None:
     starts = [0, *[len(parts.ranks)] * len(parts.tokens)]
     with pytest.raises(DamagedFile, match=r"^its merges are not where they should be"):
         parts._replace(starts=starts).excerpt({parts.tokens[0]: 0})
+
+
+def test_merges_have_no_more_characters_than_those_of_tokens() -> None:
+    """Else a short file would fill the memory: each merge takes as much as its token."""
+    parts = parts_of(trained())
+    long = "a" * 20_000
+    n, many = len(parts.ranks), len(long) - 1
+    hostile = parts._replace(
+        tokens=TokenTable.of([*parts.tokens[:], long]),
+        starts=[*parts.starts, n + many],
+        ranks=[*parts.ranks, *range(n, n + many)],
+        lefts=[*parts.lefts, *range(1, len(long))],
+    )
+    tracemalloc.start()
+    try:
+        with pytest.raises(DamagedFile, match=r"^its merges are not where they should be"):
+            Excerpts(hostile).whole()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_a_tokenizer_of_too_many_merges_is_not_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = json.loads(trained().to_str())
+    assert taken_apart(told) is not None
+    monkeypatch.setattr(excerpts, "MOST_MERGED", 0)
+    assert taken_apart(told) is None
 
 
 def test_no_two_merges_have_one_rank() -> None:

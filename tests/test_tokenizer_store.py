@@ -613,7 +613,14 @@ def merges_beyond_the_end(whole: dict[str, Any]) -> Parts:
     return FORGED_MERGES["merges beyond the end"](parts)
 
 
-@pytest.mark.parametrize("odd", [lowered, merges_beyond_the_end])
+def no_numbers(whole: dict[str, Any]) -> Parts:
+    """Which the trial stumbles over."""
+    parts = taken_apart(whole)
+    assert parts is not None
+    return parts._replace(lefts=["1"] * len(parts.lefts))  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("odd", [lowered, merges_beyond_the_end, no_numbers])
 def test_parts_that_differ_in_any_text_are_not_kept_but_the_whole_is(
     odd: Callable[[dict[str, Any]], Parts | None], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import operator
 import threading
 from array import array
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,6 +37,7 @@ MOST = 8  # excerpts are made; who needs more than that is better off with the w
 MOST_STRINGS = 4  # times the number of tokens: finding more strings takes as long as the whole (and
 # as many once more, where characters are left out), and so does finding the words of more
 # characters than there are tokens
+MOST_MERGED = 16  # times the characters of all tokens: what merges are made of, all together
 BYTES = tuple(f"<0x{i:02X}>" for i in range(256))
 FRAME, TOKENS = "frame.json", "tokens.txt"
 STARTS, RANKS, LEFTS = "merges.starts", "merges.ranks", "merges.lefts"
@@ -90,11 +92,15 @@ class Parts(NamedTuple):
         """The merges that make these tokens, in the order of their ranks."""
         starts, ranks, lefts = self.starts, self.ranks, self.lefts
         merges: dict[int, tuple[str, str]] = {}
-        count = 0
+        count, left_characters = 0, MOST_MERGED * len(self.tokens.text)
         for token, i in found.items():
             begin, end = starts[i], starts[i + 1]
+            left_characters -= (end - begin) * len(token)
             # A token comes together in as many ways as it has places between two characters.
-            if not (begin <= end <= len(ranks) and end - begin < max(1, len(token))):
+            if (
+                not (begin <= end <= len(ranks) and end - begin < max(1, len(token)))
+                or left_characters < 0
+            ):
                 raise DamagedFile(MISPLACED)
             count += end - begin
             for k in range(begin, end):
@@ -210,10 +216,13 @@ def taken_apart(whole: Json) -> Parts | None:
     counts = [0] * len(tokens)
     for i in made:
         counts[i] += 1
+    table = TokenTable.of(tokens)
+    if sum(map(operator.mul, counts, map(len, tokens))) > MOST_MERGED * len(table.text):
+        return None
     order = sorted(range(len(pairs)), key=made.__getitem__)
     starts = array("I", itertools.accumulate(counts, initial=0))
     lefts = array("I", [len(pairs[rank][0]) for rank in order])
-    return Parts(frame, TokenTable.of(tokens), starts, array("I", order), lefts)
+    return Parts(frame, table, starts, array("I", order), lefts)
 
 
 def _is_plain(model: Any) -> bool:

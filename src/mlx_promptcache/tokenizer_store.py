@@ -160,7 +160,7 @@ def _stands(form: Form, facts: Facts, whole: Any) -> bool:
         rust = _rust(form, facts)
         kept = Tokenizer(rust, facts, lambda: whole, _refuse)
         same = agrees(wrapped(kept, facts), whole, kept.expect)
-    except DamagedFile as exc:
+    except (DamagedFile, LookupError, TypeError, ValueError) as exc:
         log.debug("this form of the tokenizer is none: %s", exc)
         return False
     # Of few tokens no excerpt was made: the parts were not tried.
