@@ -102,6 +102,13 @@ def test_a_figure_on_the_wrong_side_misses_its_goal_alone(what: str) -> None:
     assert [v.goal.what for v in verdicts if not v.reached] == [what]
 
 
+def test_what_saving_adds_is_told_by_neighbours() -> None:
+    cold = {OURS: [10.1, 20.3, 30.2], SAVING_NOTHING: [10.0, 20.0, 30.0], THEIRS: [40.0]}
+    assert goals.added(cold) == pytest.approx(0.2)
+    (verdict,) = [v for v in goals.verdicts({"cold": cold}) if "saving adds" in v.goal.what]
+    assert verdict.value == pytest.approx(1.0)
+
+
 def test_a_verdict_is_one_line_with_figure_and_goal() -> None:
     verdicts = goals.verdicts(report(decoding={OURS: [13.0], THEIRS: [14.0]}))
     lines = [v.sentence for v in verdicts]
