@@ -136,7 +136,7 @@ def by_groups(
     keys, values = keys.swapaxes(-1, -2)[:, :, None], values[:, :, None]
     hides = isinstance(mask, str)
     if isinstance(mask, str):
-        mask = causal.sees(count, length)  # not computed where nothing else is put on
+        mask = causal.sees(count, length)  # computed only if a group needs it
     elif mask is not None and mask.ndim > 2:
         mask = mask[..., None, :, :]  # one for all heads
     told = []

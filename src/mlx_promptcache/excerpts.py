@@ -37,7 +37,7 @@ MOST = 8  # excerpts are made; who needs more than that is better off with the w
 MOST_STRINGS = 4  # times the number of tokens: finding more strings takes as long as the whole (and
 # as many once more, where characters are left out), and so does finding the words of more
 # characters than there are tokens
-MOST_MERGED = 16  # times the characters of all tokens: what merges are made of, all together
+MOST_MERGED = 16  # times the bytes of all tokens: characters that all merges together have
 BYTES = tuple(f"<0x{i:02X}>" for i in range(256))
 FRAME, TOKENS = "frame.json", "tokens.txt"
 STARTS, RANKS, LEFTS = "merges.starts", "merges.ranks", "merges.lefts"
