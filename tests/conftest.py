@@ -97,6 +97,15 @@ def _own_surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     log.setLevel(logging.NOTSET)
 
 
+@pytest.fixture
+def inferring() -> Iterator[None]:
+    """As within a forward call of a runner."""
+    from mlx_promptcache import exponentials
+
+    with exponentials.inferring():
+        yield
+
+
 @pytest.fixture(scope="session")
 def real_model() -> Path:
     """SmolLM2-135M-Instruct, float32, as `scripts/smollm2.py` brings it."""

@@ -5,11 +5,12 @@ compiled here.
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import pytest
 
+import processes
 from mlx_promptcache import exponentials
 
 if TYPE_CHECKING:
@@ -30,3 +31,18 @@ def without(lack: str, directory: Path) -> dict[str, str]:
         "place": {"TMPDIR": "/dev/null"},
         "leave": {"MLX_DISABLE_COMPILE": "1"},
     }[lack]
+
+
+CHILD = """
+import json
+import mlx.core as mx
+from mlx_promptcache import exponentials, {module} as tried
+scores = mx.random.normal((30, 1000))
+with exponentials.inferring():
+    print(json.dumps([tried.serves(scores), tried._is_the_same()]))
+"""
+
+
+def served_without(lack: str, directory: Path, module: str) -> Any:
+    """What a module says there of many scores: whether it serves them, and has MLX's own bits."""
+    return processes.python(CHILD.format(module=module), **without(lack, directory))

@@ -6,26 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import pytest
-from loops import LACKS, needs_compiler, on_x86, without
+from loops import LACKS, needs_compiler, on_x86, served_without
 
-import processes
 import tiny
 from mlx_promptcache import Runner, attention, causal, exponentials
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = on_x86
 
 SEED = 3
 NAN, INFINITE = float("nan"), float("inf")
-
-
-@pytest.fixture
-def inferring() -> Iterator[None]:
-    with exponentials.inferring():
-        yield
 
 
 def own(scores: mx.array) -> mx.array:
@@ -113,16 +105,6 @@ def test_another_mlx_that_chooses_otherwise_is_left_alone(monkeypatch: pytest.Mo
         causal._is_the_same.cache_clear()
 
 
-CHILD = """
-import json
-import mlx.core as mx
-from mlx_promptcache import causal, exponentials
-scores = mx.random.normal((30, 1000))
-with exponentials.inferring():
-    print(json.dumps([causal.serves(scores), causal._is_the_same()]))
-"""
-
-
 @pytest.mark.parametrize("lack", LACKS)
 def test_it_does_not_serve_where_nothing_can_be_compiled(lack: str, tmp_path: Path) -> None:
-    assert processes.python(CHILD, **without(lack, tmp_path)) == [False, False]
+    assert served_without(lack, tmp_path, "causal") == [False, False]

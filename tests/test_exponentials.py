@@ -16,7 +16,7 @@ from mlx_promptcache import exponentials
 from mlx_promptcache.streams import uncompiled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 pytestmark = on_x86
 
@@ -74,12 +74,6 @@ def test_what_mlx_keeps_of_shapes_is_limited() -> None:
 
 
 # Where they serve
-
-
-@pytest.fixture
-def inferring() -> Iterator[None]:
-    with exponentials.inferring():
-        yield
 
 
 @pytest.mark.usefixtures("inferring")

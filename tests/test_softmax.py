@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import pytest
-from loops import LACKS, needs_compiler, on_x86, without
+from loops import LACKS, needs_compiler, on_x86, served_without
 from mlx.nn.utils import value_and_grad
 
-import processes
 import tiny
 from mlx_promptcache import Runner, attention, exponentials, softmax
 from mlx_promptcache.streams import beside, may_compile, uncompiled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = on_x86
@@ -64,12 +62,6 @@ def test_each_stream_computes_its_own() -> None:
 
 
 # Where it serves
-
-
-@pytest.fixture
-def inferring() -> Iterator[None]:
-    with exponentials.inferring():
-        yield
 
 
 @needs_compiler
@@ -154,16 +146,6 @@ def test_another_mlx_that_computes_otherwise_is_left_alone(
         softmax._is_the_same.cache_clear()
 
 
-CHILD = """
-import json
-import mlx.core as mx
-from mlx_promptcache import exponentials, softmax
-scores = mx.random.normal((30, 1000))
-with exponentials.inferring():
-    print(json.dumps([softmax.serves(scores), softmax._is_the_same()]))
-"""
-
-
 @pytest.mark.parametrize("lack", LACKS)
 def test_it_does_not_serve_where_nothing_can_be_compiled(lack: str, tmp_path: Path) -> None:
-    assert processes.python(CHILD, **without(lack, tmp_path)) == [False, False]
+    assert served_without(lack, tmp_path, "softmax") == [False, False]

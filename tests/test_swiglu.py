@@ -17,7 +17,6 @@ from mlx_promptcache import Runner, exponentials, swiglu
 from mlx_promptcache.streams import uncompiled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = on_x86
@@ -38,12 +37,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     monkeypatch.setattr(swiglu, "swiglu", counting)
     monkeypatch.setattr(exponentials, "LEAST", 0)
     return shapes
-
-
-@pytest.fixture
-def inferring() -> Iterator[None]:
-    with exponentials.inferring():
-        yield
 
 
 def normal(*shape: int, seed: int = 3) -> mx.array:

@@ -7,14 +7,10 @@ loops over vectors choose between the same bits, and one mask serves all layers.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from mlx_promptcache import exponentials
-
-if TYPE_CHECKING:
-    from mlx_promptcache.exponentials import Step
 
 MOST = 1 << 22  # scores: the mask has as many numbers
 LEAST = mx.finfo(mx.float32).min  # the score of what is not seen, as MLX has it
@@ -34,7 +30,8 @@ def hide(scores: mx.array) -> mx.array:
     seen = exponentials.once(
         ("causal", queries, rows, times), lambda: _bits_seen(queries, rows, times)
     )
-    bits: mx.array = _compiled(scores.size)(scores.reshape(-1).view(mx.int32), seen, _least())
+    chosen = exponentials.of_one_shape(_chosen, (scores.size,))
+    bits: mx.array = chosen(scores.reshape(-1).view(mx.int32), seen, _least())
     return bits.view(mx.float32).reshape(scores.shape)
 
 
@@ -53,11 +50,6 @@ def _bits_seen(queries: int, rows: int, times: int) -> mx.array:
 @functools.cache
 def _least() -> mx.array:
     return mx.array(LEAST).view(mx.int32)
-
-
-@functools.lru_cache(maxsize=exponentials.SHAPES)
-def _compiled(_size: int) -> Step:
-    return mx.compile(functools.partial(_chosen))  # of one size each: see `exponentials._compiled`
 
 
 def _chosen(bits: mx.array, seen: mx.array, least: mx.array) -> mx.array:

@@ -103,6 +103,12 @@ def factors(values: mx.array) -> tuple[mx.array, mx.array]:
     return end(begin(rest), rest), exponents.view(mx.float32)
 
 
+@functools.lru_cache(maxsize=2 * SHAPES)  # of `causal.py` and of `swiglu.py`
+def of_one_shape(function: Step, _shape: tuple[int, ...]) -> Step:
+    """A function compiled for arrays of one shape alone; why, is told at `_compiled`."""
+    return mx.compile(functools.partial(function))
+
+
 def is_the_same(ours: Step, usual: Step, *given: mx.array) -> bool:
     """Whether MLX has a compiler for ours, and what it gives has the bits of the usual."""
     try:

@@ -15,8 +15,6 @@ from mlx_promptcache import exponentials
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mlx_promptcache.exponentials import Step
-
     Swiglu = Callable[[mx.array, mx.array], mx.array]
 
 SWIGLU = "swiglu"
@@ -57,18 +55,13 @@ def _or_usual(usual: Swiglu) -> Swiglu:
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """`gate * sigmoid(gate) * x` of float32 numbers, as `mlx_lm.models.activations.swiglu`."""
     powers = exponentials.factors(mx.abs(gate))
-    return _compiled(tuple(gate.shape))(*powers, gate, x, *_limits())
+    return exponentials.of_one_shape(_gated, tuple(gate.shape))(*powers, gate, x, *_limits())
 
 
 @functools.cache
 def _limits() -> tuple[mx.array, mx.array]:
     """As arrays: see `exponentials._smallest`."""
     return mx.array(exponentials.LARGEST), mx.array(0.0)
-
-
-@functools.lru_cache(maxsize=exponentials.SHAPES)
-def _compiled(_shape: tuple[int, ...]) -> Step:
-    return mx.compile(functools.partial(_gated))  # of one shape each: see `exponentials._compiled`
 
 
 def _gated(
