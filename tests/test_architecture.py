@@ -91,6 +91,7 @@ FLOORS = [
     "mapped",
     "checkpoint",
     "layers",
+    "pair",
     "blueprint",
     "feeding",
     "growth",

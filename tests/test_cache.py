@@ -346,9 +346,9 @@ def with_other_bits(state: State) -> State:
     turned = turned.at[..., -1].add(1).view(arrays[name].dtype)
     arrays[name] = turned
     if layer.rows:
-        contents[-1] = replace(layer, rows=arrays, padded={})
+        contents[-1] = layer._replace(rows=arrays, padded={})
     else:
-        contents[-1] = replace(layer, arrays=arrays)
+        contents[-1] = layer._replace(arrays=arrays)
     return replace(state, contents=tuple(contents))
 
 

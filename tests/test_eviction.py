@@ -164,7 +164,7 @@ def test_a_state_whose_name_was_given_to_another_has_none(cache: PromptCache) ->
 def test_of_two_models_the_one_that_is_computed_faster_goes_first(tmp_path: Path) -> None:
     slow, fast = PromptCache(tmp_path, "slow"), PromptCache(tmp_path, "fast")
     for cache, seconds in ((slow, 0.5), (fast, 0.0005)):
-        trail = dataclasses.replace(state_of(1).trail, seconds_per_token=seconds)
+        trail = state_of(1).trail._replace(seconds_per_token=seconds)
         cache.keep(dataclasses.replace(state_of(1), trail=trail))
         store = store_of(cache)
         now = time.time_ns() - 10**9
@@ -180,7 +180,7 @@ def test_the_noise_of_one_measurement_does_not_decide_between_states_of_one_mode
     cache: PromptCache,
 ) -> None:
     for seed, seconds, ago in ((1, 0.5, 20), (2, 0.001, 10), (3, 0.01, 5)):
-        trail = dataclasses.replace(state_of(seed).trail, seconds_per_token=seconds)
+        trail = state_of(seed).trail._replace(seconds_per_token=seconds)
         cache.keep(dataclasses.replace(state_of(seed), trail=trail))
         used(cache, state_of(seed), ago)
     cache.prune(size(cache) - on_disk(cache, state_of(1)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -435,7 +434,7 @@ def test_filling_refuses_a_window_that_is_not_this_one() -> None:
     ]
     for change in changes:
         with pytest.raises(UnsupportedLayer):
-            fill([RotatingKVCache(16, keep=2)], [replace(content, **change)], 25, PLAIN)
+            fill([RotatingKVCache(16, keep=2)], [content._replace(**change)], 25, PLAIN)
 
 
 @pytest.mark.parametrize("slots", [0, 1, 3])

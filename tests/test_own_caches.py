@@ -225,7 +225,7 @@ def test_no_attribute_could_be_left_out(name: str, path: str) -> None:
             assert layer.attributes is not None
             assert layer.attributes[name] != empty.attributes[name]
             attributes = {**layer.attributes, name: empty.attributes[name]}
-            layer = replace(layer, attributes=attributes)
+            layer = layer._replace(attributes=attributes)
         contents.append(layer)
     lacking = replace(state, contents=tuple(contents))
     assert logits_on(runner, lacking) != logits_on(runner, state)

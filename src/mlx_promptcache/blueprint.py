@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
@@ -30,8 +30,7 @@ class Shape(NamedTuple):
     lengths: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Blueprint:
+class Blueprint(NamedTuple):
     """What a live model's layers look like: by path, the arrays of its rows, or of its content.
 
     `rows` has those of windows, too. Files are compared with it before anything is allocated.

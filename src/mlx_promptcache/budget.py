@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from mlx_promptcache.errors import StoreError
@@ -23,8 +22,7 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY_UNITS = {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
 
 
-@dataclass(frozen=True)
-class Budget:
+class Budget(NamedTuple):
     """How many bytes a store may take, and how many must stay free on its drive.
 
     None stands for the defaults, which depend on the drive: see `limit` and `floor`.

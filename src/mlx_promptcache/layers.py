@@ -12,8 +12,8 @@ attributes of what it made. No class is ever looked up by a name from a file.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
@@ -32,11 +32,11 @@ TOKEN_AXIS = 2  # of [batch, heads, tokens, head_dim]
 SLICEABLE = (mlx_cache.KVCache, mlx_cache.QuantizedKVCache)
 ROWS = ("keys", "values")
 WINDOW_ATTRIBUTES = {*ROWS, "offset", "max_size", "keep", "_idx"}
+NONE: Mapping[str, mx.array] = MappingProxyType({})
 HEAP_TYPE = 1 << 9  # CPython's flag of classes that a class statement made
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """The content of one mlx-lm cache object, taken down.
 
     `path` is its place among the model's layers (`3`, or `3.0` inside a `CacheList`).
@@ -50,11 +50,11 @@ class Layer:
 
     path: str
     kind: str
-    rows: Mapping[str, mx.array] = field(default_factory=dict)
-    arrays: Mapping[str, mx.array] = field(default_factory=dict)
+    rows: Mapping[str, mx.array] = NONE
+    arrays: Mapping[str, mx.array] = NONE
     attributes: Mapping[str, Any] | None = None
     window: Window | None = None
-    padded: Mapping[str, mx.array] = field(default_factory=dict)
+    padded: Mapping[str, mx.array] = NONE
 
     @property
     def held(self) -> list[mx.array]:

@@ -16,8 +16,8 @@ from mlx_promptcache.arrays import dtype_name
 from mlx_promptcache.fingerprint import KVSettings
 from mlx_promptcache.growth import Growth
 from mlx_promptcache.layers import leaves, live_arrays
+from mlx_promptcache.pair import Pair
 from mlx_promptcache.runner import Runner
-from mlx_promptcache.speculative import Pair
 from mlx_promptcache.window_rows import MOST_PASSED_BYTES
 from mlx_promptcache.working import is_told, working_bytes
 

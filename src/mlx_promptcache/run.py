@@ -114,7 +114,7 @@ class Run:
             self.prefill_seconds += other.prefill_seconds
             began += other.prefill_seconds
             if self._end is not None:
-                self._end = replace(self._end, lineage=self._lineage)
+                self._end = self._end._replace(lineage=self._lineage)
         self.load_seconds += time.perf_counter() - began
         return layers
 
@@ -158,7 +158,7 @@ class Run:
             progress(self._held, len(tokens))
         if self.prefilled_tokens:
             rate = self.prefill_seconds / self.prefilled_tokens
-            self._trail = replace(self._trail, seconds_per_token=rate)
+            self._trail = self._trail._replace(seconds_per_token=rate)
         ended = self._marks and self._marks[-1].position == self._held
         self._end = self._marks[-1] if ended else self._mark()
 
@@ -182,7 +182,7 @@ class Run:
 
     def stored(self, refs: Sequence[Ref]) -> None:
         """Note that the state held here is stored, in these blocks: it is not packed again."""
-        self._trail = replace(self._trail, refs=tuple(refs))
+        self._trail = self._trail._replace(refs=tuple(refs))
         self._marks, self._passed, self._passed_until = [], [], self._held
 
     @property
@@ -251,18 +251,18 @@ class Run:
         """
         contents = capture(self._layers, self._held) if self._marks or self._end else ()
         rows = [layer for layer in contents if layer.sliceable]
-        trail = replace(self._trail, passes=tuple(self._passes))
+        trail = self._trail._replace(passes=tuple(self._passes))
 
         def with_rows(mark: Mark) -> Mark:
             if mark.trail is not None:
                 return mark
             own = tuple(layer.cut(mark.position) for layer in rows)
-            return replace(mark, layers=(*mark.layers, *own), trail=trail)
+            return mark._replace(layers=(*mark.layers, *own), trail=trail)
 
         self._marks = [with_rows(mark) for mark in self._marks]
         self._end = self._end and with_rows(self._end)
         quantise(self._layers, self._runner.kv)
-        self._trail = replace(self._trail, refs=())
+        self._trail = self._trail._replace(refs=())
 
     # Decode
 
@@ -384,7 +384,7 @@ class Run:
             lineage=self._lineage,
             origin=self._whole_origin(),
             marks=tuple(m for m in self._marks if m.position < self._held),
-            trail=replace(self._trail, passes=tuple(self._passes)),
+            trail=self._trail._replace(passes=tuple(self._passes)),
             passed=tuple(self._passed),
         )
 

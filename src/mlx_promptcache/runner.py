@@ -28,11 +28,11 @@ from mlx_promptcache.fingerprint import KVSettings, remembered
 from mlx_promptcache.headers import MOST_DRAFT_TOKENS
 from mlx_promptcache.layers import make_layers
 from mlx_promptcache.limits import Limits
+from mlx_promptcache.pair import Pair
 from mlx_promptcache.passes import Plan
 from mlx_promptcache.prompt import Prompt, Prompter
 from mlx_promptcache.run import Run, Step
 from mlx_promptcache.sampling import Sampling, fresh_seed
-from mlx_promptcache.speculative import Pair, SpeculativeRun
 from mlx_promptcache.state import Origin, State
 from mlx_promptcache.store import Store
 from mlx_promptcache.traits import Traits
@@ -502,10 +502,12 @@ class Runner:
 
     def _run_of(self, layers: list[Any] | Later, state: State | None) -> Run:
         lineage = arithmetic.lineage()
-        if isinstance(self._whole, Pair):
-            pair, count = self._whole, self.num_draft_tokens
-            return SpeculativeRun(pair, count, self, layers, state, lineage)
-        return Run(self, layers, state, lineage)
+        if not isinstance(self._whole, Pair):
+            return Run(self, layers, state, lineage)
+        from mlx_promptcache.speculative import SpeculativeRun
+
+        pair, count = self._whole, self.num_draft_tokens
+        return SpeculativeRun(pair, count, self, layers, state, lineage)
 
     def _branch(self, match: Match, length: int) -> int | None:
         """Where a prompt leaves what is stored of others, if nothing can be resumed there: with a
@@ -555,12 +557,15 @@ class Runner:
         speculation = state.speculation
         if (
             speculation is None
-            or not isinstance(run, SpeculativeRun)
+            or not isinstance(self._whole, Pair)
             or speculation.draft_tokens != self.num_draft_tokens
             or run.sampling != state.sampling
             or run.key is not state.rng
         ):
             return True  # there is nothing to repeat, or it shall go on in another way
+        from mlx_promptcache.speculative import SpeculativeRun
+
+        assert isinstance(run, SpeculativeRun)  # noqa: S101 - of a pair there is no other
         return run.repeat(speculation)
 
     def _prompt(self, prompt: PromptLike, boundaries: Sequence[int]) -> Prompt:

@@ -28,7 +28,7 @@ from mlx_promptcache.fingerprint import Fingerprint, KVSettings, remembered
 from mlx_promptcache.layers import may_be_padded
 from mlx_promptcache.limits import full
 from mlx_promptcache.namespaces import COMMON, Namespaces
-from mlx_promptcache.speculative import Pair
+from mlx_promptcache.pair import Pair
 from mlx_promptcache.store import Store
 from mlx_promptcache.tiers import Below, Tiers, Tokens
 

@@ -21,9 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_promptcache.engine import cache as mlx_cache
-from mlx_promptcache.fingerprint import KVSettings
-from mlx_promptcache.layers import capture, live_arrays, make_layers, to_be_quantised
+from mlx_promptcache.layers import capture, live_arrays, to_be_quantised
 from mlx_promptcache.passes import Pass, extended, speculated
 from mlx_promptcache.prompt import TextStream
 from mlx_promptcache.run import Draw, Run
@@ -32,38 +30,9 @@ from mlx_promptcache.state import Speculation
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from mlx_promptcache.pair import Pair
     from mlx_promptcache.run import Step
     from mlx_promptcache.state import State
-
-
-class Pair:
-    """A model and its draft model as one: both are fed the same, the logits are the model's, and
-    the layers are those of the model, then those of the draft model.
-    """
-
-    def __init__(self, model: Any, draft: Any) -> None:
-        self.model, self.draft = model, draft
-        self.own = len(make_layers(model, KVSettings()))
-
-    def make_cache(self) -> list[Any]:
-        """Empty layers of both."""
-        return [layer for m in (self.model, self.draft) for layer in make_layers(m, KVSettings())]
-
-    def __call__(self, inputs: mx.array, cache: list[Any]) -> Any:
-        """Feed both; return the model's logits."""
-        logits = self.model(inputs, cache=cache[: self.own])
-        self.draft(inputs, cache=cache[self.own :])
-        return logits
-
-    def propose(self, inputs: mx.array, cache: list[Any]) -> mx.array:
-        """Feed the draft model alone; return its logits `[vocab]` after the last token."""
-        logits: mx.array = self.draft(inputs, cache=cache[self.own :])
-        return logits[0, -1]
-
-    def rewind(self, cache: list[Any], own: int, drafted: int) -> None:
-        """Forget the last tokens: so many of the model's, and of the draft model's."""
-        mlx_cache.trim_prompt_cache(cache[: self.own], own)
-        mlx_cache.trim_prompt_cache(cache[self.own :], drafted)
 
 
 @dataclass
@@ -220,7 +189,7 @@ class SpeculativeRun(Run):
         self._held, self._lineage = start, speculation.lineage
         self._passes = [p for p in self._passes if p.start < start]
         refs = tuple(ref for ref in self._trail.refs if ref.end <= start)
-        self._trail = replace(self._trail, refs=refs)  # the rows after `start` are made again
+        self._trail = self._trail._replace(refs=refs)  # the rows after `start` are made again
         key = mx.array(speculation.key, mx.uint32)
         following, _ = mx.random.split(key)
         this = _Round(start, said[:1], [key, following])

@@ -82,8 +82,7 @@ class Ref(NamedTuple):
         return self.start + self.rows
 
 
-@dataclass(frozen=True)
-class Trail:
+class Trail(NamedTuple):
     """Where a state's rows came from: first from stored blocks, then from passes of its own."""
 
     refs: tuple[Ref, ...] = ()
@@ -91,8 +90,7 @@ class Trail:
     seconds_per_token: float = 0.0
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """A position on the way to a state where a snapshot was taken; its rows are the state's.
 
     `layers` are those that are not sliceable. Where rows were quantised since, they are all, and
@@ -218,7 +216,7 @@ class State:
             self,
             tokens=self.tokens[: mark.position],
             contents=tuple(own.get(x.path) or rows[x.path] for x in self.contents),
-            trail=replace(trail, passes=passes),
+            trail=trail._replace(passes=passes),
             passed=tuple(passed),
             logits=mark.logits,
             embedding=mark.embedding,
