@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mlx_promptcache.programs import Program
 
     CommandOf = Callable[[int], Command]  # of a round
+    SecondsOf = Callable[[int], float]
 
 ROOT = Path(__file__).parent.parent
 PREFIX = ROOT / "examples" / "fewshot" / "prefix.txt"
@@ -103,7 +104,8 @@ class Bench:
         told(part)
         if part in {"warm", "cold"}:
             with tempfile.TemporaryDirectory() as scratch:
-                return {part: getattr(self, part)(prefix, Path(scratch))}
+                found: Json = getattr(self, part)(prefix, Path(scratch))
+                return found
         if part == "lengths":
             return {part: benchmark.lengths(self.model, self.settings, self.programs, told)}
         if part == "positions":
@@ -111,7 +113,7 @@ class Bench:
             return self.inside(part, prefix, self.settings.cold_runs, lengths)
         return self.inside(part, prefix, self.settings.runs)
 
-    def warm(self, prefix: Path, scratch: Path) -> dict[str, list[float]]:
+    def warm(self, prefix: Path, scratch: Path) -> Json:
         """From the start of a process to the first byte of text, when the prefix is kept."""
         ours, theirs, llama = self.ours, self.theirs, self.llama
         same = next(self.questions)
@@ -128,47 +130,51 @@ class Bench:
         }
         if llama:
             commands[goals.LLAMA] = lambda i: llama.warm(prefix, asked[i], scratch)
-        return self._times(commands, "first_seconds")
 
-    def cold(self, prefix: Path, scratch: Path) -> dict[str, list[float]]:
-        """Whole processes that compute the prompt and generate, with and without saving it: twice
-        with each, once in this order and once in the other.
+        def first_seconds(command: CommandOf) -> SecondsOf:
+            return lambda i: timed(command(i)).first_seconds
+
+        return {"warm": self._turns({name: first_seconds(c) for name, c in commands.items()})}
+
+    def cold(self, prefix: Path, scratch: Path) -> Json:
+        """Whole processes that compute the prompt and generate, with and without saving it; and
+        what those that save spend on it.
         """
         ours, theirs = self.ours, self.theirs
-        text = prefix.read_text("utf-8")
+        text, spent = prefix.read_text("utf-8"), scratch / "spent"
         asked = [next(self.questions) for _ in range(self.settings.runs + 1)]
+        saving: list[float] = []
 
         def generate(i: int, name: str, *more: str) -> Command:
             store = scratch / f"{name}-{i}"
             return ours.generate(prefix, asked[i], store, PLAIN, *more, tokens=goals.SAVED_RUN)
 
-        commands: dict[str, CommandOf] = {
-            "saves": lambda i: generate(i, "kept"),
-            "saves nothing": lambda i: generate(i, "none", "--prompt-cache-ro"),
-            "saves nothing again": lambda i: generate(i, "none again", "--prompt-cache-ro"),
-            "saves again": lambda i: generate(i, "kept again"),
-            goals.THEIRS: lambda i: theirs.generate(
-                PLAIN, "--prompt", text + asked[i], tokens=goals.SAVED_RUN
-            ),
-        }
-        times = self._times(commands, "total_seconds")
-        return {
-            goals.OURS: times["saves"] + times["saves again"],
-            goals.SAVING_NOTHING: times["saves nothing"] + times["saves nothing again"],
-            goals.THEIRS: times[goals.THEIRS],
-        }
+        def saves(i: int) -> float:
+            total = timed(watched(generate(i, "kept"), spent)).total_seconds
+            saving.append(float(spent.read_text("ascii")))
+            return total
 
-    def _times(self, commands: dict[str, CommandOf], which: str) -> dict[str, list[float]]:
-        """The samples of arms that took turns. The first round does not count: it brings files into
+        def saves_nothing(i: int) -> float:
+            return timed(generate(i, "none", "--prompt-cache-ro")).total_seconds
+
+        def mlx_lm(i: int) -> float:
+            prompt = (PLAIN, "--prompt", text + asked[i])
+            return timed(theirs.generate(*prompt, tokens=goals.SAVED_RUN)).total_seconds
+
+        taken = self._turns(
+            {goals.OURS: saves, goals.SAVING_NOTHING: saves_nothing, goals.THEIRS: mlx_lm}
+        )
+        return {"cold": taken, "saving": saving[1:]}
+
+    def _turns(self, arms: dict[str, SecondsOf]) -> dict[str, list[float]]:
+        """The seconds of arms that took turns. The first round does not count: it brings files into
         memory.
         """
 
-        def arm(command: CommandOf) -> Arm[float]:
-            return Arm(
-                lambda i: round(getattr(timed(command(i)), which), 4), self.settings.runs + 1
-            )
+        def arm(seconds: SecondsOf) -> Arm[float]:
+            return Arm(lambda i: round(seconds(i), 4), self.settings.runs + 1)
 
-        taken = take_turns({name: arm(command) for name, command in commands.items()}, told)
+        taken = take_turns({name: arm(seconds) for name, seconds in arms.items()}, told)
         return {name: samples[1:] for name, samples in taken.items()}
 
     def inside(self, part: str, prefix: Path, runs: int, *more: str) -> Json:
@@ -179,6 +185,12 @@ class Bench:
         )
         measured: Json = json.loads(done.stdout)
         return measured
+
+
+def watched(command: Command, spent: Path) -> Command:
+    """A run of ours that also writes how many seconds it spent on saving."""
+    python, _, _, *rest = command.arguments
+    return Command((python, str(HERE / "saving_child.py"), str(spent), *rest))
 
 
 def told(line: str) -> None:

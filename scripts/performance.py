@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from goals import LLAMA, OURS, SAVED_RUN, THEIRS, added, kept, verdicts
+from goals import LLAMA, OURS, SAVED_RUN, SAVING_NOTHING, THEIRS, added, kept, verdicts
 from mlx_promptcache import benchmark, plots
 from mlx_promptcache.plots import COLOURS, Line, Picture
 from mlx_promptcache.timing import median
@@ -54,12 +54,11 @@ All programs get the prompt through the model's chat template. `{theirs}` is `ml
 ## A cold process
 
 From the start of a process to its end: the whole prompt is computed, and {saved_run} tokens are
-generated. Seconds; rounds: {process_runs}, each with two runs of ours that save and two that do
-not; every one has an empty store.
+generated. Every one has an empty store. Seconds; rounds: {process_runs}.
 
 {cold}
 
-What saving adds is the median of the differences of neighbours, of which one saves: {added}.
+{saving}
 
 ## Within a process
 
@@ -107,6 +106,10 @@ model: `scripts/bench --llama-python PYTHON --gguf FILE`. `scripts/smollm2.py` n
 that carries the file.
 """
 
+SAVING = """\
+Saving, the tokenizer as well as the prompt, takes {seconds}, {share} of the rest.
+Processes tell how long they do so, and nothing else, since whole ones cannot: those of one kind
+differ by up to {spread}, the medians of both kinds by {beside}."""
 SHORT = """
 
 **A quick look, not a measurement:** a part of the prefix, few rounds. Its figures say that the
@@ -135,7 +138,7 @@ def document(report: Json) -> str:
         warm=samples_table(report["warm"]),
         saved_run=SAVED_RUN,
         cold=samples_table(report["cold"]),
-        added=f"{added(report['cold']):.2f} s",
+        saving=saving(report),
         inside=inside(report),
         stored=stored(report),
         warm_runs=len(rows[0]["seconds"][OURS]["warm"]),
@@ -197,6 +200,18 @@ def samples_table(samples: dict[str, list[float]]) -> str:
         [name, f"{median(s):.3f}", f"{min(s):.3f}", f"{max(s):.3f}"] for name, s in samples.items()
     ]
     return table(["", "median", "least", "greatest"], rows)
+
+
+def saving(report: Json) -> str:
+    """What saving takes, within processes and by whole ones."""
+    spent, share, cold = report["saving"], added(report), report["cold"]
+    alike = cold[SAVING_NOTHING]
+    return SAVING.format(
+        seconds=f"{median(spent):.2f} s ({min(spent):.2f} to {max(spent):.2f})",
+        share=f"{median(share):.1f} % ({min(share):.1f} to {max(share):.1f})",
+        spread=f"{max(alike) - min(alike):.2f} s",
+        beside=f"{median(cold[OURS]) - median(alike):.2f} s",
+    )
 
 
 def inside(report: Json) -> str:
