@@ -107,9 +107,9 @@ that carries the file.
 """
 
 SAVING = """\
-Saving, the tokenizer as well as the prompt, takes {seconds}, {share} of the rest.
-Processes tell how long they do so, and nothing else, since whole ones cannot: those of one kind
-differ by up to {spread}, the medians of both kinds by {beside}."""
+Saving, of the tokenizer as well as of the prompt, takes {seconds}, {share} of the rest.
+Processes that save tell how long they do, and do nothing else meanwhile. Whole processes cannot
+tell: those that save nothing differ by up to {spread}, the medians of both kinds by {beside}."""
 SHORT = """
 
 **A quick look, not a measurement:** a part of the prefix, few rounds. Its figures say that the

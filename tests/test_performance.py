@@ -162,7 +162,7 @@ def test_the_page_tells_the_machine_the_samples_and_the_verdicts() -> None:
         f"| {OURS} | 0.600 | 0.500 | 0.700 |",
         "| first token of the same prompt again, beyond importing and loading | 0.050 s |",
         "takes 0.50 s (0.50 to 0.50), 1.7 % (1.7 to 1.7) of the rest",
-        "differ by up to 0.50 s, the medians of both kinds by 0.75 s",
+        "save nothing differ by up to 0.50 s, the medians of both kinds by 0.75 s",
         "| decoding, tokens a second | 14.0 (14.0 to 14.0) | 13.0 (13.0 to 13.0) |",
         "| float32, 1,927 tokens | 0.0 MB | 0.0 MB | 83.0 % |",
         "| 64 | 7.00 s | 0.50 s | 14.0 x |",
