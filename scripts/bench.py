@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 import goals
 import performance
 from mlx_promptcache import benchmark, plots
-from mlx_promptcache.errors import PromptCacheError
+from mlx_promptcache.errors import MeasuringError, PromptCacheError
+from mlx_promptcache.files import SUFFIX
 from mlx_promptcache.programs import MlxLm, Ours
+from mlx_promptcache.store import BLOCKS, SNAPSHOTS, TOKENIZERS
 from mlx_promptcache.timing import Arm, Command, take_turns, timed
 
 if TYPE_CHECKING:
@@ -151,6 +153,7 @@ class Bench:
 
         def saves(i: int) -> float:
             total = timed(watched(generate(i, "kept"), spent)).total_seconds
+            check_saved(scratch / f"kept-{i}")
             saving.append(float(spent.read_text("ascii")))
             return total
 
@@ -191,6 +194,17 @@ def watched(command: Command, spent: Path) -> Command:
     """A run of ours that also writes how many seconds it spent on saving."""
     python, _, _, *rest = command.arguments
     return Command((python, str(HERE / "saving_child.py"), str(spent), *rest))
+
+
+def check_saved(store: Path) -> None:
+    """Whether a run has saved what it should: failing to is a notice, and no error.
+
+    Raises:
+        MeasuringError: it has not.
+    """
+    for kind in (BLOCKS, SNAPSHOTS, TOKENIZERS):
+        if not any(store.glob(f"{kind}/**/*{SUFFIX}")):
+            raise MeasuringError(f"a run that was to save has kept no {kind}: is the drive full?")
 
 
 def told(line: str) -> None:
@@ -258,10 +272,18 @@ def write(path: Path, report: Json) -> None:
 
 
 def write_document(report: Json) -> None:
-    """Make docs/performance.md, the figures that it is made of, and its pictures."""
+    """Make docs/performance.md, the figures that it is made of, and its pictures.
+
+    Raises:
+        MeasuringError: the report has not all that they need; they are as they were.
+    """
     docs = ROOT / "docs"
+    try:
+        page = performance.document(report)
+    except KeyError as exc:
+        raise MeasuringError(f"this report has no {exc}: measure all parts again") from exc
     write(docs / "performance.json", report)
-    (docs / "performance.md").write_text(performance.document(report), "utf-8")
+    (docs / "performance.md").write_text(page, "utf-8")
     plots.save(plots.of_lengths(report), str(docs / "performance-lengths"), kinds=("svg",))
     picture = performance.picture_of_positions(report)
     plots.save(picture, str(docs / "performance-positions"), kinds=("svg",))
@@ -313,6 +335,9 @@ def main() -> int:
     verdicts = goals.verdicts(report)
     for verdict in verdicts:
         print(verdict.sentence)
+    for goal in goals.GOALS:
+        if goal not in [verdict.goal for verdict in verdicts]:
+            print(f"not measured                                {goal.what}")
     return 0 if all(verdict.reached for verdict in verdicts) else 1
 
 

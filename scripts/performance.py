@@ -108,8 +108,9 @@ that carries the file.
 
 SAVING = """\
 Saving, of the tokenizer as well as of the prompt, takes {seconds}, {share} of the rest.
-Processes that save tell how long they do, and do nothing else meanwhile. Whole processes cannot
-tell: those that save nothing differ by up to {spread}, the medians of both kinds by {beside}."""
+A script (`saving_child.py`) starts those that save, and counts what passes in the calls that do;
+what the system does with the files afterwards is not in it. Whole processes cannot tell: those that
+save nothing differ by up to {spread}, the medians of both kinds by {beside}."""
 SHORT = """
 
 **A quick look, not a measurement:** a part of the prefix, few rounds. Its figures say that the
@@ -210,7 +211,7 @@ def saving(report: Json) -> str:
         seconds=f"{median(spent):.2f} s ({min(spent):.2f} to {max(spent):.2f})",
         share=f"{median(share):.1f} % ({min(share):.1f} to {max(share):.1f})",
         spread=f"{max(alike) - min(alike):.2f} s",
-        beside=f"{median(cold[OURS]) - median(alike):.2f} s",
+        beside=f"{abs(median(cold[OURS]) - median(alike)):.2f} s",
     )
 
 

@@ -2,8 +2,8 @@
 
     saving_child.py FILE generate ...     writes to FILE the seconds that it spent on saving
 
-Counted are the calls that make what is saved and write it: of a prompt's state, and of a tokenizer
-that was made anew, with the look for a kept one. Nothing else is done meanwhile.
+Counted is what passes in the calls that make what is saved and write it: of a prompt's state, and
+of a tokenizer that was made anew, with the look for a kept one.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ class Stopwatch:
         self.seconds = 0.0
 
     @contextlib.contextmanager
-    def running(self, sign: int = 1) -> Iterator[None]:
-        """Count what passes; with -1 take it off what somebody else counts."""
+    def running(self) -> Iterator[None]:
+        """Count what passes."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds += sign * (time.perf_counter() - began)
+            self.seconds += time.perf_counter() - began
 
-    def counts(self, function: Callable[..., Any], sign: int = 1) -> Callable[..., Any]:
+    def counts(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, with its calls counted."""
 
         @functools.wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
-            with self.running(sign):
+            with self.running():
                 return function(*args, **kwargs)
 
         return counted
@@ -57,7 +57,11 @@ def watch(saving: Stopwatch) -> None:
     def without_making(
         self: TokenizerStore, model: Path, whole: Callable[[], Any], *, keeps: bool
     ) -> Any:
-        return tokenizer(self, model, saving.counts(whole, -1), keeps=keeps)
+        making = Stopwatch()
+        try:
+            return tokenizer(self, model, making.counts(whole), keeps=keeps)
+        finally:
+            saving.seconds -= making.seconds  # what is made later is not counted at all
 
     for owner, name, counted in (
         (TokenizerStore, "tokenizer", without_making),

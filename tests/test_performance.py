@@ -20,6 +20,7 @@ import performance
 import saving_child
 from goals import LLAMA, LOADING, OURS, SAME, SAVING_NOTHING, THEIRS
 from mlx_promptcache import PromptCache, benchmark, cli, plots
+from mlx_promptcache.errors import MeasuringError
 from mlx_promptcache.programs import Ours
 from mlx_promptcache.run import Run
 from mlx_promptcache.timing import timed
@@ -268,10 +269,13 @@ def test_what_a_process_spends_on_saving_is_counted_and_nothing_else(
 
         return call
 
+    later = []
+
     def tokenizer(_: Any, __: Any, whole: Any, *, keeps: bool) -> None:
         takes(0.3)()
         whole()
         takes(0.7)()
+        later.append(whole)
 
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     monkeypatch.setattr(TokenizerStore, "tokenizer", tokenizer)
@@ -284,6 +288,7 @@ def test_what_a_process_spends_on_saving_is_counted_and_nothing_else(
         TokenizerStore.tokenizer(everything, tmp_path, takes(50_000), keeps=True)
         Run.prompt_state(everything)
         PromptCache.keep(everything, everything)
+        later[0]()
         raise SystemExit(0)
 
     monkeypatch.setattr(cli, "main", run)
@@ -292,6 +297,29 @@ def test_what_a_process_spends_on_saving_is_counted_and_nothing_else(
         saving_child.main()
     assert sys.argv == ["saving_child.py", "generate"]
     assert float((tmp_path / "spent").read_text()) == pytest.approx(321)
+
+
+def test_a_run_that_should_save_and_does_not_is_no_measurement(tmp_path: Any) -> None:
+    bench_of_tiny = bench.Bench(tiny.on_disk(tmp_path / "model"), benchmark.Settings(runs=1), None)
+    prefix = tmp_path / "prefix.txt"
+    prefix.write_text("The cat sat on the mat. " * 8)
+    ours = bench_of_tiny.ours
+    timed(ours.generate(prefix, "Why?", tmp_path / "kept", tokens=1))
+    bench.check_saved(tmp_path / "kept")
+    timed(ours.generate(prefix, "Why?", tmp_path / "full", "--max-size", "1K", tokens=1))
+    with pytest.raises(MeasuringError, match="has kept no"):
+        bench.check_saved(tmp_path / "full")
+
+
+def test_a_report_that_lacks_figures_leaves_the_page_as_it_is(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    old = {name: value for name, value in REPORT.items() if name != "saving"}
+    with pytest.raises(MeasuringError, match="this report has no 'saving'"):
+        bench.write_document(old)
+    assert not list((tmp_path / "docs").iterdir())
 
 
 def test_a_process_that_saves_tells_how_long_it_does(tmp_path: Any) -> None:
@@ -338,4 +366,10 @@ def test_figures_that_were_measured_before_are_judged_again(
         bench.write(file, report(decoding={OURS: decoding, THEIRS: [13.0]}))
         monkeypatch.setattr(sys, "argv", ["bench.py", "--model", "m", "--from", str(file)])
         assert bench.main() == code
-        assert ("MISSED" in capsys.readouterr().out) == bool(code)
+        said = capsys.readouterr().out
+        assert ("MISSED" in said) == bool(code)
+        others = [line for line in said.splitlines() if line.startswith("not measured")]
+        assert len(others) == 1
+        assert others[0].endswith(
+            f"first token of a warm process, against {LLAMA} with its session"
+        )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import gc
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -272,6 +274,14 @@ def test_a_state_is_a_value_that_no_run_changes(kind: str) -> None:
     first = tokens_of(runner, state, 20, SAMPLED)
     assert digest(state) == before
     assert tokens_of(runner, state, 20, SAMPLED) == first
+
+
+@every_kind
+def test_a_state_can_be_copied_and_pickled(kind: str) -> None:
+    state = runner_of(kind).prefill(random_tokens(40, seed=2))
+    pickled: State = pickle.loads(pickle.dumps(state))
+    for other in (copy.deepcopy(state), pickled):
+        assert digest(other) == digest(state)
 
 
 def test_a_run_that_was_broken_off_has_the_state_of_what_was_yielded() -> None:

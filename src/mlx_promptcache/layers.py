@@ -12,7 +12,6 @@ attributes of what it made. No class is ever looked up by a name from a file.
 from __future__ import annotations
 
 import functools
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
@@ -32,7 +31,7 @@ TOKEN_AXIS = 2  # of [batch, heads, tokens, head_dim]
 SLICEABLE = (mlx_cache.KVCache, mlx_cache.QuantizedKVCache)
 ROWS = ("keys", "values")
 WINDOW_ATTRIBUTES = {*ROWS, "offset", "max_size", "keep", "_idx"}
-NONE: Mapping[str, mx.array] = MappingProxyType({})
+NONE: Mapping[str, mx.array] = {}  # a plain one: states can be copied and pickled
 HEAP_TYPE = 1 << 9  # CPython's flag of classes that a class statement made
 
 
