@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,8 +192,10 @@ class Bench:
 
 def watched(command: Command, spent: Path) -> Command:
     """A run of ours that also writes how many seconds it spent on saving."""
-    python, _, _, *rest = command.arguments
-    return Command((python, str(HERE / "saving_child.py"), str(spent), *rest))
+    python, *rest = command.arguments
+    assert rest[:2] == ["-m", "mlx_promptcache"]  # whose place the script takes
+    child = (python, str(HERE / "saving_child.py"), str(spent), *rest[2:])
+    return replace(command, arguments=child)
 
 
 def check_saved(store: Path) -> None:
@@ -335,9 +337,10 @@ def main() -> int:
     verdicts = goals.verdicts(report)
     for verdict in verdicts:
         print(verdict.sentence)
+    judged = [verdict.goal for verdict in verdicts]
     for goal in goals.GOALS:
-        if goal not in [verdict.goal for verdict in verdicts]:
-            print(f"not measured                                {goal.what}")
+        if goal not in judged:
+            print(f"not measured: {goal.what}")
     return 0 if all(verdict.reached for verdict in verdicts) else 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -14,9 +14,6 @@ from loops import needs_compiler, on_x86
 
 from mlx_promptcache import exponentials
 from mlx_promptcache.streams import uncompiled
-
-if TYPE_CHECKING:
-    pass
 
 pytestmark = on_x86
 

@@ -269,7 +269,7 @@ def test_what_a_process_spends_on_saving_is_counted_and_nothing_else(
 
         return call
 
-    later = []
+    later: list[Any] = []
 
     def tokenizer(_: Any, __: Any, whole: Any, *, keeps: bool) -> None:
         takes(0.3)()
@@ -300,13 +300,10 @@ def test_what_a_process_spends_on_saving_is_counted_and_nothing_else(
 
 
 def test_a_run_that_should_save_and_does_not_is_no_measurement(tmp_path: Any) -> None:
-    bench_of_tiny = bench.Bench(tiny.on_disk(tmp_path / "model"), benchmark.Settings(runs=1), None)
-    prefix = tmp_path / "prefix.txt"
+    model, prefix = tiny.on_disk(tmp_path / "model"), tmp_path / "prefix.txt"
     prefix.write_text("The cat sat on the mat. " * 8)
-    ours = bench_of_tiny.ours
-    timed(ours.generate(prefix, "Why?", tmp_path / "kept", tokens=1))
-    bench.check_saved(tmp_path / "kept")
-    timed(ours.generate(prefix, "Why?", tmp_path / "full", "--max-size", "1K", tokens=1))
+    full = Ours(model).generate(prefix, "Why?", tmp_path / "full", "--max-size", "1K", tokens=1)
+    timed(full)
     with pytest.raises(MeasuringError, match="has kept no"):
         bench.check_saved(tmp_path / "full")
 
@@ -329,6 +326,7 @@ def test_a_process_that_saves_tells_how_long_it_does(tmp_path: Any) -> None:
     done = timed(bench.watched(command, tmp_path / "spent"))
     assert 0 < float((tmp_path / "spent").read_text()) < done.total_seconds
     assert list((tmp_path / "store").glob("blocks/*/*.safetensors"))
+    bench.check_saved(tmp_path / "store")
 
 
 def test_llama_cpp_sees_the_prompt_as_the_template_has_it_and_not_our_libraries(
